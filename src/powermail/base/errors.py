@@ -1,0 +1,58 @@
+"""Owns the error classes that cross rooms; each says whose fault it is and whether waiting helps.
+
+Trouble is ours and temporary (node down, SQL away, disk full): a 4xx, never a wrong 5xx (P12).
+"""
+
+from __future__ import annotations
+
+
+class PowerMailError(Exception):
+    """Any error this project raises on purpose."""
+
+
+class OperatorError(PowerMailError):
+    """A mistake in configuration or use; the text says what to do next and is shown without a traceback."""
+
+
+class Trouble(PowerMailError):
+    """Ours and temporary: the peer should try again later."""
+
+
+class NodeTrouble(Trouble):
+    """A storage node did not do what was asked: down, full, blocked, too slow or failing."""
+
+
+class NodeReadOnly(NodeTrouble):
+    """The node serves reads and deletes but takes no new mail (full, blocked or failed)."""
+
+
+class NotRedundant(Trouble):
+    """Fewer than `copies_required` writable groups (P6)."""
+
+
+class IndexTrouble(Trouble):
+    """The index did not answer or could not commit."""
+
+
+class DirectoryTrouble(Trouble):
+    """The directory did not answer and no cached answer is fresh enough (P14)."""
+
+
+class OutcomeUnknown(Trouble):
+    """A delivery can be neither confirmed nor durably aborted: the connection closes without an answer (P4)."""
+
+
+class CopyMissing(PowerMailError):
+    """This node does not hold that message (it may never have, or have lost it)."""
+
+
+class CopyDamaged(PowerMailError):
+    """This node's copy fails its checksum; never served, another copy is."""
+
+
+class MessageUnreadable(Trouble):
+    """No good copy of a message can be reached now (P3, P7: an error, never a short listing)."""
+
+
+class InvariantBroken(PowerMailError):
+    """A storage invariant does not hold: this process must stop before it makes things worse."""

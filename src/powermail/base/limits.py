@@ -1,0 +1,132 @@
+"""Owns every named bound of the system: unit in the name, source and reason beside it.
+
+What an operator may turn is a setting (`base.settings`) whose default stands here; everything else is law.
+Relations between limits are checked when this module is imported, so a wrong edit cannot start.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+
+# -- SMTP, LMTP, submission ------------------------------------------------------------------------------------
+SMTP_COMMAND_LINE_OCTETS_MAX: Final = 4096  # RFC 5321 §4.5.3.1.4 asks 512; SMTPUTF8 and DSN parameters add to it
+SMTP_AUTH_LINE_OCTETS_MAX: Final = 12_288  # RFC 4954 §4
+SMTP_RECIPIENTS_MAX: Final = 1000  # RFC 5321 §4.5.3.1.8 asks at least 100
+SMTP_ERRORS_MAX: Final = 20  # junk commands before 421
+SMTP_TRANSACTIONS_MAX: Final = 10_000  # per connection, so that connections are renewed
+SMTP_HELLO_OCTETS_MAX: Final = 255  # RFC 5321 §4.5.3.1.2
+HOPS_MAX: Final = 50  # Received fields; RFC 5321 §6.3 asks at least 100 for counting servers, field practice is 50
+HEADER_SCAN_OCTETS_MAX: Final = 256 * KIB  # how much of a message is looked at for trace fields
+LOCAL_PART_OCTETS_MAX: Final = 64  # RFC 5321 §4.5.3.1.1
+DOMAIN_OCTETS_MAX: Final = 255  # RFC 5321 §4.5.3.1.2
+PATH_OCTETS_MAX: Final = 256  # RFC 5321 §4.5.3.1.3, angle brackets included
+ENVID_OCTETS_MAX: Final = 100  # RFC 3461 §4.4
+ORCPT_OCTETS_MAX: Final = 500  # RFC 3461 §4.2
+BODY_LINE_OCTETS_MAX: Final = 16 * MIB  # stored as received; RFC 5322 says 998, mail in the wild does not
+PROXY_HEADER_OCTETS_MAX: Final = 536  # PROXY protocol v1: 107; v2 as we accept it
+
+SMTP_COMMAND_TIMEOUT_S: Final = 300.0  # RFC 5321 §4.5.3.2.7
+SMTP_STRESS_TIMEOUT_S: Final = 10.0  # when more than half of the connections are taken
+SMTP_DATA_RATE_GRACE_S: Final = 60.0  # how long a sender may be slow before the minimum rate counts
+SMTP_DATA_RATE_OCTETS_PER_S_MIN: Final = 500  # after the grace; a modem manages more
+SUBMISSION_LOGIN_TIMEOUT_S: Final = 60.0
+TLS_HANDSHAKE_TIMEOUT_S: Final = 20.0
+DRAIN_TIMEOUT_S: Final = 20.0  # what is promised is finished within this after Ctrl-C
+REPLY_WRITE_TIMEOUT_S: Final = 120.0  # a client that does not read
+
+# -- POP3 ---------------------------------------------------------------------------------------------------------
+POP3_COMMAND_LINE_OCTETS_MAX: Final = 255  # RFC 2449 §4
+POP3_AUTH_LINE_OCTETS_MAX: Final = 12_288
+POP3_IDLE_TIMEOUT_S: Final = 600.0  # RFC 1939 §3: at least 10 minutes
+POP3_LOGIN_TIMEOUT_S: Final = 180.0
+POP3_ERRORS_MAX: Final = 20
+POP3_PIPELINE_MAX: Final = 1000  # commands that may wait while one is answered; the socket is paused beyond
+
+# -- authentication -----------------------------------------------------------------------------------------------
+AUTH_FAILURES_PER_MINUTE_MAX: Final = (10, 30, 90)  # per /32, /26, /21 (IPv6 /64, /48, /32)
+AUTH_FAILURES_PER_DAY_MAX: Final = (50, 150, 450)
+AUTH_ACCOUNT_FAILURES_PER_MINUTE_MAX: Final = 30  # adds delay only: no lock-out of the owner
+AUTH_DELAY_MAX_S: Final = 5.0
+AUTH_TRACKED_MAX: Final = 100_000  # addresses and accounts remembered
+AUTH_CACHE_MAX: Final = 50_000
+AUTH_CACHE_TTL_S: Final = 60.0  # an old password is dead everywhere within this
+PASSWORD_OCTETS_MAX: Final = 1024  # refused before hashing
+PASSWORD_CHECKS_WAITING_MAX: Final = 64  # argon2 holds 64 MiB each while it runs
+
+# -- messages and storage -----------------------------------------------------------------------------------------
+CHUNK_OCTETS: Final = 256 * KIB  # unit of streaming, compression and checksumming
+REPLICATE_HELD_OCTETS_MAX: Final = 1 * MIB  # body held for re-sending; beyond it is read back from a node
+CHUNKS_MAX: Final = 65_535
+RECORD_BODY_OCTETS_MAX: Final = 16 * MIB
+SEGMENT_OCTETS_DEFAULT: Final = 64 * MIB
+SEGMENT_OCTETS_MIN: Final = 64 * KIB
+APPEND_WAITING_OCTETS_MAX: Final = 32 * MIB  # per node; appends wait at the door beyond it
+APPEND_BATCH_RECORDS_MAX: Final = 1000  # buffers in one gathered write stay under IOV_MAX = 1024
+NODE_RESERVE_OCTETS_DEFAULT: Final = 64 * MIB  # kept for tombstones and compaction on a full disk
+NODE_RESUME_FACTOR: Final = 1.5  # a full node is writable again above reserve * this
+KEY_INDEX_CHECKPOINT_OCTETS: Final = 64 * MIB  # log tail that recovery may have to read
+KEY_INDEX_CHECKPOINT_RECORDS: Final = 50_000
+CHUNKS_UNCOMMITTED_TTL_S: Final = 3600.0  # a stream that never committed is forgotten
+NODES_MAX: Final = 1024
+GROUPS_MAX: Final = 256
+NODE_PROBE_INTERVAL_S: Final = 1.0
+NODE_PROBE_TIMEOUT_S: Final = 10.0  # F14: fenced within this
+NODE_RECEIPT_TIMEOUT_S: Final = 4.0  # P20: a blip is at most 5 s; then the next node in placement order
+NODE_READ_TIMEOUT_S: Final = 10.0
+NODE_HEDGE_S: Final = 0.25  # a read asks a second copy after this
+
+# -- index and directory ------------------------------------------------------------------------------------------
+INDEX_BATCH_MAX: Final = 256  # deliveries entered in one transaction
+INDEX_WAIT_S_DEFAULT: Final = 5.0
+INDEX_PAGE_ROWS: Final = 2000  # rows fetched at a time when listing
+DIRECTORY_CACHE_MAX: Final = 100_000
+DIRECTORY_CACHE_TTL_S: Final = 30.0
+DIRECTORY_STALE_S: Final = 3600.0  # P14: served while the directory is away
+ALIAS_DEPTH_MAX: Final = 10
+FORWARD_DESTINATIONS_MAX: Final = 100
+EPOCH_JUMP: Final = 1_000_000  # how far UIDNEXT and HIGHESTMODSEQ leap when commits may be lost
+UID_MAX: Final = 2**32 - 1
+
+# -- outbound -----------------------------------------------------------------------------------------------------
+QUEUE_LIFETIME_S: Final = 5 * 86_400.0  # RFC 5321 §4.5.4.1: 4-5 days
+QUEUE_RETRY_FIRST_S: Final = 60.0
+QUEUE_RETRY_MAX_S: Final = 4 * 3600.0
+QUEUE_LEASE_S: Final = 300.0
+QUEUE_CONCURRENCY_DEFAULT: Final = 20
+QUEUE_PER_DESTINATION_MAX: Final = 10_000  # rows waiting for one destination address's domain
+SMTP_CLIENT_REPLY_LINE_OCTETS_MAX: Final = 2048
+SMTP_CLIENT_REPLY_OCTETS_MAX: Final = 16 * KIB
+SMTP_CLIENT_CONNECT_TIMEOUT_S: Final = 30.0
+SMTP_CLIENT_REPLY_TIMEOUT_S: Final = 300.0  # RFC 5321 §4.5.3.2
+SMTP_CLIENT_DATA_TIMEOUT_S: Final = 600.0  # §4.5.3.2.6, after the final dot
+SMTP_CLIENT_IDLE_S: Final = 10.0  # a pooled connection waits this long for more work
+DSN_HEADER_OCTETS_MAX: Final = 50_000  # of the returned message's header
+
+# -- keeper -------------------------------------------------------------------------------------------------------
+RECONCILE_INTERVAL_S: Final = 10.0  # everything a node holds is in the index within a minute
+RECONCILE_GRACE_S: Final = 30.0  # a delivery in flight is its front end's own business for so long
+RECONCILE_BATCH: Final = 1000
+REPAIR_BATCH: Final = 64
+COLLECT_BATCH: Final = 1000
+COLLECT_MASS_MAX: Final = 10_000  # P9: more deletes than this in one pass need the operator
+CHECKPOINT_INTERVAL_S: Final = 900.0
+SCRUB_OCTETS_PER_S: Final = 20 * MIB
+COMPACT_DEAD_FRACTION: Final = 0.5
+
+# -- process ------------------------------------------------------------------------------------------------------
+CONNECTIONS_MAX_DEFAULT: Final = 2000
+CONNECTIONS_PER_ADDRESS_MAX_DEFAULT: Final = 100
+CONTROL_LINE_OCTETS_MAX: Final = 1 * MIB
+LOG_LINES_WAITING_MAX: Final = 20_000
+LOG_FIELD_CHARS_MAX: Final = 512
+SMTP_OUT_BUFFER_OCTETS: Final = 256 * KIB
+
+assert CHUNK_OCTETS * CHUNKS_MAX > 4 * 1024 * MIB, "the largest configurable message fits in chunks"
+assert REPLICATE_HELD_OCTETS_MAX >= 2 * CHUNK_OCTETS
+assert RECORD_BODY_OCTETS_MAX > CHUNK_OCTETS + 1024
+assert NODE_RECEIPT_TIMEOUT_S < INDEX_WAIT_S_DEFAULT
+assert SMTP_COMMAND_LINE_OCTETS_MAX > PATH_OCTETS_MAX + ENVID_OCTETS_MAX + ORCPT_OCTETS_MAX + 512
+assert RECONCILE_INTERVAL_S + RECONCILE_GRACE_S < 60.0, "section 6: in the index within a minute"

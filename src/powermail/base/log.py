@@ -1,0 +1,165 @@
+"""Owns the event log: a closed list of events, ids first, one line each.
+
+No message text, no credential is ever a field. Control characters are escaped, so one event is one line (X01).
+Lines are written by a thread; when its output blocks, mail goes on and lines are dropped and counted (F43).
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from datetime import UTC, datetime
+from enum import Enum
+from typing import Any, Protocol
+
+import msgspec
+
+from powermail.base import limits
+
+
+class Event(Enum):
+    """What can happen. The value is (name in the log, level)."""
+
+    STARTED = ("started", "info")
+    LISTENING = ("listening", "info")
+    DRAINING = ("draining", "info")
+    STOPPED = ("stopped", "info")
+    DELIVERED = ("delivered", "info")
+    RECIPIENT_REFUSED = ("recipient-refused", "info")
+    MESSAGE_REFUSED = ("message-refused", "info")
+    DELIVERY_TROUBLE = ("delivery-trouble", "warning")
+    INDEX_LATE = ("index-late", "warning")
+    SESSION_ENDED = ("session-ended", "debug")
+    CONNECTION_REFUSED = ("connection-refused", "info")
+    LOGIN = ("login", "info")
+    LOGIN_FAILED = ("login-failed", "info")
+    NODE_STATE = ("node-state", "warning")
+    NODE_RECOVERED = ("node-recovered", "info")
+    NODE_DAMAGE = ("node-damage", "error")
+    COPY_BAD = ("copy-bad", "error")
+    COPY_REPAIRED = ("copy-repaired", "info")
+    RECONCILED = ("reconciled", "info")
+    COLLECTED = ("collected", "info")
+    COLLECT_HELD = ("collect-held", "error")
+    EPOCH_RAISED = ("epoch-raised", "warning")
+    COMPACTED = ("compacted", "info")
+    SENT = ("sent", "info")
+    DEFERRED = ("deferred", "info")
+    BOUNCED = ("bounced", "info")
+    CERTIFICATE = ("certificate", "info")
+    CERTIFICATE_BAD = ("certificate-bad", "error")
+    TROUBLE = ("trouble", "warning")
+    BUG = ("bug", "error")
+
+
+class Log(Protocol):
+    """Where events go."""
+
+    def event(self, event: Event, **fields: Any) -> None:
+        """Writes one event. Fields are short facts: str, int, float, bytes (as hex) or None (left out)."""
+
+
+class NullLog:
+    """Keeps nothing."""
+
+    def event(self, event: Event, **fields: Any) -> None:
+        """Drops it."""
+
+
+class MemoryLog:
+    """Keeps events for tests and for the simulator's trace."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def event(self, event: Event, **fields: Any) -> None:
+        self.lines.append(format_text("", event, fields))
+
+
+def escape(value: Any) -> str:
+    """A field's value as one printable word or quoted string, cut at the limit."""
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    text = str(value)
+    if len(text) > limits.LOG_FIELD_CHARS_MAX:
+        text = text[: limits.LOG_FIELD_CHARS_MAX] + "…"
+    if text.isascii() and text.isprintable() and '"' not in text and " " not in text and text:
+        return text
+    printable = "".join(c if c.isprintable() and c not in '"\\' else c.encode("unicode_escape").decode() for c in text)
+    return f'"{printable}"'.replace('\\\\"', '\\"')
+
+
+def format_text(stamp: str, event: Event, fields: dict[str, Any]) -> str:
+    """One line for people: time, level, event, facts."""
+    name, level = event.value
+    words = [f"{k}={escape(v)}" for k, v in fields.items() if v is not None]
+    return " ".join([*([stamp] if stamp else []), level.upper().ljust(7), name, *words])
+
+
+def _json_default(value: Any) -> Any:
+    return str(value)
+
+
+def format_json(stamp: str, event: Event, fields: dict[str, Any]) -> str:
+    """One line for machines."""
+    name, level = event.value
+    facts = {k: v.hex() if isinstance(v, bytes) else v for k, v in fields.items() if v is not None}
+    record = {"at": stamp, "level": level, "event": name, **facts}
+    return msgspec.json.encode(record, enc_hook=_json_default).decode()
+
+
+_LEVELS = {"debug": 0, "info": 1, "warning": 2, "error": 3}
+
+
+class StreamLog:
+    """Writes lines to a stream from a thread of its own."""
+
+    def __init__(self, now: Callable[[], float], level: str = "info", json: bool = False, stream: Any = None) -> None:
+        self._now = now
+        self._threshold = _LEVELS[level]
+        self._format = format_json if json else format_text
+        self._stream = stream if stream is not None else sys.stderr
+        self._waiting: deque[tuple[float, Event, dict[str, Any]]] = deque()
+        self._wake = threading.Event()
+        self._closing = False
+        self.dropped = 0
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread.start()
+
+    def event(self, event: Event, **fields: Any) -> None:
+        if _LEVELS[event.value[1]] < self._threshold:
+            return
+        if len(self._waiting) >= limits.LOG_LINES_WAITING_MAX:
+            self.dropped += 1
+            return
+        self._waiting.append((self._now(), event, fields))
+        if not self._wake.is_set():
+            self._wake.set()
+
+    def close(self) -> None:
+        """Writes what waits, for at most a second, and ends the thread."""
+        self._closing = True
+        self._wake.set()
+        self._thread.join(timeout=1.0)
+
+    def _write(self) -> None:
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            lines: list[str] = []
+            while self._waiting:
+                at, event, fields = self._waiting.popleft()
+                stamp = datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+                lines.append(self._format(stamp, event, fields))
+            if lines:
+                try:
+                    self._stream.write("\n".join(lines) + "\n")
+                    self._stream.flush()
+                except (OSError, ValueError):
+                    self.dropped += len(lines)
+            if self._closing and not self._waiting:
+                return

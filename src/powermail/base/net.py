@@ -1,0 +1,122 @@
+"""Owns sockets: listening, connecting and the switch to TLS, all with `asyncio.Protocol` objects.
+
+Danger: octets received before a TLS switch must be dropped by the protocol (CVE-2011-0411 class); that is
+the protocol's duty, this room only swaps the transport.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from powermail.base import limits
+from powermail.base.errors import OperatorError
+
+ProtocolFactory = Callable[[], asyncio.Protocol]
+
+
+class Listener(Protocol):
+    """A socket that accepts connections."""
+
+    @property
+    def port(self) -> int:
+        """The bound port, also when 0 was asked for."""
+
+    def close(self) -> None:
+        """Stops accepting; open connections go on."""
+
+
+class Network(Protocol):
+    """Makes connections."""
+
+    async def listen(
+        self, host: str, port: int, factory: ProtocolFactory, tls: ssl.SSLContext | None = None
+    ) -> Listener:
+        """Accepts connections on host:port. Raises OperatorError when the address cannot be bound."""
+
+    async def connect(
+        self, host: str, port: int, factory: ProtocolFactory, tls: ssl.SSLContext | None = None, name: str | None = None
+    ) -> None:
+        """Connects within the limit. Raises OSError or TimeoutError."""
+
+    async def start_tls(
+        self,
+        transport: asyncio.Transport,
+        protocol: asyncio.Protocol,
+        context: ssl.SSLContext,
+        server_side: bool,
+        name: str | None = None,
+    ) -> asyncio.Transport:
+        """Upgrades a connection. Raises OSError (ssl.SSLError is one) or TimeoutError."""
+
+
+@dataclass(frozen=True)
+class SocketListener:
+    """A listening socket of the event loop."""
+
+    server: asyncio.Server
+
+    @property
+    def port(self) -> int:
+        return int(self.server.sockets[0].getsockname()[1])
+
+    def close(self) -> None:
+        self.server.close()
+
+
+class SocketNetwork:
+    """Real sockets."""
+
+    async def listen(
+        self, host: str, port: int, factory: ProtocolFactory, tls: ssl.SSLContext | None = None
+    ) -> Listener:
+        loop = asyncio.get_running_loop()
+        handshake = limits.TLS_HANDSHAKE_TIMEOUT_S if tls else None
+        try:
+            server = await loop.create_server(
+                factory, host or None, port, ssl=tls, backlog=1024, ssl_handshake_timeout=handshake, reuse_address=True
+            )
+        except OSError as error:
+            raise OperatorError(
+                f"cannot listen on {host}:{port}: {error.strerror or error}; choose another port or stop what uses it"
+            ) from error
+        return SocketListener(server)
+
+    async def connect(
+        self, host: str, port: int, factory: ProtocolFactory, tls: ssl.SSLContext | None = None, name: str | None = None
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(limits.SMTP_CLIENT_CONNECT_TIMEOUT_S):
+            await loop.create_connection(factory, host, port, ssl=tls, server_hostname=name if tls else None)
+
+    async def start_tls(
+        self,
+        transport: asyncio.Transport,
+        protocol: asyncio.Protocol,
+        context: ssl.SSLContext,
+        server_side: bool,
+        name: str | None = None,
+    ) -> asyncio.Transport:
+        loop = asyncio.get_running_loop()
+        upgraded = await loop.start_tls(
+            transport,
+            protocol,
+            context,
+            server_side=server_side,
+            server_hostname=name,
+            ssl_handshake_timeout=limits.TLS_HANDSHAKE_TIMEOUT_S,
+        )
+        if upgraded is None:
+            raise ConnectionResetError("the connection ended during the TLS handshake")
+        return upgraded
+
+
+def parse_host_port(text: str) -> tuple[str, int]:
+    """Reads `host:port`, `[v6]:port` or `:port`. Raises OperatorError."""
+    host, separator, port_text = text.rpartition(":")
+    if not separator or not port_text.isascii() or not port_text.isdigit() or int(port_text) > 65535:
+        raise OperatorError(f"{text!r} is not host:port")
+    return host.removeprefix("[").removesuffix("]"), int(port_text)

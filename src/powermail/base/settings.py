@@ -1,0 +1,314 @@
+"""Owns the settings: one table of typed sections, read from TOML, then environment, then command line.
+
+Unknown keys are refused with the nearest known one. `docs/settings.md` is generated from this table.
+Environment: POWERMAIL_SECTION__KEY=value. Command line: --set section.key=value.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct, field
+
+from powermail.base import limits
+from powermail.base.errors import OperatorError
+
+
+def _says(text: str) -> Meta:
+    return Meta(description=text)
+
+
+class NodeSettings(Struct, forbid_unknown_fields=True, frozen=True):
+    """One `[[cluster.nodes]]` entry: a storage node served in this process."""
+
+    id: Annotated[str, _says("name of the node, unique for ever in this cluster")]
+    path: Annotated[str, _says("its directory; relative paths are below the data directory")]
+    group: Annotated[str, _says("failure domain; nodes of one group are never redundant for each other")]
+    priority: Annotated[int, _says("lower is used first; a higher number is a hot spare")] = 1
+
+
+class ClusterSettings(Struct, forbid_unknown_fields=True, frozen=True):
+    """Copies and the nodes that hold them."""
+
+    copies_required: Annotated[int, Meta(ge=1, le=8), _says("R: durable copies in different groups before 250")] = 2
+    policy: Annotated[str, _says("spread-disk (by free space), spread-load (fewest waiting) or random")] = "spread-disk"
+    segment_octets: Annotated[int, Meta(ge=limits.SEGMENT_OCTETS_MIN), _says("size of a log segment")] = (
+        limits.SEGMENT_OCTETS_DEFAULT
+    )
+    reserve_octets: Annotated[int, Meta(ge=0), _says("free space below which a node takes no mail; deletes work")] = (
+        limits.NODE_RESERVE_OCTETS_DEFAULT
+    )
+    compression: Annotated[bool, _says("zstd per chunk where it helps")] = True
+    nodes: list[NodeSettings] = field(default_factory=list)
+
+
+class IndexSettings(Struct, forbid_unknown_fields=True, frozen=True):
+    """The database of what each mailbox shows."""
+
+    path: Annotated[str, _says("SQLite file")] = "index.db"
+    wait_s: Annotated[float, Meta(ge=0), _says("how long a 250 waits for the index; the nodes are enough")] = (
+        limits.INDEX_WAIT_S_DEFAULT
+    )
+
+
+class DirectorySettings(Struct, forbid_unknown_fields=True, frozen=True):
+    """The database of who exists."""
+
+    path: Annotated[str, _says("SQLite file")] = "directory.db"
+    cache_ttl_s: Annotated[float, Meta(ge=0), _says("how long a look-up is believed")] = limits.DIRECTORY_CACHE_TTL_S
+    stale_s: Annotated[float, Meta(ge=0), _says("how long it serves while the directory is away")] = (
+        limits.DIRECTORY_STALE_S
+    )
+    recipient_delimiter: Annotated[str, Meta(max_length=1), _says("subaddress mark; empty turns it off")] = "+"
+    quota_strict: Annotated[bool, _says("refuse each full mailbox even if the message fits another recipient")] = False
+    upgrade_passwords: Annotated[bool, _says("re-hash old schemes to argon2id at login")] = True
+    apop: Annotated[bool, _says("offer APOP (needs {plain} passwords)")] = False
+
+
+class SmtpSettings(Struct, forbid_unknown_fields=True, frozen=True):
+    """Receiving mail: SMTP, submission and LMTP."""
+
+    listen: Annotated[list[str], _says("SMTP (port 25) addresses")] = field(default_factory=lambda: ["127.0.0.1:2525"])
+    submission: Annotated[list[str], _says("submission (587) addresses, STARTTLS")] = field(
+        default_factory=lambda: ["127.0.0.1:2587"]
+    )
+    submissions: Annotated[list[str], _says("submission (465) addresses, implicit TLS")] = field(
+        default_factory=lambda: ["127.0.0.1:2465"]
+    )
+    lmtp: Annotated[list[str], _says("LMTP addresses, for trusted peers only")] = field(
+        default_factory=lambda: ["127.0.0.1:2424"]
+    )
+    message_octets_max: Annotated[int, Meta(ge=1024), _says("largest message")] = 50 * limits.MIB
+    recipients_max: Annotated[int, Meta(ge=100), _says("recipients per transaction")] = limits.SMTP_RECIPIENTS_MAX
+    connections_max: Annotated[int, Meta(ge=1), _says("all connections of the SMTP doors")] = (
+        limits.CONNECTIONS_MAX_DEFAULT
+    )
+    connections_per_address_max: Annotated[int, Meta(ge=1), _says("connections per client address")] = (
+        limits.CONNECTIONS_PER_ADDRESS_MAX_DEFAULT
+    )
+    proxy_from: Annotated[list[str], _says("networks whose PROXY protocol header is required and believed")] = field(
+        default_factory=list
+    )
+    submission_per_hour: Annotated[int, Meta(ge=1), _says("recipients per account and hour")] = 1000
+    greeting: Annotated[str, _says("text behind the host name in the banner")] = "PowerMail"
+
+
+class PopSettings(Struct, forbid_unknown_fields=True, frozen=True):
+    """Reading mail by POP3."""
+
+    listen: Annotated[list[str], _says("POP3 (110) addresses, STLS")] = field(
+        default_factory=lambda: ["127.0.0.1:2110"]
+    )
+    listen_tls: Annotated[list[str], _says("POP3S (995) addresses")] = field(default_factory=lambda: ["127.0.0.1:2995"])
+    plaintext_login: Annotated[bool, _says("allow passwords without TLS (never on a real network)")] = False
+    connections_max: Annotated[int, Meta(ge=1), _says("all POP3 connections")] = limits.CONNECTIONS_MAX_DEFAULT
+    connections_per_address_max: Annotated[int, Meta(ge=1), _says("connections per client address")] = (
+        limits.CONNECTIONS_PER_ADDRESS_MAX_DEFAULT
+    )
+    proxy_from: Annotated[list[str], _says("networks whose PROXY protocol header is required and believed")] = field(
+        default_factory=list
+    )
+
+
+class OutboundSettings(Struct, forbid_unknown_fields=True, frozen=True):
+    """Mail that leaves."""
+
+    smarthost: Annotated[str, _says("host:port that takes all outgoing mail; empty: the queue waits")] = ""
+    smarthost_tls: Annotated[str, _says("none, opportunistic, required (verified) or implicit (verified)")] = (
+        "opportunistic"
+    )
+    smarthost_ca: Annotated[str, _says("PEM file of authorities to trust; empty: the system's")] = ""
+    smarthost_user: Annotated[str, _says("AUTH user; empty: none")] = ""
+    smarthost_password_file: Annotated[str, _says("file with its password, mode 0600")] = ""
+    concurrency: Annotated[int, Meta(ge=1, le=1000), _says("connections to the smarthost")] = (
+        limits.QUEUE_CONCURRENCY_DEFAULT
+    )
+    lifetime_s: Annotated[float, Meta(ge=60), _says("how long mail is tried before the DSN")] = limits.QUEUE_LIFETIME_S
+    retry_first_s: Annotated[float, Meta(gt=0), _says("pause after the first failure; doubles")] = (
+        limits.QUEUE_RETRY_FIRST_S
+    )
+    srs_domain: Annotated[str, _says("domain of rewritten reverse-paths; empty: the host name")] = ""
+
+
+class LogSettings(Struct, forbid_unknown_fields=True, frozen=True):
+    """The event log."""
+
+    level: Annotated[str, _says("debug, info, warning or error")] = "info"
+    json: Annotated[bool, _says("one JSON object per line")] = False
+
+
+class TlsSettings(Struct, forbid_unknown_fields=True, frozen=True):
+    """Certificates; reread when the files change, the old one kept if the new is bad."""
+
+    certificate: Annotated[str, _says("PEM file with the chain")] = "tls/certificate.pem"
+    key: Annotated[str, _says("PEM file with the key")] = "tls/key.pem"
+
+
+class Settings(Struct, forbid_unknown_fields=True, frozen=True):
+    """Everything an operator may turn."""
+
+    hostname: Annotated[str, _says("this host's name in banners, trace fields and DSNs")] = "localhost"
+    cluster: ClusterSettings = ClusterSettings()
+    index: IndexSettings = IndexSettings()
+    directory: DirectorySettings = DirectorySettings()
+    smtp: SmtpSettings = SmtpSettings()
+    pop: PopSettings = PopSettings()
+    outbound: OutboundSettings = OutboundSettings()
+    tls: TlsSettings = TlsSettings()
+    log: LogSettings = LogSettings()
+
+
+POLICIES = ("spread-disk", "spread-load", "random")
+TLS_MODES = ("none", "opportunistic", "required", "implicit")
+
+
+def check(settings: Settings) -> None:
+    """Refuses settings that contradict each other. Raises OperatorError with the reason (F29)."""
+    cluster = settings.cluster
+    ids = [node.id for node in cluster.nodes]
+    groups = {node.group for node in cluster.nodes}
+    if len(set(ids)) != len(ids):
+        raise OperatorError("cluster.nodes: two nodes have the same id")
+    if len({node.path.rstrip("/") for node in cluster.nodes}) != len(ids):
+        raise OperatorError("cluster.nodes: two nodes have the same path")
+    for node in cluster.nodes:
+        if not node.id.isascii() or not node.id.replace("-", "").replace("_", "").isalnum():
+            raise OperatorError(f"cluster.nodes: {node.id!r} is not a name of letters, digits, - and _")
+    if cluster.nodes and cluster.copies_required > len(groups):
+        raise OperatorError(
+            f"cluster.copies_required = {cluster.copies_required} needs that many groups, but the nodes have only "
+            f"{len(groups)}: {', '.join(sorted(groups))}"
+        )
+    if cluster.policy not in POLICIES:
+        raise OperatorError(f"cluster.policy: {cluster.policy!r} is none of {', '.join(POLICIES)}")
+    if settings.outbound.smarthost_tls not in TLS_MODES:
+        raise OperatorError(f"outbound.smarthost_tls: none of {', '.join(TLS_MODES)}")
+    if settings.outbound.smarthost_user and settings.outbound.smarthost_tls in ("none", "opportunistic"):
+        raise OperatorError("outbound.smarthost_user needs smarthost_tls = required or implicit")
+    if settings.log.level not in ("debug", "info", "warning", "error"):
+        raise OperatorError("log.level: none of debug, info, warning, error")
+    host = settings.hostname
+    if not host.isascii() or not host.replace(".", "").replace("-", "").isalnum() or len(host) > 255:
+        raise OperatorError(f"hostname: {host!r} is not a domain name")
+
+
+def known_keys() -> dict[str, Any]:
+    """Every `section.key` with its type annotation and default, in table order."""
+    keys: dict[str, Any] = {}
+    for top in msgspec.structs.fields(Settings):
+        default = top.default
+        if isinstance(default, Struct):
+            for sub in msgspec.structs.fields(type(default)):
+                keys[f"{top.name}.{sub.name}"] = sub
+        else:
+            keys[top.name] = top
+    return keys
+
+
+def _parse_scalar(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _overlay(tree: dict[str, Any], dotted: str, text: str, origin: str) -> None:
+    if dotted not in known_keys():
+        raise OperatorError(f"{origin}: unknown setting {dotted!r}{_nearest(dotted)}")
+    section, _, key = dotted.rpartition(".")
+    place = tree.setdefault(section, {}) if section else tree
+    if not isinstance(place, dict):
+        raise OperatorError(f"{section!r} must be a table")
+    known = known_keys()[dotted]
+    place[key] = text if known.type is str or _plain_type(known.type) is str else _parse_scalar(text)
+
+
+def _plain_type(annotation: Any) -> Any:
+    return getattr(annotation, "__origin__", annotation)
+
+
+def _nearest(dotted: str) -> str:
+    near = difflib.get_close_matches(dotted, list(known_keys()), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _unknown_in(tree: Mapping[str, Any]) -> None:
+    known = known_keys()
+    sections = {name.split(".")[0] for name in known}
+    for name, value in tree.items():
+        if name not in sections:
+            raise OperatorError(f"unknown setting {name!r}{_nearest(name)}")
+        if isinstance(value, dict):
+            for key in value:
+                if f"{name}.{key}" not in known:
+                    raise OperatorError(f"unknown setting {name}.{key!s}{_nearest(f'{name}.{key}')}")
+
+
+def load(text: str, environment: Mapping[str, str], overrides: Sequence[str] = (), origin: str = "settings") -> Settings:
+    """Reads settings. Raises OperatorError naming the key and what is wrong."""
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise OperatorError(f"{origin}: {error}") from error
+    _unknown_in(tree)
+    for name, value in sorted(environment.items()):
+        if name.startswith("POWERMAIL_"):
+            _overlay(tree, name.removeprefix("POWERMAIL_").lower().replace("__", "."), value, name)
+    for override in overrides:
+        dotted, separator, value = override.partition("=")
+        if not separator:
+            raise OperatorError(f"--set {override!r} is not section.key=value")
+        _overlay(tree, dotted.strip(), value, "--set")
+    try:
+        settings = msgspec.convert(tree, Settings)
+    except msgspec.ValidationError as error:
+        raise OperatorError(f"{origin}: {error}") from error
+    check(settings)
+    return settings
+
+
+def load_file(path: str, overrides: Sequence[str] = ()) -> Settings:
+    """Reads a settings file and the environment of this process. Raises OperatorError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except OSError as error:
+        raise OperatorError(f"cannot read {path}: {error.strerror}; `powermail init` makes one") from error
+    return load(text, os.environ, overrides, path)
+
+
+def reference_page() -> str:
+    """The settings page of the documentation, in Markdown."""
+    lines = [
+        "# Settings",
+        "",
+        "Generated from `src/powermail/base/settings.py` by `powermail config --reference`; a test keeps it true.",
+        "Read in this order, the later wins: defaults, `powermail.toml` in the data directory, environment",
+        "(`POWERMAIL_SECTION__KEY`), command line (`--set section.key=value`). Unknown keys are refused.",
+        "",
+        "| setting | default | meaning |",
+        "|---|---|---|",
+    ]
+    for name, known in known_keys().items():
+        if name == "cluster.nodes":
+            continue
+        default = known.default_factory() if known.default is msgspec.NODEFAULT else known.default
+        shown = msgspec.json.encode(default).decode()
+        lines.append(f"| `{name}` | `{shown}` | {_description(known.type)} |")
+    lines += ["", "Each `[[cluster.nodes]]` table:", "", "| key | default | meaning |", "|---|---|---|"]
+    for entry in msgspec.structs.fields(NodeSettings):
+        shown = "required" if entry.default is msgspec.NODEFAULT else f"`{entry.default}`"
+        lines.append(f"| `{entry.name}` | {shown} | {_description(entry.type)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _description(annotation: Any) -> str:
+    for extra in getattr(annotation, "__metadata__", ()):
+        if isinstance(extra, Meta) and extra.description:
+            return extra.description
+    return ""

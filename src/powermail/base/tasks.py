@@ -1,0 +1,126 @@
+"""Owns background work: tasks always have an owner, workers do one unit at a time, paced, listed, stoppable."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from powermail.base.clock import Clock
+from powermail.base.errors import InvariantBroken, Trouble
+from powermail.base.log import Event, Log
+
+
+class Tasks:
+    """A set of tasks with one owner. A task that ends in an unexpected error is reported, never swallowed."""
+
+    def __init__(self, log: Log, broken: Callable[[BaseException], None]) -> None:
+        """`broken` is called when a storage invariant broke: the process must stop."""
+        self._log = log
+        self._broken = broken
+        self._tasks: dict[asyncio.Task[Any], None] = {}
+
+    def start(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+        """Starts `work`, which outlives whoever asked for it."""
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks[task] = None
+        task.add_done_callback(self._ended)
+        return task
+
+    def count(self) -> int:
+        """How many tasks are alive."""
+        return len(self._tasks)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Waits for all tasks to finish by themselves; those left after the time are cancelled."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while self._tasks:
+            left = deadline - asyncio.get_running_loop().time()
+            if left <= 0:
+                break
+            await asyncio.wait(list(self._tasks), timeout=left)
+        await self.cancel()
+
+    async def cancel(self) -> None:
+        """Cancels all tasks and waits until they are gone."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.pop(task, None)
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is None:
+            return
+        report_bug(self._log, error, task.get_name())
+        if isinstance(error, InvariantBroken):
+            self._broken(error)
+
+
+def report_bug(log: Log, error: BaseException, where: str) -> None:
+    """Writes an error that should not have happened, with the place it came from."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = f"{trace.tb_frame.f_code.co_filename.rsplit('/', 2)[-1]}:{trace.tb_lineno}" if trace else None
+    log.event(Event.BUG, where=where, error=f"{type(error).__name__}: {error}", at=place)
+
+
+class Worker:
+    """A named background job: `step` does one unit and says how many seconds to rest before the next.
+
+    Trouble is logged once per change of state and retried with growing pauses. `poke` ends a rest early.
+    """
+
+    def __init__(self, name: str, step: Callable[[], Awaitable[float]], clock: Clock, log: Log) -> None:
+        self.name = name
+        self.status = "starting"
+        self.units = 0
+        self.errors = 0
+        self._step = step
+        self._clock = clock
+        self._log = log
+        self._wake = asyncio.Event()
+        self._pause_s = 0.0
+        self._last_error = ""
+
+    def poke(self) -> None:
+        """There is work: do not rest."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Works until cancelled."""
+        while True:
+            try:
+                rest_s = await self._step()
+                self.units += 1
+                self._pause_s = 0.0
+                if self._last_error:
+                    self._log.event(Event.TROUBLE, worker=self.name, over=True)
+                    self._last_error = ""
+                self.status = "idle"
+            except (Trouble, OSError, TimeoutError) as error:
+                self.errors += 1
+                self._pause_s = min(30.0, max(1.0, self._pause_s * 2))
+                rest_s = self._pause_s
+                text = f"{type(error).__name__}: {error}"
+                if text != self._last_error:
+                    self._log.event(Event.TROUBLE, worker=self.name, error=text)
+                    self._last_error = text
+                self.status = f"waiting after {text}"
+            if rest_s > 0:
+                self._wake.clear()
+                try:
+                    await asyncio.wait_for(self._wake.wait(), rest_s)
+                except TimeoutError:
+                    pass
+            else:
+                await asyncio.sleep(0)
+
+    def describe(self) -> dict[str, Any]:
+        """One line of `powermail status`."""
+        return {"name": self.name, "status": self.status, "units": self.units, "errors": self.errors}

@@ -1,0 +1,37 @@
+"""Owns the bundle of seams that every room is handed: one real world, one simulated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from powermail.base.clock import Clock, SystemClock
+from powermail.base.counters import Counters
+from powermail.base.disk import Disk, SystemDisk
+from powermail.base.entropy import Entropy, KeySource, SystemEntropy
+from powermail.base.lane import Lane, ThreadLane
+from powermail.base.log import Log
+from powermail.base.net import Network, SocketNetwork
+
+
+@dataclass
+class World:
+    """Everything that is not pure computation."""
+
+    clock: Clock
+    disk: Disk
+    net: Network
+    entropy: Entropy
+    lane: Callable[[str], Lane]
+    log: Log
+    simulated: bool = False
+    counters: Counters = field(default_factory=Counters)
+    keys: KeySource = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.keys = KeySource(self.clock.now, self.entropy)
+
+
+def system_world(log: Log) -> World:
+    """The machine's own clock, disks, sockets, randomness and threads."""
+    return World(SystemClock(), SystemDisk(), SocketNetwork(), SystemEntropy(), ThreadLane, log)

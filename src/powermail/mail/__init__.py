@@ -1,0 +1,1 @@
+"""Values of the field: address, envelope, status, header fields, DSN. No I/O, no clock."""

@@ -1,0 +1,104 @@
+r"""Owns dot transparency (RFC 5321 §4.5.2, RFC 1939 §3): un-stuffing what comes in, stuffing what goes out.
+
+Danger: only CRLF "." CRLF ends data. `\n.\n`, `\n.\r\n`, `\r\n.\n`, `\r.\r` do not (SMTP smuggling, CVE-2023-51764 and
+kin). Rule for the octets: a bare LF in DATA is stored as CRLF; NUL, bare CR and 8-bit octets are stored as they came.
+"""
+
+from __future__ import annotations
+
+import re
+
+_BARE_LF = re.compile(rb"(?<!\r)\n")
+_BARE_CR = re.compile(rb"\r(?!\n)")
+_END = b"\r\n.\r\n"
+
+
+def has_bare_lf(octets: bytes) -> bool:
+    """True if some LF has no CR before it."""
+    return octets.count(b"\n") != octets.count(b"\r\n")
+
+
+class DotReader:
+    """Takes the octets after 354 and gives the message, un-stuffed exactly once, with CRLF line ends."""
+
+    def __init__(self) -> None:
+        # The CRLF of the DATA command stands before the first line, so a message may be just ".CRLF".
+        self._held = b"\r\n"
+        self._first = True
+        self.done = False
+
+    def feed(self, octets: bytes) -> tuple[bytes, bytes]:
+        """Returns (message octets, octets behind the end). When `done`, no more must be fed."""
+        data = self._held + octets
+        end = data.find(_END)
+        rest = b""
+        if end >= 0:
+            rest = data[end + 5 :]
+            data = data[: end + 2]
+            self._held = b""
+            self.done = True
+        else:
+            keep = _open_end(data)
+            self._held = data[len(data) - keep :] if keep else b""
+            data = data[: len(data) - keep] if keep else data
+        if b"\r\n." in data:
+            data = data.replace(b"\r\n.", b"\r\n")
+        if data and has_bare_lf(data):
+            data = _BARE_LF.sub(b"\r\n", data)
+        if self._first and data:
+            self._first = False
+            data = data[2:]
+        return data, rest
+
+
+def _open_end(data: bytes) -> int:
+    """How many octets at the end may still be part of CRLF "." CRLF or of a line end."""
+    for size in (4, 3, 2, 1):
+        if _END.startswith(data[-size:]) and len(data) >= size:
+            return size
+    return 0
+
+
+class DotWriter:
+    """Stuffs a message for sending, in pieces, and ends it with CRLF "." CRLF.
+
+    LF is always sent as CRLF, so no peer can see an end of data that is not there. With `clean_cr`, a bare CR is sent
+    as CRLF too (outbound SMTP, F02); POP3 sends it as it is.
+    """
+
+    def __init__(self, clean_cr: bool = False) -> None:
+        self._at_line_start = True
+        self._held_cr = False
+        self._clean_cr = clean_cr
+
+    def feed(self, octets: bytes) -> bytes:
+        """The octets to send for this piece."""
+        if not octets:
+            return b""
+        if self._held_cr:
+            octets = b"\r" + octets
+            self._held_cr = False
+        if octets.endswith(b"\r"):
+            self._held_cr = True
+            octets = octets[:-1]
+            if not octets:
+                return b""
+        if has_bare_lf(octets):
+            octets = _BARE_LF.sub(b"\r\n", octets)
+        if self._clean_cr and octets.count(b"\r") != octets.count(b"\r\n"):
+            octets = _BARE_CR.sub(b"\r\n", octets)
+        starts = self._at_line_start and octets.startswith(b".")
+        self._at_line_start = octets.endswith(b"\r\n")
+        if b"\r\n." in octets:
+            octets = octets.replace(b"\r\n.", b"\r\n..")
+        return b"." + octets if starts else octets
+
+    def end(self) -> bytes:
+        """The rest and the end mark; adds a CRLF only if the message does not end in one."""
+        tail = b""
+        if self._held_cr:
+            tail = b"\r\n" if self._clean_cr else b"\r"
+            self._at_line_start = self._clean_cr
+        if self._at_line_start:
+            return tail + b".\r\n"
+        return tail + b"\r\n.\r\n"
