@@ -1,0 +1,68 @@
+"""Owns a node's identity: which cluster, which node, which incarnation, and the salt of its checksums.
+
+Danger: a store without its identity file may be an unmounted disk; it is refused, never initialised silently (F12).
+"""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import Struct
+
+from powermail.base.disk import Disk
+from powermail.base.entropy import Entropy
+from powermail.base.errors import OperatorError
+
+FORMAT = 1
+
+
+class Identity(Struct, frozen=True):
+    """What `identity` holds. All but `node` and `format` are hex."""
+
+    format: int
+    cluster: str
+    node: str
+    store: str
+    incarnation: str
+    salt: str
+
+
+def read_identity(disk: Disk, path: str, cluster: str, node: str) -> Identity:
+    """Reads and checks `PATH/identity`. Raises OperatorError with the reason it is refused."""
+    try:
+        octets = disk.read_file(f"{path}/identity")
+    except OSError as error:
+        raise OperatorError(
+            f"node {node}: no identity in {path}: is its disk mounted? For a new, empty disk run "
+            f"`powermail node replace {node}`"
+        ) from error
+    try:
+        identity = msgspec.json.decode(octets, type=Identity)
+    except msgspec.DecodeError as error:
+        raise OperatorError(f"node {node}: {path}/identity is damaged: {error}") from error
+    if identity.format > FORMAT:
+        raise OperatorError(f"node {node}: format {identity.format} of {path} is newer than this program")
+    if identity.cluster != cluster:
+        raise OperatorError(f"node {node}: the disk in {path} belongs to another cluster ({identity.cluster})")
+    if identity.node != node:
+        raise OperatorError(f"node {node}: the disk in {path} is that of node {identity.node}: swapped or cloned")
+    return identity
+
+
+def make_store(disk: Disk, path: str, cluster: str, node: str, entropy: Entropy) -> Identity:
+    """Makes an empty directory a node's store. Raises OperatorError if something is there already."""
+    disk.make_directory(path)
+    present = [name for name in disk.list(path) if name != "lost+found"]
+    if present:
+        raise OperatorError(f"node {node}: {path} is not empty ({', '.join(present[:3])}); it is left as it is")
+    disk.make_directory(f"{path}/segments")
+    disk.sync_directory(path)
+    identity = Identity(
+        FORMAT, cluster, node, entropy.octets(16).hex(), entropy.octets(8).hex(), entropy.octets(32).hex()
+    )
+    write_identity(disk, path, identity)
+    return identity
+
+
+def write_identity(disk: Disk, path: str, identity: Identity) -> None:
+    """Replaces `PATH/identity` atomically."""
+    disk.replace_file(f"{path}/identity", msgspec.json.encode(identity))
