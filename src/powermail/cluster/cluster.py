@@ -10,9 +10,6 @@ from powermail.base.errors import NodeTrouble, NotRedundant, OperatorError
 from powermail.base.world import World
 from powermail.cluster.placement import Candidate, place
 from powermail.storage.contract import NodeState, StorageNode
-from powermail.storage.node import LocalNode
-
-_REOPEN_AFTER_S = 1.0
 
 
 class Cluster:
@@ -75,7 +72,7 @@ class Cluster:
 
     async def _check(self, node: StorageNode) -> None:
         try:
-            if node.state is NodeState.MISSING and isinstance(node, LocalNode):
+            if node.state in (NodeState.MISSING, NodeState.OPENING):
                 await node.open()
             elif node.state is not NodeState.CLOSED:
                 await node.probe()

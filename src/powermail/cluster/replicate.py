@@ -153,11 +153,10 @@ class Replication:
         for node in self._targets:
             self._touched[node.id] = node
         try:
-            # gather is left for the rare case: most commits answer in order within one group commit.
             waiting = [(node, self._start(node, last, body, count)) for node in self._targets]
             failures: list[tuple[StorageNode, BaseException]] = []
-            for node, future in waiting:
-                error = await self._receipt(future)
+            for node, receipt in waiting:
+                error = receipt if isinstance(receipt, Trouble) else await self._receipt(receipt)
                 if error is not None:
                     failures.append((node, error))
             for failed, error in failures:
@@ -167,8 +166,11 @@ class Replication:
             raise
         return record, tuple(node.id for node in self._targets)
 
-    def _start(self, node: StorageNode, last: list[Chunk], body: bytes, count: int) -> asyncio.Future[None]:
-        return asyncio.ensure_future(node.commit(self.key, last, body, count))
+    def _start(self, node: StorageNode, last: list[Chunk], body: bytes, count: int) -> asyncio.Future[None] | Trouble:
+        try:
+            return asyncio.ensure_future(node.commit(self.key, last, body, count))
+        except Trouble as error:
+            return error
 
     async def _receipt(self, future: asyncio.Future[None]) -> BaseException | None:
         try:
@@ -184,7 +186,8 @@ class Replication:
         self._world.log.event(Event.TROUBLE, key=self.key, node=failed.id, error=str(error) or type(error).__name__)
         while True:
             spare = await self._replace(failed, error, count - len(last))
-            again = await self._receipt(self._start(spare, last, body, count))
+            receipt = self._start(spare, last, body, count)
+            again = receipt if isinstance(receipt, Trouble) else await self._receipt(receipt)
             if again is None:
                 return
             failed, error = spare, again

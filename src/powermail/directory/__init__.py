@@ -1,0 +1,1 @@
+"""Who exists: addresses, forwards, passwords, quotas. One INSERT makes a mailbox; no table of domains is needed."""

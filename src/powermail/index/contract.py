@@ -136,6 +136,9 @@ class Index(Protocol):
     async def drop_mailboxes(self, account: str) -> Release:
         """Removes all mailboxes of an account (the operator's purge)."""
 
+    async def queue_count(self, domain: str = "") -> int:
+        """How many queue rows wait, all or for one domain."""
+
     async def message(self, key: bytes) -> MessageFacts | None:
         """What is known of a message."""
 

@@ -1,0 +1,1 @@
+"""What readers see: maildrops over the index and the nodes."""

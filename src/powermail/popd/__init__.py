@@ -1,0 +1,1 @@
+"""Front door for reading by POP3 (110, 995)."""

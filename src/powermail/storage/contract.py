@@ -8,7 +8,7 @@ fsync error makes the node read-only (P18). Absence is never inferred: `CopyMiss
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
 
@@ -97,11 +97,17 @@ class StorageNode(Protocol):
     def stat(self) -> NodeStat:
         """As last known; never blocks."""
 
+    async def open(self) -> None:
+        """Opens and recovers; fine if open. Raises OperatorError or NodeTrouble with the reason it is refused."""
+
+    async def initialise(self) -> None:
+        """Makes an empty directory this node's store, with a new incarnation. Raises OperatorError."""
+
     async def append(self, key: bytes, chunks: Sequence[Chunk]) -> None:
         """Takes chunks of a message that streams in. Not durable. Raises NodeTrouble."""
 
-    async def commit(self, key: bytes, chunks: Sequence[Chunk], commit: bytes, count: int) -> None:
-        """Takes the last chunks and the commit record of a message of `count` chunks; returns when all is durable here.
+    def commit(self, key: bytes, chunks: Sequence[Chunk], commit: bytes, count: int) -> Awaitable[None]:
+        """Takes the last chunks and the commit record of a message of `count` chunks; done when all is durable here.
 
         Idempotent by key. Raises NodeTrouble; the outcome is then unknown until `abort` or a later look.
         """

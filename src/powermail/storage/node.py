@@ -6,7 +6,7 @@ Appends that arrive while a batch is being written wait and form the next batch:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from powermail.base import limits
@@ -290,19 +290,22 @@ class LocalNode:
         assert future is not None
         await future
 
-    async def commit(self, key: bytes, chunks: Sequence[Chunk], commit: bytes, count: int) -> None:
-        if not self._room.is_set():
-            await self._room.wait()
-        await self.commit_soon(key, chunks, commit, count)
+    def commit(self, key: bytes, chunks: Sequence[Chunk], commit: bytes, count: int) -> Awaitable[None]:
+        if self._room.is_set():
+            return self._commit_now(key, chunks, commit, count)
+        return self._commit_later(key, chunks, commit, count)
 
-    def commit_soon(self, key: bytes, chunks: Sequence[Chunk], commit: bytes, count: int) -> asyncio.Future[None]:
-        """`commit` without waiting for room; the future is done when it is durable."""
+    def _commit_now(self, key: bytes, chunks: Sequence[Chunk], commit: bytes, count: int) -> asyncio.Future[None]:
         octets = len(commit)
         for chunk in chunks:
             octets += len(chunk.stored)
         future = self._submit(Operation(rec.COMMIT, key, chunks, commit, count), octets, answer=True)
         assert future is not None
         return future
+
+    async def _commit_later(self, key: bytes, chunks: Sequence[Chunk], commit: bytes, count: int) -> None:
+        await self._room.wait()
+        await self._commit_now(key, chunks, commit, count)
 
     async def abort(self, key: bytes) -> None:
         future = self._submit(Operation(rec.ABORT, key), 0, answer=True)

@@ -1,0 +1,280 @@
+"""Owns one accepted connection: octets in and out, deadlines, back-pressure, the TLS switch, the caps of a door.
+
+Deadlines are checked once a second for all connections of a door, which costs nothing per command.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from powermail.base import limits
+from powermail.base.log import Event
+from powermail.base.tasks import Tasks
+from powermail.base.world import World
+
+_PAUSE_OCTETS = 512 * limits.KIB
+
+
+class Gone(Exception):
+    """The peer has closed, or the connection was lost."""
+
+
+class Connection(asyncio.Protocol):
+    """One connection. The session's coroutine takes what came and writes replies."""
+
+    def __init__(self, door: Door) -> None:
+        self.door = door
+        self.client = ""
+        self.port = 0
+        self.tls = False
+        self.deadline = float("inf")
+        self.counted = ""
+        self.transport: asyncio.Transport | None = None
+        self._incoming: list[bytes] = []
+        self._incoming_octets = 0
+        self._waiter: asyncio.Future[None] | None = None
+        self._writable: asyncio.Future[None] | None = None
+        self._closed = False
+        self._paused = False
+        self._upgrading = False
+        self._task: asyncio.Task[Any] | None = None
+
+    # -- asyncio's side ---------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
+        self.transport = transport  # type: ignore[assignment]
+        peer = transport.get_extra_info("peername") or ("local", 0)
+        self.client, self.port = str(peer[0]), int(peer[1])
+        self.tls = transport.get_extra_info("ssl_object") is not None
+        if self._task is None:
+            self._task = self.door.accept(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self._upgrading:
+            return
+        self._incoming.append(data)
+        self._incoming_octets += len(data)
+        if self._incoming_octets > _PAUSE_OCTETS and not self._paused and self.transport is not None:
+            self._paused = True
+            self.transport.pause_reading()
+        self._wake()
+
+    def eof_received(self) -> bool:
+        self._closed = True
+        self._wake()
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._closed = True
+        self._wake()
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_exception(Gone())
+
+    def pause_writing(self) -> None:
+        if self._writable is None:
+            self._writable = asyncio.get_running_loop().create_future()
+
+    def resume_writing(self) -> None:
+        waiter, self._writable = self._writable, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def expire(self) -> None:
+        """The deadline has passed: whoever waits gets TimeoutError."""
+        self.deadline = float("inf")
+        for waiter in (self._waiter, self._writable):
+            if waiter is not None and not waiter.done():
+                waiter.set_exception(TimeoutError())
+
+    # -- the session's side -----------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """True when the peer is gone."""
+        return self._closed
+
+    async def receive(self, timeout_s: float) -> bytes:
+        """What came in, waiting for it if needed. Raises TimeoutError, Gone when the peer has closed."""
+        while not self._incoming:
+            if self._closed:
+                raise Gone
+            self._waiter = asyncio.get_running_loop().create_future()
+            self.deadline = self.door.monotonic() + timeout_s
+            await self._waiter
+        self.deadline = float("inf")
+        if len(self._incoming) == 1:
+            data = self._incoming[0]
+        else:
+            data = b"".join(self._incoming)
+        self._incoming.clear()
+        self._incoming_octets = 0
+        if self._paused and self.transport is not None:
+            self._paused = False
+            self.transport.resume_reading()
+        return data
+
+    def drop_input(self) -> None:
+        """Throws away what came and was not taken (RFC 3207 §4.2)."""
+        self._incoming.clear()
+        self._incoming_octets = 0
+
+    def has_input(self) -> bool:
+        """True if octets wait."""
+        return bool(self._incoming)
+
+    def write(self, octets: bytes) -> None:
+        """Queues octets for the peer."""
+        if self.transport is not None and not self._closed:
+            self.transport.write(octets)
+
+    async def flush(self) -> None:
+        """Waits while the peer is far behind in reading. Raises TimeoutError, Gone."""
+        if self._writable is not None:
+            self.deadline = self.door.monotonic() + limits.REPLY_WRITE_TIMEOUT_S
+            await self._writable
+            self.deadline = float("inf")
+
+    async def start_tls(self, context: ssl.SSLContext) -> None:
+        """Switches to TLS; everything received before is dropped. Raises OSError, TimeoutError."""
+        assert self.transport is not None
+        self._upgrading = True
+        self.drop_input()
+        try:
+            self.transport = await self.door.world.net.start_tls(self.transport, self, context, server_side=True)
+        finally:
+            self._upgrading = False
+        self.tls = True
+
+    def cipher(self) -> str:
+        """What TLS uses, for the trace field; empty without TLS."""
+        ssl_object = self.transport.get_extra_info("ssl_object") if self.transport is not None else None
+        if ssl_object is None:
+            return ""
+        cipher = ssl_object.cipher()
+        return f"{ssl_object.version()} {cipher[0]}" if cipher else ""
+
+    def close(self) -> None:
+        """Closes after what was written has gone out."""
+        self._closed = True
+        if self.transport is not None:
+            self.transport.close()
+        self._wake()
+
+    def stop(self) -> None:
+        """Ends the session at its next wait for input."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(Draining())
+
+
+class Draining(Exception):
+    """The server shuts down: say 421 or bye and close."""
+
+
+Session = Callable[[Connection], Coroutine[Any, Any, None]]
+
+
+class Door:
+    """A listening service: caps on connections, deadlines, draining. One for each protocol."""
+
+    def __init__(
+        self,
+        world: World,
+        name: str,
+        tasks: Tasks,
+        session: Session,
+        refuse: Callable[[Connection, str], bytes],
+        connections_max: int,
+        per_address_max: int,
+    ) -> None:
+        self.world = world
+        self.name = name
+        self.monotonic = world.clock.monotonic
+        self.draining = False
+        self._tasks = tasks
+        self._session = session
+        self._refuse = refuse
+        self._max = connections_max
+        self._per_address_max = per_address_max
+        self._open: dict[Connection, None] = {}
+        self._per_address: dict[str, int] = {}
+
+    def __call__(self) -> Connection:
+        return Connection(self)
+
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return len(self._open)
+
+    @property
+    def stressed(self) -> bool:
+        """More than half of the connections are taken: idle ones get less time."""
+        return len(self._open) * 2 > self._max
+
+    def admit(self, connection: Connection) -> bool:
+        """Counts the connection under its client's address; False over the cap."""
+        count = self._per_address.get(connection.client, 0)
+        if count >= self._per_address_max:
+            return False
+        connection.counted = connection.client
+        self._per_address[connection.client] = count + 1
+        return True
+
+    def accept(self, connection: Connection) -> asyncio.Task[Any] | None:
+        """A new connection: starts its session, or refuses it at the cap."""
+        why = ""
+        if self.draining:
+            why = "shutting down"
+        elif len(self._open) >= self._max or not self.admit(connection):
+            why = "too many connections"
+        if why:
+            self.world.counters.add(f"{self.name}.connections_refused")
+            self.world.log.event(Event.CONNECTION_REFUSED, door=self.name, client=connection.client, reason=why)
+            connection.write(self._refuse(connection, why))
+            connection.close()
+            return None
+        self._open[connection] = None
+        self.world.counters.add(f"{self.name}.connections")
+        return self._tasks.start(self._run(connection), f"{self.name}-session")
+
+    async def _run(self, connection: Connection) -> None:
+        try:
+            await self._session(connection)
+        except (Gone, ConnectionError):
+            self.world.counters.add(f"{self.name}.lost")
+        finally:
+            connection.close()
+            self._open.pop(connection, None)
+            self.leave(connection)
+
+    def leave(self, connection: Connection) -> None:
+        """Uncounts the connection's address."""
+        if connection.counted:
+            left = self._per_address[connection.counted] - 1
+            if left:
+                self._per_address[connection.counted] = left
+            else:
+                del self._per_address[connection.counted]
+            connection.counted = ""
+
+    def sweep(self) -> None:
+        """Ends waits whose deadline has passed; called once a second."""
+        now = self.monotonic()
+        for connection in list(self._open):
+            if connection.deadline <= now:
+                connection.expire()
+
+    def drain(self) -> None:
+        """Refuses the new; sessions end when they next wait for their client."""
+        self.draining = True
+        for connection in list(self._open):
+            connection.stop()

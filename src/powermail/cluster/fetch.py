@@ -1,0 +1,116 @@
+"""Owns fetching: one good copy of a message, checksums verified, another copy when one is bad, slow or away (P3).
+
+A copy that fails is reported to `bad_copy`, which notes it for repair. What is handed out has been checked against the
+record checksum chunk by chunk; `read_all` checks the SHA-256 of the whole message too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import msgspec
+import zstandard
+
+from powermail.base import limits
+from powermail.base.errors import CopyDamaged, CopyMissing, MessageUnreadable, Trouble
+from powermail.base.log import Event
+from powermail.base.world import World
+from powermail.cluster.cluster import Cluster
+from powermail.mail.envelope import Commit
+from powermail.storage.contract import COMPRESSED, Chunk, StorageNode
+
+T = TypeVar("T")
+BadCopy = Callable[[bytes, str, str], Awaitable[None]]
+_decode = msgspec.json.Decoder(Commit).decode
+
+
+def unpack(chunk: Chunk) -> bytes:
+    """A chunk's octets. Raises CopyDamaged."""
+    if not chunk.flags & COMPRESSED:
+        return chunk.stored
+    try:
+        return zstandard.ZstdDecompressor().decompress(chunk.stored, max_output_size=limits.RECORD_BODY_OCTETS_MAX)
+    except zstandard.ZstdError as error:
+        raise CopyDamaged(f"chunk {chunk.number} does not decompress") from error
+
+
+class Fetcher:
+    """Reads messages from whichever nodes have good copies."""
+
+    def __init__(self, world: World, cluster: Cluster, bad_copy: BadCopy) -> None:
+        self._world = world
+        self._cluster = cluster
+        self._bad_copy = bad_copy
+
+    def _order(self, nodes: Sequence[str]) -> list[StorageNode]:
+        """The nodes believed to hold it first, the others behind: belief may be old."""
+        readable = self._cluster.readable()
+        believed = [node for node in readable if node.id in nodes]
+        self._world.entropy.shuffle(believed)
+        return believed + [node for node in readable if node.id not in nodes]
+
+    async def _try(self, key: bytes, nodes: Sequence[str], read: Callable[[StorageNode], Awaitable[T]]) -> T:
+        trouble: list[str] = []
+        for node in self._order(nodes):
+            try:
+                async with asyncio.timeout(limits.NODE_READ_TIMEOUT_S):
+                    return await read(node)
+            except (CopyMissing, CopyDamaged) as error:
+                trouble.append(f"{node.id}: {error}")
+                if node.id in nodes:
+                    self._world.counters.add("cluster.bad_copies")
+                    self._world.log.event(Event.COPY_BAD, key=key, node=node.id, error=str(error))
+                    await self._bad_copy(key, node.id, str(error))
+            except (Trouble, TimeoutError) as error:
+                trouble.append(f"{node.id}: {error}")
+        raise MessageUnreadable(f"no good copy of {key.hex()}: {'; '.join(trouble) or 'no node is there'}")
+
+    async def commit(self, key: bytes, nodes: Sequence[str]) -> Commit:
+        """The commit record. Raises MessageUnreadable."""
+
+        async def read(node: StorageNode) -> Commit:
+            try:
+                return _decode(await node.read_commit(key))
+            except msgspec.DecodeError as error:
+                raise CopyDamaged("commit record cannot be read") from error
+
+        return await self._try(key, nodes, read)
+
+    async def chunks(self, key: bytes, nodes: Sequence[str], commit: Commit) -> AsyncIterator[bytes]:
+        """The octets, chunk by chunk. Raises MessageUnreadable, also in the middle."""
+        for number, octets in enumerate(commit.sizes):
+
+            async def read(node: StorageNode, number: int = number, octets: int = octets) -> bytes:
+                data = unpack(await node.read_chunk(key, number))
+                if len(data) != octets:
+                    raise CopyDamaged(f"chunk {number} has {len(data)} octets, not {octets}")
+                return data
+
+            yield await self._try(key, nodes, read)
+
+    async def read_all(self, key: bytes, nodes: Sequence[str]) -> tuple[Commit, bytes]:
+        """A whole message, its SHA-256 checked. Raises MessageUnreadable."""
+        commit = await self.commit(key, nodes)
+        parts = [part async for part in self.chunks(key, nodes, commit)]
+        data = b"".join(parts)
+        if hashlib.sha256(data).hexdigest() != commit.sha256:
+            raise MessageUnreadable(f"{key.hex()}: the octets do not have the checksum they were accepted with")
+        return commit, data
+
+    async def copy(self, key: bytes, source: StorageNode, target: StorageNode) -> None:
+        """Copies a message from node to node, every octet verified on the way. Raises CopyMissing, CopyDamaged, Trouble."""
+        body = await source.read_commit(key)
+        commit = _decode(body)
+        digest = hashlib.sha256()
+        for number in range(len(commit.sizes)):
+            chunk = await source.read_chunk(key, number)
+            digest.update(unpack(chunk))
+            if number == len(commit.sizes) - 1:
+                if digest.hexdigest() != commit.sha256:
+                    raise CopyDamaged(f"the copy on {source.id} has another SHA-256 than was accepted")
+                await target.commit(key, [chunk], body, len(commit.sizes))
+            else:
+                await target.append(key, [chunk])

@@ -1,0 +1,60 @@
+"""Owns the limits on wrong passwords: by address range (refuse) and by account (delay), shared by all doors (U05)."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import OrderedDict
+
+from powermail.base import limits
+from powermail.base.clock import Clock
+
+
+def ranges(client: str) -> tuple[str, ...]:
+    """The three ranges a client address counts in: /32, /26, /21, or /64, /48, /32 for IPv6."""
+    try:
+        address = ipaddress.ip_address(client)
+    except ValueError:
+        return (client,) * 3
+    sizes = (32, 26, 21) if address.version == 4 else (64, 48, 32)
+    return tuple(str(ipaddress.ip_network((address, size), strict=False)) for size in sizes)
+
+
+class FailureLimiter:
+    """Counts failures in the running minute and day. Success of the owner is never locked out by others' failures."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._counts: OrderedDict[str, tuple[float, int, float, int]] = OrderedDict()
+
+    def _get(self, name: str) -> tuple[float, int, float, int]:
+        now = self._clock.monotonic()
+        minute_at, in_minute, day_at, in_day = self._counts.get(name, (now, 0, now, 0))
+        if now - minute_at >= 60.0:
+            minute_at, in_minute = now, 0
+        if now - day_at >= 86_400.0:
+            day_at, in_day = now, 0
+        return minute_at, in_minute, day_at, in_day
+
+    def refused(self, client: str) -> bool:
+        """True if this client's range has failed too often."""
+        for number, name in enumerate(ranges(client)):
+            _, in_minute, _, in_day = self._get(name)
+            if in_minute >= limits.AUTH_FAILURES_PER_MINUTE_MAX[number]:
+                return True
+            if in_day >= limits.AUTH_FAILURES_PER_DAY_MAX[number]:
+                return True
+        return False
+
+    def failed(self, client: str, account: str) -> None:
+        """Counts one wrong password."""
+        for name in dict.fromkeys((*ranges(client), f"account {account[:255]}")):
+            minute_at, in_minute, day_at, in_day = self._get(name)
+            self._counts[name] = (minute_at, in_minute + 1, day_at, in_day + 1)
+            self._counts.move_to_end(name)
+        while len(self._counts) > limits.AUTH_TRACKED_MAX:
+            self._counts.popitem(last=False)
+
+    def delay_s(self, client: str) -> float:
+        """How long the answer to a wrong password waits; grows with the failures of this client."""
+        in_minute = self._get(ranges(client)[0])[1]
+        return min(limits.AUTH_DELAY_MAX_S, 0.25 * 2 ** min(in_minute, 6)) if in_minute else 0.25

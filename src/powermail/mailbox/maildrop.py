@@ -1,0 +1,137 @@
+"""Owns the maildrop: POP3's view of INBOX, fixed at login, exclusive to one session at a time.
+
+The stated rule: one POP3 session per account in a process; a second gets [IN-USE]. Numbers are fixed for the session;
+what arrives later is seen next time. DELE takes effect at `update` only (P11). The unique-id is the message key.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import AsyncIterator
+from typing import NamedTuple
+
+from powermail.base import limits
+from powermail.cluster.fetch import Fetcher
+from powermail.index.contract import Index, MailboxFacts
+
+_KEY_OCTETS = 16
+
+
+class InUse(Exception):
+    """Another session has this maildrop."""
+
+
+class Listed(NamedTuple):
+    """One message of the maildrop."""
+
+    number: int
+    octets: int
+    key: bytes
+
+    @property
+    def unique_id(self) -> str:
+        """RFC 1939 §7: 1 to 70 characters, never used for another message."""
+        return self.key.hex()
+
+
+class Maildrop:
+    """INBOX of one account for one session. Numbers begin with 1."""
+
+    def __init__(self, drops: Maildrops, account: str, facts: MailboxFacts | None) -> None:
+        self.count = facts.messages if facts else 0
+        self.octets = facts.octets if facts else 0
+        self._drops = drops
+        self._account = account
+        self._facts = facts
+        self._loaded = facts is None or not facts.messages
+        self._uids = array("L")
+        self._sizes = array("Q")
+        self._keys = bytearray()
+        self._deleted: dict[int, None] = {}
+
+    async def load(self) -> None:
+        """Takes the snapshot: 24 octets a message. Raises IndexTrouble: never a short listing (P7)."""
+        if self._loaded or self._facts is None:
+            return
+        after = 0
+        while True:
+            rows = await self._drops.index.entries(self._facts.id, after, self._facts.uid_next, limits.INDEX_PAGE_ROWS)
+            for row in rows:
+                self._uids.append(row.uid)
+                self._sizes.append(row.octets)
+                self._keys += row.key
+            if len(rows) < limits.INDEX_PAGE_ROWS:
+                break
+            after = rows[-1].uid
+        self.count = len(self._uids)
+        self.octets = sum(self._sizes)
+        self._loaded = True
+
+    def get(self, number: int) -> Listed | None:
+        """A message that exists and is not marked deleted."""
+        if not 1 <= number <= len(self._uids) or number in self._deleted:
+            return None
+        start = (number - 1) * _KEY_OCTETS
+        return Listed(number, self._sizes[number - 1], bytes(self._keys[start : start + _KEY_OCTETS]))
+
+    def totals(self) -> tuple[int, int]:
+        """(messages, octets) without those marked deleted."""
+        gone = sum(self._sizes[number - 1] for number in self._deleted)
+        return self.count - len(self._deleted), self.octets - gone
+
+    def mark(self, number: int) -> None:
+        """Marks for deletion."""
+        self._deleted[number] = None
+
+    def unmark_all(self) -> None:
+        """RSET."""
+        self._deleted.clear()
+
+    async def read(self, key: bytes) -> AsyncIterator[bytes]:
+        """A message's octets in pieces. Raises MessageUnreadable."""
+        known = await self._drops.index.message(key)
+        nodes = known.nodes if known is not None else ()
+        commit = await self._drops.fetcher.commit(key, nodes)
+        async for part in self._drops.fetcher.chunks(key, nodes, commit):
+            yield part
+
+    async def update(self) -> int:
+        """Deletes what is marked; durable when it returns. Raises IndexTrouble."""
+        if not self._deleted or self._facts is None:
+            return 0
+        uids = [self._uids[number - 1] for number in sorted(self._deleted)]
+        done = await self._drops.index.expunge(self._facts.id, uids)
+        self._deleted.clear()
+        return done.removed
+
+    def release(self) -> None:
+        """Lets the next session in. Idempotent."""
+        self._drops.leave(self._account, self)
+
+
+class Maildrops:
+    """Opens maildrops."""
+
+    def __init__(self, index: Index, fetcher: Fetcher) -> None:
+        self.index = index
+        self.fetcher = fetcher
+        self._held: dict[str, Maildrop | None] = {}
+
+    async def open(self, account: str) -> Maildrop:
+        """Raises InUse, IndexTrouble."""
+        if account in self._held:
+            raise InUse
+        self._held[account] = None
+        try:
+            facts = await self.index.find_mailbox(account, "INBOX")
+        except BaseException:
+            del self._held[account]
+            raise
+        drop = Maildrop(self, account, facts)
+        self._held[account] = drop
+        return drop
+
+    def leave(self, account: str, drop: Maildrop) -> None:
+        """The session is over."""
+        if self._held.get(account) is drop:
+            del self._held[account]

@@ -1,0 +1,84 @@
+"""Owns what all sessions of the mail-taking doors share: services, settings, the rate of each account."""
+
+from __future__ import annotations
+
+import ipaddress
+import ssl
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from enum import Enum
+
+from powermail.base import limits
+from powermail.base.settings import SmtpSettings
+from powermail.base.world import World
+from powermail.delivery.srs import Rewriter
+from powermail.delivery.transaction import DeliveryService
+from powermail.directory.authenticate import Authenticator
+from powermail.directory.contract import Account
+from powermail.directory.resolve import Resolver
+
+
+class Kind(Enum):
+    """Which door a session came through."""
+
+    SMTP = "smtpd"
+    SUBMISSION = "submission"
+    LMTP = "lmtpd"
+
+
+class SendRate:
+    """Recipients per account and hour (U17)."""
+
+    def __init__(self, world: World, per_hour: int) -> None:
+        self._world = world
+        self._per_hour = per_hour
+        self._counts: OrderedDict[str, tuple[float, int]] = OrderedDict()
+
+    def allow(self, account: Account, count: int = 1) -> bool:
+        """Counts `count` recipients; False when the account's hour is used up."""
+        now = self._world.clock.monotonic()
+        since, sent = self._counts.get(account.id, (now, 0))
+        if now - since >= 3600.0:
+            since, sent = now, 0
+        allowed = sent + count <= (account.send_per_hour or self._per_hour)
+        self._counts[account.id] = (since, sent + count if allowed else sent)
+        self._counts.move_to_end(account.id)
+        while len(self._counts) > limits.AUTH_TRACKED_MAX:
+            self._counts.popitem(last=False)
+        return allowed
+
+
+@dataclass
+class SmtpService:
+    """Everything a session needs."""
+
+    world: World
+    settings: SmtpSettings
+    hostname: str
+    delivery: DeliveryService
+    resolver: Resolver
+    authenticator: Authenticator
+    rewriter: Rewriter
+    tls: ssl.SSLContext | None
+    remote_route: bool
+    rate: SendRate = field(init=False)
+    proxies: list[ipaddress.IPv4Network | ipaddress.IPv6Network] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rate = SendRate(self.world, self.settings.submission_per_hour)
+        self.proxies = [ipaddress.ip_network(text, strict=False) for text in self.settings.proxy_from]
+
+    def behind_proxy(self, client: str) -> bool:
+        """True if connections from there must begin with a PROXY header."""
+        return is_listed(self.proxies, client)
+
+
+def is_listed(networks: list[ipaddress.IPv4Network | ipaddress.IPv6Network], client: str) -> bool:
+    """True if the address lies in one of the networks."""
+    if not networks:
+        return False
+    try:
+        address = ipaddress.ip_address(client)
+    except ValueError:
+        return False
+    return any(address in network for network in networks if network.version == address.version)
