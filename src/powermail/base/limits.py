@@ -110,6 +110,7 @@ RECONCILE_INTERVAL_S: Final = 10.0  # everything a node holds is in the index wi
 RECONCILE_GRACE_S: Final = 30.0  # a delivery in flight is its front end's own business for so long
 RECONCILE_BATCH: Final = 1000
 REPAIR_BATCH: Final = 64
+REPAIR_AFTER_S_DEFAULT: Final = 300.0  # shorter absences (a reboot) are not repaired around
 COLLECT_BATCH: Final = 1000
 COLLECT_MASS_MAX: Final = 10_000  # P9: more deletes than this in one pass need the operator
 CHECKPOINT_INTERVAL_S: Final = 900.0

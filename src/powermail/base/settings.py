@@ -43,6 +43,9 @@ class ClusterSettings(Struct, forbid_unknown_fields=True, frozen=True):
     reserve_octets: Annotated[int, Meta(ge=0), _says("free space below which a node takes no mail; deletes work")] = (
         limits.NODE_RESERVE_OCTETS_DEFAULT
     )
+    repair_after_s: Annotated[float, Meta(ge=0), _says("a node away for longer counts as lost and is repaired around")] = (
+        limits.REPAIR_AFTER_S_DEFAULT
+    )
     compression: Annotated[bool, _says("zstd per chunk where it helps")] = True
     nodes: list[NodeSettings] = field(default_factory=list)
 

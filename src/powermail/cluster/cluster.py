@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from powermail.base import limits
-from powermail.base.errors import NodeTrouble, NotRedundant, OperatorError
+from powermail.base.errors import NodeTrouble, NotRedundant, OperatorError, Trouble
+from powermail.base.log import Event
 from powermail.base.world import World
 from powermail.cluster.placement import Candidate, place
 from powermail.storage.contract import NodeState, StorageNode
+
+
+Admit = Callable[[StorageNode], Awaitable[None]]
+_AWAY = (NodeState.MISSING, NodeState.CLOSED, NodeState.OPENING)
 
 
 class Cluster:
@@ -20,6 +25,8 @@ class Cluster:
         self.copies_required = copies_required
         self._world = world
         self._policy = policy
+        self._admit: Admit | None = None
+        self._admitted: dict[str, None] = {}
 
     def node(self, name: str) -> StorageNode:
         """A node by its id. Raises NodeTrouble if there is none."""
@@ -34,15 +41,24 @@ class Cluster:
 
     def readable(self) -> list[StorageNode]:
         """Nodes that serve reads, in order of id."""
-        away = (NodeState.MISSING, NodeState.CLOSED, NodeState.OPENING)
-        return [node for node in self.nodes.values() if node.state not in away]
+        return [node for node in self.nodes.values() if node.state not in _AWAY]
+
+    def admitted(self) -> list[StorageNode]:
+        """Readable nodes whose log the keeper has compared with the index."""
+        return [node for node in self.readable() if node.id in self._admitted]
+
+    async def start(self, admit: Admit) -> None:
+        """Opens all nodes. `admit` compares a node that was opened with the index, before it takes any mail."""
+        self._admit = admit
+        for node in self.nodes.values():
+            await self._check(node)
 
     def place(self) -> list[StorageNode]:
         """Nodes for a new message, in order. Raises NotRedundant when fewer than R groups take mail (P6)."""
         candidates = []
         draws = []
         for node in self.nodes.values():
-            if node.state is NodeState.READ_WRITE:
+            if node.state is NodeState.READ_WRITE and node.id in self._admitted:
                 stat = node.stat() if self._policy != "random" else None
                 candidates.append(
                     Candidate(
@@ -62,7 +78,11 @@ class Cluster:
 
     def takes_mail(self) -> bool:
         """True if enough groups are writable."""
-        groups = {node.group for node in self.nodes.values() if node.state is NodeState.READ_WRITE}
+        groups = {
+            node.group
+            for node in self.nodes.values()
+            if node.state is NodeState.READ_WRITE and node.id in self._admitted
+        }
         return len(groups) >= self.copies_required
 
     async def check_health(self) -> float:
@@ -73,11 +93,16 @@ class Cluster:
     async def _check(self, node: StorageNode) -> None:
         try:
             if node.state in (NodeState.MISSING, NodeState.OPENING):
+                self._admitted.pop(node.id, None)
                 await node.open()
             elif node.state is not NodeState.CLOSED:
                 await node.probe()
-        except (NodeTrouble, OperatorError):
-            pass  # the node has noted and logged its state
+            if node.id not in self._admitted and self._admit is not None and node.state not in _AWAY:
+                await self._admit(node)
+                self._admitted[node.id] = None
+        except (Trouble, OperatorError) as error:
+            if node.state not in _AWAY and node.id not in self._admitted:
+                self._world.log.event(Event.TROUBLE, node=node.id, error=str(error))
 
     async def close(self) -> None:
         """Closes all nodes."""

@@ -6,7 +6,7 @@ something returns only when the change is durable. IndexTrouble means: try later
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from msgspec import Struct
@@ -135,6 +135,113 @@ class Index(Protocol):
 
     async def drop_mailboxes(self, account: str) -> Release:
         """Removes all mailboxes of an account (the operator's purge)."""
+
+    catching_up: bool
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch."""
+
+    async def totals(self) -> dict[str, int]:
+        """Sizes for status."""
+
+    async def accounts(self, after: str, limit: int) -> list[tuple[str, int, int]]:
+        """(account, messages, octets) of accounts that have mailboxes, in order."""
+
+    async def audit(self) -> list[str]:
+        """Recounts what can be recounted; returns what does not agree."""
+
+    async def queue_rows(self, after: int, limit: int) -> list[QueueRow]:
+        """Rows by id, for the operator."""
+
+    async def queue_row(self, number: int) -> QueueRow | None:
+        """One row."""
+
+    async def queue_set(self, numbers: list[int], held: bool | None, due_at: float | None) -> int:
+        """Holds, releases or makes due; an empty list means all."""
+
+    async def node_rows(self) -> list[NodeRow]:
+        """What is remembered of all nodes."""
+
+    async def set_node(self, node: str, incarnation: str, segment: int, offset: int) -> None:
+        """Sets incarnation and watermark."""
+
+    async def set_node_flags(self, node: str, blocked: bool | None, missing_since: float | None) -> None:
+        """Sets what is not None."""
+
+    async def note_copies(self, node: str, keys: Sequence[bytes]) -> list[bytes]:
+        """Believes that `node` holds these; returns the keys the index has never seen."""
+
+    async def drop_copies(self, node: str, keys: Sequence[bytes]) -> None:
+        """No longer believes that `node` holds these."""
+
+    async def add_copy(self, key: bytes, node: str) -> bool:
+        """A repaired copy is durable. False if the message went away meanwhile."""
+
+    async def copies_on(self, node: str, after: bytes, limit: int) -> list[bytes]:
+        """Keys believed to be on a node, in order."""
+
+    async def under_copied(
+        self, groups: Mapping[str, str], required: int, after: bytes, limit: int
+    ) -> list[MessageFacts]:
+        """Messages whose copies on the nodes in `groups` (node to group) span fewer than `required` groups."""
+
+    async def under_copied_total(self, groups: Mapping[str, str], required: int) -> tuple[int, int]:
+        """(messages, octets) of the same."""
+
+    async def deletions_due(self, node: str, limit: int) -> list[bytes]:
+        """Keys whose tombstone that node has not confirmed."""
+
+    async def deletions_total(self, node: str) -> int:
+        """How many wait for a node."""
+
+    async def confirm_deletions(self, node: str, keys: Sequence[bytes]) -> list[bytes]:
+        """The tombstones are durable there; returns the keys that no other node still owes."""
+
+    async def order_deletions(self, node: str, keys: Sequence[bytes]) -> None:
+        """Orders tombstones for keys a node should not hold."""
+
+    async def note_repair(self, key: bytes, node: str, why: str) -> None:
+        """A bad copy was met."""
+
+    async def forget_aborted(self, before: float) -> None:
+        """Drops old abort notes."""
+
+    async def next_mark(self) -> int:
+        """Raises and returns the commit mark."""
+
+    async def mark(self) -> int:
+        """The last commit mark."""
+
+    async def set_mark(self, mark: int) -> None:
+        """Moves the mark up."""
+
+    async def raise_epoch(self) -> int:
+        """Commits may be lost: mailboxes jump, readers wait for reconcile."""
+
+    async def caught_up(self) -> None:
+        """Reconcile has seen every node's log."""
+
+    async def checkpoint_due(self, before: float, limit: int) -> list[int]:
+        """Mailboxes that changed since their last checkpoint."""
+
+    async def checkpoint_data(self, mailbox: int) -> CheckpointData | None:
+        """What must be written."""
+
+    async def checkpoint_done(self, data: CheckpointData, at: float) -> None:
+        """The checkpoint is on R nodes."""
+
+    async def lease_due(self, owner: str, now: float, lease_s: float, limit: int) -> list[QueueRow]:
+        """Takes due queue rows."""
+
+    async def finish(self, rows: list[QueueRow]) -> None:
+        """These recipients are done."""
+
+    async def defer(self, rows: list[QueueRow], due_at: list[float], status: str) -> None:
+        """Tries again later."""
+
+    async def release_leases(self, owner: str) -> None:
+        """Gives back what an owner has leased."""
 
     async def queue_count(self, domain: str = "") -> int:
         """How many queue rows wait, all or for one domain."""

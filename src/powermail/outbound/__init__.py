@@ -1,0 +1,1 @@
+"""Mail that leaves: leasing the queue, sending to the smarthost, retries, expiry, bounces."""

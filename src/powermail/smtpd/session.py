@@ -427,22 +427,22 @@ class SmtpSession:
         self._send()
         refusal: Status | None = None
         reader = DotReader()
-        done = False
+        done = stored = False
         pace = _Pace(self._connection.door.monotonic())
         try:
-            while not reader.done:
+            while not done:
                 data = self._buffer.take_all() or await self._connection.receive(self._timeout_s())
-                body, rest = reader.feed(data)
-                if reader.done and rest:
+                body, rest, done = reader.feed(data)
+                if rest:
                     self._buffer.put_back(rest)
                 if pace.too_slow(self._connection.door.monotonic(), len(data)):
                     self._count("too_slow")
                     self._reply(st.TOO_SLOW)
                     return False
                 refusal = refusal or await self._store(transaction, body)
-            done = True
+            stored = True
         finally:
-            if not done:
+            if not stored:
                 transaction.cancel()
         await self._end_message(transaction, refusal)
         return True
@@ -527,22 +527,23 @@ class SmtpSession:
         if self._state is State.MAIL:
             await self._skip_bdat(argument)
             return self._error(st.NO_VALID_RECIPIENTS)
-        if self._bdat is None and self._bdat_refusal is None:
+        transaction, refusal = self._bdat, self._bdat_refusal
+        if transaction is None and refusal is None:
             begun = await self._begin()
             if isinstance(begun, Status):
-                self._bdat_refusal = begun
+                refusal = begun
             else:
-                self._bdat = begun
+                transaction = self._bdat = begun
         self._state = State.BDAT
         async for data in self._chunk(octets):
-            if self._bdat is not None and self._bdat_refusal is None:
-                self._bdat_refusal = await self._store(self._bdat, data)
+            if transaction is not None and refusal is None:
+                refusal = await self._store(transaction, data)
+        self._bdat_refusal = refusal
         if not last:
-            self._reply(self._bdat_refusal or st.CHUNK_OK)
-            if self._bdat_refusal is not None:
+            self._reply(refusal or st.CHUNK_OK)
+            if refusal is not None:
                 self._reset()
             return True
-        transaction, refusal = self._bdat, self._bdat_refusal
         self._bdat = None
         if transaction is None:
             assert refusal is not None and self._recipients is not None

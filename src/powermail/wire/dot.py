@@ -25,18 +25,17 @@ class DotReader:
         # The CRLF of the DATA command stands before the first line, so a message may be just ".CRLF".
         self._held = b"\r\n"
         self._first = True
-        self.done = False
 
-    def feed(self, octets: bytes) -> tuple[bytes, bytes]:
-        """Returns (message octets, octets behind the end). When `done`, no more must be fed."""
+    def feed(self, octets: bytes) -> tuple[bytes, bytes, bool]:
+        """Returns (message octets, octets behind the end, whether the end has come). After the end, feed no more."""
         data = self._held + octets
         end = data.find(_END)
         rest = b""
-        if end >= 0:
+        done = end >= 0
+        if done:
             rest = data[end + 5 :]
             data = data[: end + 2]
             self._held = b""
-            self.done = True
         else:
             keep = _open_end(data)
             self._held = data[len(data) - keep :] if keep else b""
@@ -48,7 +47,7 @@ class DotReader:
         if self._first and data:
             self._first = False
             data = data[2:]
-        return data, rest
+        return data, rest, done
 
 
 def _open_end(data: bytes) -> int:

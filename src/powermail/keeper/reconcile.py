@@ -1,0 +1,138 @@
+"""Owns reconciliation: the nodes' logs against the index.
+
+One rule: above a node's watermark, a committed record that the index has never seen is mail and is entered; below it,
+what the index does not know was deleted. So a front end that died between receipts and index commit loses nothing (F42),
+and an old disk that comes back brings nothing back (F16, P8).
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from powermail.base import limits
+from powermail.base.entropy import key_time
+from powermail.base.errors import CopyDamaged, CopyMissing
+from powermail.base.log import Event
+from powermail.base.world import World
+from powermail.cluster.cluster import Cluster
+from powermail.index.contract import Delivery, Index, NodeRow
+from powermail.mail.envelope import Commit
+from powermail.storage.contract import START, Position, StorageNode
+
+_decode = msgspec.json.Decoder(Commit).decode
+MARK_NAME = bytes(16)
+
+
+class Reconciler:
+    """Walks logs behind watermarks."""
+
+    def __init__(self, world: World, cluster: Cluster, index: Index) -> None:
+        self._world = world
+        self._cluster = cluster
+        self._index = index
+        self.held: dict[str, int] = {}  # deletions that wait for the operator, by node (P9)
+        self.confirmed: dict[str, None] = {}  # nodes whose mass deletion the operator has confirmed
+
+    async def admit(self, node: StorageNode) -> None:
+        """Compares a node that was just opened with what the index remembers of it. Raises Trouble."""
+        rows = {row.id: row for row in await self._index.node_rows()}
+        row = rows.get(node.id)
+        if row is not None:
+            node.block(row.blocked)
+        if row is None:
+            await self._index.set_node(node.id, node.incarnation, 0, 0)
+        elif row.incarnation != node.incarnation:
+            # Another disk, or the same made anew: all it holds is unseen, and it may lack what the old one held.
+            await self._index.set_node(node.id, node.incarnation, 0, 0)
+            await self._verify_belief(node)
+        elif await node.end() < Position(row.segment, row.offset):
+            await self._rolled_back(node, row)
+        await self._index.set_node_flags(node.id, None, 0.0)
+        await self._check_mark(node)
+
+    async def _rolled_back(self, node: StorageNode, row: NodeRow) -> None:
+        """An old state of the disk is back: what the index does not know was deleted meanwhile."""
+        self._world.log.event(Event.NODE_DAMAGE, node=node.id, error="an older state of this disk is back")
+        position, unknown = START, []
+        while True:
+            found, following = await node.scan(position, limits.RECONCILE_BATCH, 0.0, True)
+            unknown += await self._index.note_copies(node.id, [item.key for item in found])
+            if following == position:
+                break
+            position = following
+        await self._verify_belief(node)
+        if len(unknown) > limits.COLLECT_MASS_MAX and node.id not in self.confirmed:
+            self.held[node.id] = len(unknown)
+            self._world.log.event(Event.COLLECT_HELD, node=node.id, messages=len(unknown))
+        else:
+            await self._index.order_deletions(node.id, unknown)
+            self.held.pop(node.id, None)
+        incarnation = await node.new_incarnation()
+        end = await node.end()
+        await self._index.set_node(node.id, incarnation, end.segment, end.offset)
+
+    async def _verify_belief(self, node: StorageNode) -> None:
+        """Drops the belief in copies that the node does not have; repair makes them anew."""
+        after, dropped = b"", 0
+        while keys := await self._index.copies_on(node.id, after, limits.RECONCILE_BATCH):
+            after = keys[-1]
+            present = await node.has(keys)
+            missing = [key for key, there in zip(keys, present, strict=True) if not there]
+            if missing:
+                await self._index.drop_copies(node.id, missing)
+                dropped += len(missing)
+        if dropped:
+            self._world.log.event(Event.NODE_DAMAGE, node=node.id, missing_copies=dropped)
+
+    async def _check_mark(self, node: StorageNode) -> None:
+        """The node remembers a later commit mark than the index has: the index lost commits (F26, F28)."""
+        for name, _, body in await node.checkpoints(b"", 1):
+            if name == MARK_NAME and int(body) > await self._index.mark():
+                await self._index.set_mark(int(body))
+                epoch = await self._index.raise_epoch()
+                self._world.log.event(Event.EPOCH_RAISED, epoch=epoch, node=node.id)
+
+    async def step(self) -> float:
+        """One pass over all nodes."""
+        entered = 0
+        complete = True
+        rows = {row.id: row for row in await self._index.node_rows()}
+        for node in self._cluster.admitted():
+            row = rows.get(node.id)
+            if row is not None and row.incarnation == node.incarnation:
+                entered += await self._walk(node, Position(row.segment, row.offset))
+            else:
+                complete = False
+        if entered:
+            self._world.log.event(Event.RECONCILED, messages=entered)
+        if self._index.catching_up and complete and len(self._cluster.admitted()) == len(self._cluster.nodes):
+            await self._index.caught_up()
+        return limits.RECONCILE_INTERVAL_S
+
+    async def _walk(self, node: StorageNode, position: Position) -> int:
+        entered = 0
+        age_s = 0.0 if self._index.catching_up else limits.RECONCILE_GRACE_S
+        while True:
+            found, following = await node.scan(position, limits.RECONCILE_BATCH, age_s, False)
+            for key in await self._index.note_copies(node.id, [item.key for item in found]):
+                entered += await self._enter(node, key)
+            if following == position:
+                return entered
+            position = following
+            await self._index.set_node(node.id, node.incarnation, position.segment, position.offset)
+
+    async def _enter(self, node: StorageNode, key: bytes) -> bool:
+        try:
+            commit = _decode(await node.read_commit(key))
+        except CopyMissing:
+            return False  # aborted or deleted between the look and the read
+        except (CopyDamaged, msgspec.DecodeError) as error:
+            self._world.log.event(Event.COPY_BAD, key=key, node=node.id, error=str(error))
+            return False
+        new = await self._index.deliver(Delivery(key, commit, (node.id,)))
+        if new:
+            self._world.counters.add("keeper.reconciled")
+            self._world.log.event(
+                Event.DELIVERED, key=key, by="reconcile", age_s=self._world.clock.now() - key_time(key), node=node.id
+            )
+        return new
