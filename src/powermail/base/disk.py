@@ -17,8 +17,11 @@ from typing import Protocol
 class File(Protocol):
     """An open file with positioned reads and writes."""
 
-    def write(self, offset: int, buffers: Sequence[bytes | memoryview]) -> None:
-        """Writes all buffers, one behind the other, from `offset`. Raises OSError."""
+    def write(self, offset: int, buffers: Sequence[bytes | memoryview], durable: bool = False) -> None:
+        """Writes all buffers, one behind the other, from `offset`; with `durable`, this write is on disk at return.
+
+        Raises OSError; a failed durable write must be treated like a failed `sync`.
+        """
 
     def read(self, offset: int, octets: int) -> bytes:
         """Reads up to `octets`; short only at the end of the file. Raises OSError."""
@@ -95,11 +98,12 @@ class SystemFile:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
 
-    def write(self, offset: int, buffers: Sequence[bytes | memoryview]) -> None:
+    def write(self, offset: int, buffers: Sequence[bytes | memoryview], durable: bool = False) -> None:
         total = 0
         for buffer in buffers:
             total += len(buffer)
-        written = os.pwritev(self._descriptor, buffers, offset)
+        # RWF_DSYNC: write and fdatasync of this range in one call.
+        written = os.pwritev(self._descriptor, buffers, offset, os.RWF_DSYNC if durable else 0)
         if written == total:
             return
         rest = memoryview(b"".join(buffers))[written:]
@@ -109,6 +113,8 @@ class SystemFile:
                 raise OSError(errno.EIO, "write made no progress")
             written += count
             rest = rest[count:]
+        if durable:
+            os.fdatasync(self._descriptor)
 
     def read(self, offset: int, octets: int) -> bytes:
         part = os.pread(self._descriptor, octets, offset)

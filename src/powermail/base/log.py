@@ -112,6 +112,7 @@ def format_json(stamp: str, event: Event, fields: dict[str, Any]) -> str:
     return msgspec.json.encode(record, enc_hook=_json_default).decode()
 
 
+_FLUSH_EVERY_S = 0.05
 _LEVELS = {"debug": 0, "info": 1, "warning": 2, "error": 3}
 
 
@@ -137,8 +138,6 @@ class StreamLog:
             self.dropped += 1
             return
         self._waiting.append((self._now(), event, fields))
-        if not self._wake.is_set():
-            self._wake.set()
 
     def close(self) -> None:
         """Writes what waits, for at most a second, and ends the thread."""
@@ -148,8 +147,8 @@ class StreamLog:
 
     def _write(self) -> None:
         while True:
-            self._wake.wait()
-            self._wake.clear()
+            # A look every 50 ms: waking this thread for each event would cost more than writing the line.
+            self._wake.wait(_FLUSH_EVERY_S)
             lines: list[str] = []
             while self._waiting:
                 at, event, fields = self._waiting.popleft()

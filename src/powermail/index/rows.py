@@ -7,9 +7,20 @@ from collections.abc import Sequence
 from typing import Any
 
 
+_ROWS = 256
+
+
 def in_list(values: Sequence[Any]) -> str:
     """Placeholders for an IN list; the values themselves are always bound."""
     return ", ".join("?" * len(values))
+
+
+def insert_many(db: sqlite3.Connection, head: str, width: int, rows: Sequence[Sequence[Any]]) -> None:
+    """Inserts rows with few statements: the interpreter lock is given up once a statement, not once a row."""
+    for start in range(0, len(rows), _ROWS):
+        part = rows[start : start + _ROWS]
+        one = f"({in_list(range(width))})"
+        db.execute(f"{head} VALUES {', '.join([one] * len(part))}", [value for row in part for value in row])
 
 
 class Placements:

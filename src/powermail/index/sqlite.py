@@ -11,6 +11,8 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import msgspec
+
 from powermail.base import limits
 from powermail.base.errors import IndexTrouble, OperatorError
 from powermail.base.world import World
@@ -22,7 +24,7 @@ from powermail.index.contract import (
     MessageFacts,
     Release,
 )
-from powermail.index.rows import Placements, in_list, release
+from powermail.index.rows import Placements, in_list, insert_many, release
 from powermail.index.sqlite_keeping import KeepingStatements
 from powermail.index.sqlite_queue import QueueStatements
 from powermail.mail.envelope import Target
@@ -200,48 +202,50 @@ class SqliteIndex(QueueStatements, KeepingStatements):
                     arrivals.setdefault(mailbox, []).append((key, target.flags, commit.octets, commit.received_at))
             messages.append((key, commit.octets, bytes.fromhex(commit.sha256), self._placements.id(nodes), references))
             outcomes.append(True)
-        db.executemany("INSERT INTO messages VALUES (?, ?, ?, ?, ?)", messages)
-        entries: list[tuple[int, int, bytes, int, int, int, float]] = []
-        for mailbox in sorted(arrivals):
-            self._number(mailbox, arrivals[mailbox], entries)
-        db.executemany("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)", entries)
-        if queue:
-            db.executemany(
-                "INSERT INTO queue (key, destination, domain, reverse_path, recipient, notify, orcpt, envid, ret,"
-                " smtputf8, octets, created_at, due_at, attempts, held, last_status, lease_owner, lease_until)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, 0, '', '', 0)",
-                queue,
-            )
+        insert_many(db, "INSERT INTO messages", 5, messages)
+        insert_many(db, "INSERT INTO entries", 7, self._number(arrivals))
+        head = (
+            "INSERT INTO queue (key, destination, domain, reverse_path, recipient, notify, orcpt, envid, ret, smtputf8,"
+            " octets, created_at, due_at, attempts, held, last_status, lease_owner, lease_until)"
+        )
+        insert_many(db, head, 18, queue)
         return outcomes
 
     def _number(
-        self,
-        mailbox: int,
-        arrived: list[tuple[bytes, int, int, float]],
-        entries: list[tuple[int, int, bytes, int, int, int, float]],
-    ) -> None:
-        """Gives UIDs and MODSEQs to what arrived in one mailbox."""
-        count = len(arrived)
-        octets = 0
-        for arrival in arrived:
-            octets += arrival[2]
-        uid, modseq, epoch = self._db.execute(
-            "UPDATE mailboxes SET uid_next = uid_next + ?1, modseq = modseq + ?1, messages = messages + ?1,"
-            " octets = octets + ?2 WHERE id = ?3 RETURNING uid_next, modseq, epoch",
-            (count, octets, mailbox),
-        ).fetchone()
-        if epoch < self._epoch:
-            self._jump(mailbox)
-            uid += limits.EPOCH_JUMP
-            modseq += limits.EPOCH_JUMP
-        if uid > limits.UID_MAX:
-            raise sqlite3.IntegrityError(f"mailbox {mailbox} has used up its UIDs")
-        uid -= count
-        modseq -= count
-        for key, flags, size, received_at in arrived:
-            modseq += 1
-            entries.append((mailbox, uid, key, flags, modseq, size, received_at))
-            uid += 1
+        self, arrivals: dict[int, list[tuple[bytes, int, int, float]]]
+    ) -> list[tuple[int, int, bytes, int, int, int, float]]:
+        """Gives UIDs and MODSEQs to what arrived; a few statements however many mailboxes there are."""
+        entries: list[tuple[int, int, bytes, int, int, int, float]] = []
+        changes = []
+        ids = sorted(arrivals)
+        for start in range(0, len(ids), 500):
+            part = ids[start : start + 500]
+            found = self._db.execute(
+                "SELECT json_group_array(json_array(id, uid_next, modseq, epoch)) FROM mailboxes"
+                f" WHERE id IN ({in_list(part)})",
+                part,
+            ).fetchone()[0]
+            for mailbox, uid, modseq, epoch in msgspec.json.decode(found, type=list[tuple[int, int, int, int]]):
+                if epoch < self._epoch:  # commits may be lost: numbers leap, so none is ever given twice (P10)
+                    uid += limits.EPOCH_JUMP
+                    modseq += limits.EPOCH_JUMP
+                total = 0
+                for key, flags, octets, received_at in arrivals[mailbox]:
+                    modseq += 1
+                    entries.append((mailbox, uid, key, flags, modseq, octets, received_at))
+                    uid += 1
+                    total += octets
+                if uid > limits.UID_MAX:
+                    raise sqlite3.IntegrityError(f"mailbox {mailbox} has used up its UIDs")
+                changes.append((mailbox, uid, modseq, len(arrivals[mailbox]), total))
+        if changes:
+            self._db.execute(
+                "UPDATE mailboxes SET uid_next = json_extract(v.value, '$[1]'), modseq = json_extract(v.value, '$[2]'),"
+                " messages = messages + json_extract(v.value, '$[3]'), octets = octets + json_extract(v.value, '$[4]'),"
+                " epoch = ? FROM json_each(?) AS v WHERE mailboxes.id = json_extract(v.value, '$[0]')",
+                (self._epoch, msgspec.json.encode(changes).decode()),
+            )
+        return entries
 
     def _jump(self, mailbox: int) -> None:
         """Commits may be lost: numbers leap, so none is ever given twice (P10)."""
@@ -276,11 +280,13 @@ class SqliteIndex(QueueStatements, KeepingStatements):
         return fresh
 
     def _known(self, keys: Sequence[bytes]) -> dict[bytes, None]:
-        found: dict[bytes, None] = {}
-        for table in ("messages", "deletions", "aborted"):
-            rows = self._db.execute(f"SELECT key FROM {table} WHERE key IN ({in_list(keys)})", keys)
-            found.update((row[0], None) for row in rows)
-        return found
+        marks = in_list(keys)
+        rows = self._db.execute(
+            f"SELECT key FROM messages WHERE key IN ({marks}) UNION ALL SELECT key FROM deletions WHERE key IN ({marks})"
+            f" UNION ALL SELECT key FROM aborted WHERE key IN ({marks})",
+            [*keys, *keys, *keys],
+        )
+        return {row[0]: None for row in rows}
 
     async def abort(self, key: bytes, at: float) -> bool:
         return await self._write(self._abort, key, at)
@@ -456,4 +462,9 @@ def _queue_row(key: bytes, at: float, commit: Any, target: Target) -> tuple[Any,
         commit.octets,
         at,
         at,
+        0,
+        0,
+        "",
+        "",
+        0,
     )

@@ -194,11 +194,11 @@ class SqliteKeyIndex:
         return self._look(key, self._read)
 
     def _look(self, key: bytes, connection: sqlite3.Connection) -> Entry | None:
-        if key > self._highest:  # keys rise with time: most new ones need no look at the file
-            return None
         for table in (self._active, self._frozen):
             if key in table:
                 return table[key]
+        if key > self._highest:  # keys rise with time: new ones need no look at the file
+            return None
         row = connection.execute(
             "SELECT state, segment, place, room, chunks FROM keys WHERE key = ?", (key,)
         ).fetchone()
@@ -208,8 +208,6 @@ class SqliteKeyIndex:
         before = self.get(key)
         self._live += (entry is not None and entry.state == LIVE) - (before is not None and before.state == LIVE)
         self._active[key] = entry
-        if key > self._highest:
-            self._highest = key
 
     def keys(self, state: int, after: bytes, limit: int) -> list[bytes]:
         recent = {**self._frozen, **self._active}
@@ -240,21 +238,26 @@ class SqliteKeyIndex:
                 return False
             self._frozen_facts = (position, self._live, dict(live_octets))
             self._frozen_rows = list(self._active.items())
+            self._highest = max(self._highest, max(self._active, default=b""))
             self._frozen, self._active = self._active, {}
             self._write.execute("BEGIN")
-        size = len(self._frozen_rows) if everything else self._SLICE
-        part, self._frozen_rows = self._frozen_rows[:size], self._frozen_rows[size:]
+        part, self._frozen_rows = self._frozen_rows[: self._SLICE], self._frozen_rows[self._SLICE :]
         gone = [(key,) for key, entry in part if entry is None]
         if gone:
             self._write.executemany("DELETE FROM keys WHERE key = ?", gone)
-        self._write.executemany(
-            "INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?, ?, ?)",
-            [(k, e.state, *e.mark, pack_chunks(e.chunks)) for k, e in part if e is not None],
-        )
+        values: list[int | bytes] = []
+        for key, entry in part:
+            if entry is not None:
+                values += (key, entry.state, *entry.mark, pack_chunks(entry.chunks))
+        if values:
+            # One statement for all rows: the interpreter lock is given up once, not once a row.
+            rows = ", ".join(["(?, ?, ?, ?, ?, ?)"] * (len(values) // 6))
+            self._write.execute(f"INSERT OR REPLACE INTO keys VALUES {rows}", values)
         if not self._frozen_rows:
             self._finish()
-            return everything and bool(self._active) and self.settle(position, live_octets, everything=True)
-        return True
+            if not everything or not self._active:
+                return False
+        return self.settle(position, live_octets, everything=True) if everything else True
 
     def _finish(self) -> None:
         position, live, live_octets = self._frozen_facts

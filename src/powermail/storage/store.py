@@ -351,6 +351,9 @@ class SegmentStore:
             return
         file = self._segments.file(self._number)
         try:
+            if sync and buffers and not self._dirty:
+                file.write(start, buffers, durable=True)
+                return
             if buffers:
                 self._dirty = True
                 file.write(start, buffers)
