@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
@@ -84,6 +85,11 @@ class ThreadLane:
                     return
             if item is None:
                 return
+
+
+def guard() -> AbstractContextManager[bool]:
+    """A lock for the little that two lanes share; held for moments, never across I/O waits of the event loop."""
+    return threading.Lock()
 
 
 def _settle(batch: list[tuple[asyncio.Future[Any], Any, BaseException | None]]) -> None:

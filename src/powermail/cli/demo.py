@@ -171,7 +171,7 @@ class Demo:
         """Starts the server."""
         await self._peer.start()
         await self._command_init()
-        ports = "smtp.listen smtp.submission smtp.submissions smtp.lmtp pop.listen pop.listen_tls".split()
+        ports = ["smtp.listen", "smtp.submission", "smtp.submissions", "smtp.lmtp", "pop.listen", "pop.listen_tls"]
         words = [word for name in ports for word in ("--set", f'{name}=["127.0.0.1:0"]')]
         words += ["--set", f"outbound.smarthost=127.0.0.1:{self._peer.port}", "--set", "outbound.smarthost_tls=none"]
         words += ["--set", "cluster.repair_after_s=5", "--set", "log.json=true"]

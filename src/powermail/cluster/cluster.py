@@ -12,7 +12,6 @@ from powermail.base.world import World
 from powermail.cluster.placement import Candidate, place
 from powermail.storage.contract import NodeState, StorageNode
 
-
 Admit = Callable[[StorageNode], Awaitable[None]]
 _AWAY = (NodeState.MISSING, NodeState.CLOSED, NodeState.OPENING)
 

@@ -396,7 +396,9 @@ class KeepingStatements:
             "SELECT m.key, m.refs, (SELECT count(*) FROM queue q WHERE q.key = m.key) + coalesce(n.count, 0)"
             " FROM messages m LEFT JOIN (SELECT key, count(*) AS count FROM entries GROUP BY key) n ON n.key = m.key"
         ).fetchall()
-        problems += [f"message {key.hex()}: {refs} references, {count} found" for key, refs, count in references if refs != count]
+        for key, refs, count in references:
+            if refs != count:
+                problems.append(f"message {key.hex()}: {refs} references, {count} found")
         orphans = self._reader.execute(
             "SELECT e.mailbox, e.uid FROM entries e LEFT JOIN messages m ON m.key = e.key WHERE m.key IS NULL"
         ).fetchall()

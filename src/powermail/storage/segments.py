@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-
 from powermail.base.disk import Disk, File
 from powermail.base.errors import CopyDamaged
+from powermail.base.lane import guard
 from powermail.storage import record as rec
 from powermail.storage.keyindex import Place
 
@@ -21,7 +20,7 @@ class Segments:
         self._codec = codec
         self._files: dict[int, File] = {}
         self._pinned: dict[int, int] = {}
-        self._guard = threading.Lock()
+        self._guard = guard()
 
     def name(self, number: int) -> str:
         """Path of a segment."""
