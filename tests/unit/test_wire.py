@@ -1,0 +1,218 @@
+"""The protocol machines: the same for every chunking of the input, and never more than one end of data."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as some
+
+from powermail.base import limits
+from powermail.mail import status as st
+from powermail.mail.status import Status
+from powermail.wire import pop3, sasl, smtp
+from powermail.wire.buffer import BareLineEnd, InputBuffer, LineTooLong
+from powermail.wire.dot import DotReader, DotWriter
+from powermail.wire.proxy import ProxyError, parse_proxy
+from powermail.wire.smtp import State
+from powermail.wire.smtp_client import ReplyError, ReplyReader
+
+nasty = some.lists(some.sampled_from([b"\r", b"\n", b"\r\n", b".", b"..", b"a", b"\0", b"\xff"]), max_size=40).map(b"".join)
+
+
+def read_dots(pieces: list[bytes]) -> tuple[bytes, bytes, bool]:
+    """(message, what follows, whether the end came) for input in these pieces."""
+    reader, message, done, rest = DotReader(), b"", False, b""
+    for piece in pieces:
+        if done:
+            rest += piece
+            continue
+        body, following, done = reader.feed(piece)
+        message += body
+        rest += following
+    return message, rest, done
+
+
+def cut(data: bytes, places: list[int]) -> list[bytes]:
+    """`data` cut at these places."""
+    edges = [0, *sorted(place % (len(data) + 1) for place in places), len(data)]
+    return [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+
+
+@given(nasty, some.lists(some.integers(0, 1000), max_size=6))
+def test_data_is_read_the_same_for_every_chunking(data: bytes, places: list[int]) -> None:
+    stream = data + b"\r\n.\r\nQUIT\r\n"
+    assert read_dots(cut(stream, places)) == read_dots([stream])
+    assert read_dots([stream[i : i + 1] for i in range(len(stream))]) == read_dots([stream])
+
+
+@given(nasty)
+def test_what_is_stuffed_is_read_back(data: bytes) -> None:
+    writer = DotWriter()
+    sent = writer.feed(data) + writer.end()
+    message, rest, done = read_dots([sent])
+    expected = b"\r\n".join(part.replace(b"\n", b"\r\n") for part in data.split(b"\r\n"))
+    assert done
+    assert rest == b""
+    assert message in (expected, expected + b"\r\n")
+
+
+@given(nasty, some.lists(some.integers(0, 1000), max_size=6))
+def test_outbound_stream_has_only_crlf_line_ends(data: bytes, places: list[int]) -> None:
+    writer = DotWriter(clean_cr=True)
+    sent = b"".join(writer.feed(piece) for piece in cut(data, places)) + writer.end()
+    assert sent.count(b"\r") == sent.count(b"\n") == sent.count(b"\r\n")
+    assert sent.find(b"\r\n.\r\n") in (-1, len(sent) - 5) or sent == b".\r\n"
+
+
+@pytest.mark.parametrize("end", [b"\n.\n", b"\n.\r\n", b"\r\n.\n", b"\r.\r", b"\r\n.\r", b"\r.\r\n", b"\n.\r", b"\r\n\x00.\r\n"])
+def test_original_defect_8_only_crlf_dot_crlf_ends_data(end: bytes) -> None:
+    message, rest, done = read_dots([b"body" + end + b"MAIL FROM:<smuggled@x>\r\n.\r\n"])
+    assert done
+    assert rest == b""
+    assert b"smuggled" in message
+
+
+def test_dot_lines_are_unstuffed_exactly_once() -> None:
+    assert read_dots([b"..x\r\n...\r\n....\r\n.\r\n"]) == (b".x\r\n..\r\n...\r\n", b"", True)
+
+
+def test_a_message_may_be_empty() -> None:
+    assert read_dots([b".\r\nRSET\r\n"]) == (b"", b"RSET\r\n", True)
+
+
+@given(some.binary(max_size=200), some.lists(some.integers(0, 1000), max_size=6))
+def test_lines_are_the_same_for_every_chunking(data: bytes, places: list[int]) -> None:
+    def lines(pieces: list[bytes]) -> list[bytes | str]:
+        buffer, found = InputBuffer(), list[bytes | str]()
+        for piece in pieces:
+            buffer.feed(piece)
+            while True:
+                try:
+                    line = buffer.line(64)
+                except LineTooLong:
+                    found.append("long")
+                    continue
+                except BareLineEnd:
+                    found.append("bare")
+                    continue
+                if line is None:
+                    break
+                found.append(line)
+        return found
+
+    assert lines(cut(data, places)) == lines([data])
+
+
+def test_an_endless_line_is_refused_once_and_keeps_no_memory() -> None:
+    buffer = InputBuffer()
+    refused = 0
+    for _ in range(100):
+        buffer.feed(b"x" * 10_000)
+        try:
+            assert buffer.line(512) is None
+        except LineTooLong:
+            refused += 1
+        assert len(buffer) == 0
+    buffer.feed(b"\r\nNOOP\r\n")
+    assert (refused, buffer.line(512)) == (1, b"NOOP")
+
+
+@pytest.mark.parametrize(
+    ("argument", "status"),
+    [
+        ("FROM:<a@b.c> SIZE=99999999999999999999999", st.SYNTAX),
+        ("FROM:<a@b.c> SIZE=-1", st.SYNTAX),
+        ("FROM:<a@b.c> AUTH=a+0Ab", st.SYNTAX),
+        ("FROM:<a@b.c> ENVID=+0D+0A", st.SYNTAX),
+        ("FROM:<a@b.c> FOO=1", st.PARAMETER_UNKNOWN),
+        ("FROM:<ü@b.c>", st.NEEDS_SMTPUTF8),
+        ("TO:<a@b.c>", st.SYNTAX),
+    ],
+)
+def test_bad_mail_parameters(argument: str, status: Status) -> None:
+    assert smtp.parse_mail(argument) == status
+
+
+@pytest.mark.parametrize("path", ["<;sleep 66;>", "<@local>", "<.a@local>", "<a@>", f"<{'a' * 65}@local>", '<""@local>', "<a@b", "<a b@c>"])
+def test_bad_paths_are_refused(path: str) -> None:
+    parsed = smtp.parse_rcpt(f"TO:{path}", False)
+    assert isinstance(parsed, Status)
+    assert parsed.code == 501
+
+
+@pytest.mark.parametrize("path", ["<postmaster>", "<POSTMASTER>", '<"x\' OR \'1\'=\'1"@local>', '<"../../../etc/cron.d/x"@local>', "<a/b@local>", "<@relay.example:a@b.c>", "a@b.c"])
+def test_odd_but_legal_paths_are_parsed(path: str) -> None:
+    assert not isinstance(smtp.parse_rcpt(f"TO:{path}", False), Status)
+
+
+def test_mail_parameters() -> None:
+    parsed = smtp.parse_mail("FROM:<a@b.c> SIZE=100 BODY=8BITMIME RET=HDRS ENVID=x+2By SMTPUTF8")
+    assert not isinstance(parsed, Status)
+    assert (parsed.size, parsed.body, parsed.ret, parsed.envid, parsed.smtputf8) == (100, "8BITMIME", "HDRS", "x+2By", True)
+
+
+@pytest.mark.parametrize("argument", ["-1", "x", "", "5 LAST LAST", "5 FIRST", "0x10", "1e3"])
+def test_bad_bdat(argument: str) -> None:
+    assert smtp.parse_bdat(argument) is None
+
+
+@pytest.mark.parametrize(("verb", "state"), [("MAIL", State.START), ("RCPT", State.READY), ("DATA", State.READY), ("MAIL", State.MAIL), ("DATA", State.BDAT), ("AUTH", State.MAIL)])
+def test_commands_out_of_order(verb: str, state: State) -> None:
+    assert smtp.check_command(verb, "x" if verb != "DATA" else "", state) == st.BAD_SEQUENCE
+
+
+@pytest.mark.parametrize("octets", [b"999 x\r\n", b"25\r\n", b"250-a\r\n251 b\r\n", b"\0\r\n", b"x" * 5000, b"250-x\r\n" * 5000, b"250 \0\r\n"])
+def test_hostile_replies_are_errors(octets: bytes) -> None:
+    with pytest.raises(ReplyError):
+        ReplyReader().feed(octets)
+
+
+@given(some.lists(some.integers(0, 1000), max_size=6))
+def test_replies_are_the_same_for_every_chunking(places: list[int]) -> None:
+    stream = b"250-first\r\n250 2.1.0 last\r\n354 go\r\n550 5.1.1 no\r\n"
+    reader = ReplyReader()
+    replies = [reply for piece in cut(stream, places) for reply in reader.feed(piece)]
+    assert [reply.code for reply in replies] == [250, 354, 550]
+    assert replies[2].enhanced == "5.1.1"
+
+
+@given(some.binary(max_size=600))
+def test_proxy_headers_never_crash(data: bytes) -> None:
+    for start in (b"PROXY ", b"\r\n\r\n\0\r\nQUIT\n", b""):
+        try:
+            parse_proxy(start + data)
+        except ProxyError:
+            pass
+
+
+def test_proxy_headers() -> None:
+    assert parse_proxy(b"PROXY TCP4 192.0.2.1 192.0.2.2 5 25\r\nEHLO") == (("192.0.2.1", 5), 37)
+    assert parse_proxy(b"PROXY UNKNOWN\r\n") == (None, 15)
+    version_2 = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\x00\x0c" + bytes([192, 0, 2, 1, 192, 0, 2, 2, 0, 5, 0, 25])
+    assert parse_proxy(version_2) == (("192.0.2.1", 5), 28)
+    assert parse_proxy(version_2[:20]) is None
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "99999999999999999999", "x", "1 2", "+1", "¹", ""])
+def test_pop3_numbers_are_not_guessed(text: str) -> None:
+    assert pop3.parse_number(text, 1) is None
+
+
+def test_pop3_pass_keeps_blanks() -> None:
+    assert pop3.parse_command(b"pass a b  c") == pop3.Command("PASS", ["a b  c"])
+
+
+@given(some.binary(max_size=300), some.integers(0, 20))
+def test_top_is_a_prefix(message: bytes, lines: int) -> None:
+    assert message.startswith(pop3.top(message, lines))
+
+
+@pytest.mark.parametrize("octets", [b"", b"a", b"\0\0", b"a\0b", b"\0a\0", b"\0\0p", b"\0" + b"u" * 2000 + b"\0p", b"\0\xff\0p", b"a\0b\0c\0d"])
+def test_bad_plain_messages(octets: bytes) -> None:
+    with pytest.raises(sasl.SaslError):
+        sasl.parse_plain(octets)
+
+
+def test_limits_are_related() -> None:
+    assert limits.SMTP_RECIPIENTS_MAX >= 100
+    assert limits.SMTP_COMMAND_LINE_OCTETS_MAX >= 512
