@@ -39,7 +39,6 @@ class Connection(asyncio.Protocol):
         self._writable: asyncio.Future[None] | None = None
         self._closed = False
         self._paused = False
-        self._upgrading = False
         self._task: asyncio.Task[Any] | None = None
 
     # -- asyncio's side ---------------------------------------------------------------------------------------
@@ -54,8 +53,6 @@ class Connection(asyncio.Protocol):
             self._task = self.door.accept(self)
 
     def data_received(self, data: bytes) -> None:
-        if self._upgrading:
-            return
         self._incoming.append(data)
         self._incoming_octets += len(data)
         if self._incoming_octets > _PAUSE_OCTETS and not self._paused and self.transport is not None:
@@ -146,12 +143,10 @@ class Connection(asyncio.Protocol):
     async def start_tls(self, context: ssl.SSLContext) -> None:
         """Switches to TLS; everything received before is dropped. Raises OSError, TimeoutError."""
         assert self.transport is not None
-        self._upgrading = True
+        # Dropped here, in the same step in which the transport gets its new owner: nothing in clear can come later, and
+        # what a fast client sends behind its handshake is kept.
         self.drop_input()
-        try:
-            self.transport = await self.door.world.net.start_tls(self.transport, self, context, server_side=True)
-        finally:
-            self._upgrading = False
+        self.transport = await self.door.world.net.start_tls(self.transport, self, context, server_side=True)
         self.tls = True
 
     def cipher(self) -> str:

@@ -124,13 +124,13 @@ class SmtpSession:
             line = await self._line(limits.SMTP_COMMAND_LINE_OCTETS_MAX)
         except LineTooLong:
             return self._error(st.LINE_TOO_LONG)
-        except BareLineEnd:
+        except BareLineEnd as error:
+            if smtp.is_foreign(smtp.split_command(error.args[0])[0]):
+                return self._foreign()
             return self._error(st.UNRECOGNISED)
         verb, argument = smtp.split_command(line)
         if smtp.is_foreign(verb):
-            self._count("foreign_protocol")
-            self._reply(st.SPEAKS_OTHER)
-            return False
+            return self._foreign()
         refusal = smtp.check_command(verb, argument, self._state)
         if refusal is not None:
             if verb == "BDAT":
@@ -151,6 +151,12 @@ class SmtpSession:
         if verb == "AUTH":
             return await self._authenticate(argument)
         return self._simple(verb)
+
+    def _foreign(self) -> bool:
+        """Another protocol's client: closed at its first line, nothing after it is looked at."""
+        self._count("foreign_protocol")
+        self._reply(st.SPEAKS_OTHER)
+        return False
 
     def _simple(self, verb: str) -> bool:
         if verb == "QUIT":

@@ -67,10 +67,10 @@ class InputBuffer:
             if end >= limit:
                 raise LineTooLong
             if line[-1:] != b"\r":
-                raise BareLineEnd
+                raise BareLineEnd(line)
             line = line[:-1]
             if b"\r" in line or b"\0" in line:
-                raise BareLineEnd
+                raise BareLineEnd(line)
             return line
 
     def has_line(self) -> bool:
