@@ -6,12 +6,12 @@ import hashlib
 from dataclasses import dataclass, field
 
 from powermail.base.entropy import SystemEntropy
+from powermail.sim.disk import SimDisk
 from powermail.storage import record as rec
 from powermail.storage.contract import Chunk
 from powermail.storage.identity import make_store
 from powermail.storage.keyindex import MemoryKeyIndex
 from powermail.storage.store import Operation, Options, SegmentStore
-from powermail.sim.disk import SimDisk
 
 CLUSTER = "00" * 16
 PATH = "node"

@@ -36,8 +36,6 @@ def workload(disk: SimDisk, store: SegmentStore) -> list[tuple[int, Promises]]:
     def delete(*numbers: int) -> None:
         for number in numbers:
             promises.live.pop(key(number), None)
-            for _, entry in history:
-                pass
         history.append((len(disk.journal), copy.deepcopy(promises)))  # from here on it may be gone
         assert store.write([Operation(rec.TOMBSTONE, key(number)) for number in numbers]) == [None] * len(numbers)
         promises.dead.update({key(number): None for number in numbers})
@@ -69,7 +67,7 @@ def workload(disk: SimDisk, store: SegmentStore) -> list[tuple[int, Promises]]:
     return history
 
 
-def states(limit_step: int = 1) -> int:
+def states() -> int:
     """Tries all states; how many there were."""
     disk = fresh_disk()
     base = disk.clone()
@@ -77,7 +75,7 @@ def states(limit_step: int = 1) -> int:
     disk.settle()
     history = workload(disk, store)
     tried = 0
-    for length in range(0, len(disk.journal) + 1, limit_step):
+    for length in range(len(disk.journal) + 1):
         promises = [entry for at, entry in history if at <= length][-1]
         for ops in cuts(disk.journal, length, 64):
             _try(disk, base, ops, promises, f"cut after {length}")

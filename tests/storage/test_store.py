@@ -155,17 +155,17 @@ def test_scan_gives_each_message_once_and_only_after_its_age() -> None:
         store.write([commit(n)])
     store.write([Operation(rec.TOMBSTONE, key(7))])
     assert store.scan(START, 100, 30.0, False) == ([], START)
-    for store in (store, open_store(disk)):
+    for current in (store, open_store(disk)):
         position, found = START, []
         while True:
-            items, following = store.scan(position, 6, 0.0, False)
+            items, following = current.scan(position, 6, 0.0, False)
             found += [item.key for item in items]
             if following == position:
                 break
             position = following
         assert found == [key(n) for n in range(1, 40) if n != 7]
-    store.write([commit(50)])
-    items, _ = store.scan(position, 6, 0.0, False)
+    assert current.write([commit(50)]) == [None]
+    items, _ = current.scan(position, 6, 0.0, False)
     assert [item.key for item in items] == [key(50)]
 
 

@@ -137,7 +137,7 @@ class PopClient(Client):
 
     async def multiline(self) -> bytes:
         """A dot-ended response, un-stuffed."""
-        lines = []
+        lines: list[bytes] = []
         while True:
             async with asyncio.timeout(20):
                 line = await self.reader.readline()

@@ -65,7 +65,10 @@ async def test_unique_ids_are_stable_and_unique(three: Running) -> None:
     assert await ids() == before
 
 
-@pytest.mark.parametrize("command", ["RETR 0", "RETR -1", "RETR 99999999999999999999", "RETR 4", "TOP 1 -5", "LIST x", "DELE 1 2", "FOO", "USER x", "UIDL 0"])
+@pytest.mark.parametrize(
+    "command",
+    ["RETR 0", "RETR -1", "RETR 99999999999999999999", "RETR 4", "TOP 1 -5", "LIST x", "DELE 1 2", "FOO", "USER x", "UIDL 0"],
+)
 async def test_bad_arguments(three: Running, command: str) -> None:
     client = await login(three)
     assert (await client.ask_pop(command)).startswith("-ERR")

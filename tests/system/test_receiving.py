@@ -40,7 +40,7 @@ async def test_unknown_and_relay_are_refused_at_the_door(running: Running) -> No
     await client.ask("EHLO x")
     for sender in ("<>", "<a@elsewhere.example>", "<postmaster@localhost>"):
         assert (await client.ask(f"MAIL FROM:{sender}")).startswith("250")
-        for path in ("victim@elsewhere.example", "nobody@localhost", '"x\' OR \'1\'=\'1"@localhost', '"../../etc/x"@localhost'):
+        for path in ("victim@elsewhere.example", "nobody@localhost", "\"x' OR '1'='1\"@localhost", '"../../etc/x"@localhost'):
             assert (await client.ask(f"RCPT TO:<{path}>")).startswith("550")
         assert (await client.ask("RCPT TO:<postmaster>")).startswith("250")
         await client.ask("RSET")

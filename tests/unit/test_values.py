@@ -149,8 +149,14 @@ def test_passwords_by_scheme() -> None:
     assert pw.matches("right", "right")
     assert pw.matches("{md5}" + "7ac66c0f148de9519b8bd264312c4d64", "abcdefg")
     assert pw.matches(pw.hash_scram("right", b"salt" * 4), "right")
-    assert pw.matches("{crypt}$6$saltstring$svn8UoSVapNtMuq1ukKS4tPQd8iKwSMHWjl/O817G3uBnIFNjnQJuesI68u4OTLiBFdcbYEdFCoEOfaS35inz1", "Hello world!")
-    assert not pw.matches("{crypt}$6$saltstring$svn8UoSVapNtMuq1ukKS4tPQd8iKwSMHWjl/O817G3uBnIFNjnQJuesI68u4OTLiBFdcbYEdFCoEOfaS35inz1", "hello world!")
+    assert pw.matches(
+        "{crypt}$6$saltstring$svn8UoSVapNtMuq1ukKS4tPQd8iKwSMHWjl/O817G3uBnIFNjnQJuesI68u4OTLiBFdcbYEdFCoEOfaS35inz1",
+        "Hello world!",
+    )
+    assert not pw.matches(
+        "{crypt}$6$saltstring$svn8UoSVapNtMuq1ukKS4tPQd8iKwSMHWjl/O817G3uBnIFNjnQJuesI68u4OTLiBFdcbYEdFCoEOfaS35inz1",
+        "hello world!",
+    )
     assert pw.matches("{yescrypt}$y$j9T$saltsaltsalt$kWIqxcWfXjuZr31QB0vcBe5BBK9FByx0O2mMdKkHFM/", "Hello world!")
     assert not pw.matches("{yescrypt}$y$j9T$saltsaltsalt$kWIqxcWfXjuZr31QB0vcBe5BBK9FByx0O2mMdKkHFM/", "hello world!")
     assert pw.matches("{bcrypt}$2b$05$abcdefghijklmnopqrstuu7nFISH/8YdwlXD3lw69A4iBUf6fvWAW", "Hello world!")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
@@ -35,7 +37,7 @@ def read_dots(pieces: list[bytes]) -> tuple[bytes, bytes, bool]:
 def cut(data: bytes, places: list[int]) -> list[bytes]:
     """`data` cut at these places."""
     edges = [0, *sorted(place % (len(data) + 1) for place in places), len(data)]
-    return [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [data[a:b] for a, b in pairwise(edges)]
 
 
 @given(nasty, some.lists(some.integers(0, 1000), max_size=6))
@@ -64,7 +66,9 @@ def test_outbound_stream_has_only_crlf_line_ends(data: bytes, places: list[int])
     assert sent.find(b"\r\n.\r\n") in (-1, len(sent) - 5) or sent == b".\r\n"
 
 
-@pytest.mark.parametrize("end", [b"\n.\n", b"\n.\r\n", b"\r\n.\n", b"\r.\r", b"\r\n.\r", b"\r.\r\n", b"\n.\r", b"\r\n\x00.\r\n"])
+@pytest.mark.parametrize(
+    "end", [b"\n.\n", b"\n.\r\n", b"\r\n.\n", b"\r.\r", b"\r\n.\r", b"\r.\r\n", b"\n.\r", b"\r\n\x00.\r\n"]
+)
 def test_original_defect_8_only_crlf_dot_crlf_ends_data(end: bytes) -> None:
     message, rest, done = read_dots([b"body" + end + b"MAIL FROM:<smuggled@x>\r\n.\r\n"])
     assert done
@@ -133,14 +137,27 @@ def test_bad_mail_parameters(argument: str, status: Status) -> None:
     assert smtp.parse_mail(argument) == status
 
 
-@pytest.mark.parametrize("path", ["<;sleep 66;>", "<@local>", "<.a@local>", "<a@>", f"<{'a' * 65}@local>", '<""@local>', "<a@b", "<a b@c>"])
+@pytest.mark.parametrize(
+    "path", ["<;sleep 66;>", "<@local>", "<.a@local>", "<a@>", f"<{'a' * 65}@local>", '<""@local>', "<a@b", "<a b@c>"]
+)
 def test_bad_paths_are_refused(path: str) -> None:
     parsed = smtp.parse_rcpt(f"TO:{path}", False)
     assert isinstance(parsed, Status)
     assert parsed.code == 501
 
 
-@pytest.mark.parametrize("path", ["<postmaster>", "<POSTMASTER>", '<"x\' OR \'1\'=\'1"@local>', '<"../../../etc/cron.d/x"@local>', "<a/b@local>", "<@relay.example:a@b.c>", "a@b.c"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "<postmaster>",
+        "<POSTMASTER>",
+        "<\"x' OR '1'='1\"@local>",
+        '<"../../../etc/cron.d/x"@local>',
+        "<a/b@local>",
+        "<@relay.example:a@b.c>",
+        "a@b.c",
+    ],
+)
 def test_odd_but_legal_paths_are_parsed(path: str) -> None:
     assert not isinstance(smtp.parse_rcpt(f"TO:{path}", False), Status)
 
@@ -156,12 +173,24 @@ def test_bad_bdat(argument: str) -> None:
     assert smtp.parse_bdat(argument) is None
 
 
-@pytest.mark.parametrize(("verb", "state"), [("MAIL", State.START), ("RCPT", State.READY), ("DATA", State.READY), ("MAIL", State.MAIL), ("DATA", State.BDAT), ("AUTH", State.MAIL)])
+@pytest.mark.parametrize(
+    ("verb", "state"),
+    [
+        ("MAIL", State.START),
+        ("RCPT", State.READY),
+        ("DATA", State.READY),
+        ("MAIL", State.MAIL),
+        ("DATA", State.BDAT),
+        ("AUTH", State.MAIL),
+    ],
+)
 def test_commands_out_of_order(verb: str, state: State) -> None:
     assert smtp.check_command(verb, "x" if verb != "DATA" else "", state) == st.BAD_SEQUENCE
 
 
-@pytest.mark.parametrize("octets", [b"999 x\r\n", b"25\r\n", b"250-a\r\n251 b\r\n", b"\0\r\n", b"x" * 5000, b"250-x\r\n" * 5000, b"250 \0\r\n"])
+@pytest.mark.parametrize(
+    "octets", [b"999 x\r\n", b"25\r\n", b"250-a\r\n251 b\r\n", b"\0\r\n", b"x" * 5000, b"250-x\r\n" * 5000, b"250 \0\r\n"]
+)
 def test_hostile_replies_are_errors(octets: bytes) -> None:
     with pytest.raises(ReplyError):
         ReplyReader().feed(octets)
@@ -207,7 +236,9 @@ def test_top_is_a_prefix(message: bytes, lines: int) -> None:
     assert message.startswith(pop3.top(message, lines))
 
 
-@pytest.mark.parametrize("octets", [b"", b"a", b"\0\0", b"a\0b", b"\0a\0", b"\0\0p", b"\0" + b"u" * 2000 + b"\0p", b"\0\xff\0p", b"a\0b\0c\0d"])
+@pytest.mark.parametrize(
+    "octets", [b"", b"a", b"\0\0", b"a\0b", b"\0a\0", b"\0\0p", b"\0" + b"u" * 2000 + b"\0p", b"\0\xff\0p", b"a\0b\0c\0d"]
+)
 def test_bad_plain_messages(octets: bytes) -> None:
     with pytest.raises(sasl.SaslError):
         sasl.parse_plain(octets)

@@ -199,8 +199,7 @@ class Operations:
     async def dir(self) -> list[dict[str, Any]]:
         """Every account that has mail."""
         return [
-            {"account": a, "address": name or None, "messages": m, "octets": o}
-            for a, m, o, name in await self._all_owners()
+            {"account": a, "address": name or None, "messages": m, "octets": o} for a, m, o, name in await self._all_owners()
         ]
 
     async def orphans(self) -> list[dict[str, Any]]:
@@ -449,5 +448,3 @@ def _show_row(row: Any) -> dict[str, Any]:
         "held": row.held,
         "last_status": row.last_status,
     }
-
-

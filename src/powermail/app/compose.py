@@ -129,9 +129,7 @@ class PowerMail:
             self.directory, world.clock, world.counters, settings.directory.cache_ttl_s, settings.directory.stale_s
         )
         self.resolver = Resolver(cache, settings.directory.recipient_delimiter)
-        self._authenticator = Authenticator(
-            world, self.resolver, self.directory, settings.directory.upgrade_passwords
-        )
+        self._authenticator = Authenticator(world, self.resolver, self.directory, settings.directory.upgrade_passwords)
         self.rewriter = Rewriter(settings.outbound.srs_domain or settings.hostname, self._srs_keys())
         self.delivery = DeliveryService(
             world,
@@ -147,9 +145,7 @@ class PowerMail:
         )
         postmaster = Postmaster(self.delivery, self.rewriter)
         bouncer = Bouncer(world, self.index, self.fetcher, settings.hostname, postmaster.submit)
-        self.outbound = Outbound(
-            world, self.index, self.fetcher, bouncer, settings.outbound, settings.hostname, self._route()
-        )
+        self.outbound = Outbound(world, self.index, self.fetcher, bouncer, settings.outbound, settings.hostname, self._route())
         self.repairer = Repairer(world, self.cluster, self.index, self.fetcher, settings.cluster.repair_after_s)
         self.scrubber = Scrubber(world, self.cluster, self.index)
         self.collector = Collector(world, self.cluster, self.index)
@@ -239,9 +235,7 @@ class PowerMail:
             bool(settings.outbound.smarthost),
         )
         maildrops = Maildrops(self.index, self.fetcher)
-        pop = PopService(
-            world, settings.pop, settings.hostname, maildrops, self._authenticator, tls, settings.directory.apop
-        )
+        pop = PopService(world, settings.pop, settings.hostname, maildrops, self._authenticator, tls, settings.directory.apop)
 
         def smtp_door(kind: Kind) -> Door:
             return Door(

@@ -32,9 +32,7 @@ class Listener(Protocol):
 class Network(Protocol):
     """Makes connections."""
 
-    async def listen(
-        self, host: str, port: int, factory: ProtocolFactory, tls: ssl.SSLContext | None = None
-    ) -> Listener:
+    async def listen(self, host: str, port: int, factory: ProtocolFactory, tls: ssl.SSLContext | None = None) -> Listener:
         """Accepts connections on host:port. Raises OperatorError when the address cannot be bound."""
 
     async def connect(
@@ -70,9 +68,7 @@ class SocketListener:
 class SocketNetwork:
     """Real sockets."""
 
-    async def listen(
-        self, host: str, port: int, factory: ProtocolFactory, tls: ssl.SSLContext | None = None
-    ) -> Listener:
+    async def listen(self, host: str, port: int, factory: ProtocolFactory, tls: ssl.SSLContext | None = None) -> Listener:
         loop = asyncio.get_running_loop()
         handshake = limits.TLS_HANDSHAKE_TIMEOUT_S if tls else None
         try:

@@ -64,9 +64,7 @@ class DirectorySettings(Struct, forbid_unknown_fields=True, frozen=True):
 
     path: Annotated[str, _says("SQLite file")] = "directory.db"
     cache_ttl_s: Annotated[float, Meta(ge=0), _says("how long a look-up is believed")] = limits.DIRECTORY_CACHE_TTL_S
-    stale_s: Annotated[float, Meta(ge=0), _says("how long it serves while the directory is away")] = (
-        limits.DIRECTORY_STALE_S
-    )
+    stale_s: Annotated[float, Meta(ge=0), _says("how long it serves while the directory is away")] = limits.DIRECTORY_STALE_S
     recipient_delimiter: Annotated[str, Meta(max_length=1), _says("subaddress mark; empty turns it off")] = "+"
     quota_strict: Annotated[bool, _says("refuse each full mailbox even if the message fits another recipient")] = False
     upgrade_passwords: Annotated[bool, _says("re-hash old schemes to argon2id at login")] = True
@@ -88,9 +86,7 @@ class SmtpSettings(Struct, forbid_unknown_fields=True, frozen=True):
     )
     message_octets_max: Annotated[int, Meta(ge=1024), _says("largest message")] = 50 * limits.MIB
     recipients_max: Annotated[int, Meta(ge=100), _says("recipients per transaction")] = limits.SMTP_RECIPIENTS_MAX
-    connections_max: Annotated[int, Meta(ge=1), _says("all connections of the SMTP doors")] = (
-        limits.CONNECTIONS_MAX_DEFAULT
-    )
+    connections_max: Annotated[int, Meta(ge=1), _says("all connections of the SMTP doors")] = limits.CONNECTIONS_MAX_DEFAULT
     connections_per_address_max: Annotated[int, Meta(ge=1), _says("connections per client address")] = (
         limits.CONNECTIONS_PER_ADDRESS_MAX_DEFAULT
     )
@@ -104,9 +100,7 @@ class SmtpSettings(Struct, forbid_unknown_fields=True, frozen=True):
 class PopSettings(Struct, forbid_unknown_fields=True, frozen=True):
     """Reading mail by POP3."""
 
-    listen: Annotated[list[str], _says("POP3 (110) addresses, STLS")] = field(
-        default_factory=lambda: ["127.0.0.1:2110"]
-    )
+    listen: Annotated[list[str], _says("POP3 (110) addresses, STLS")] = field(default_factory=lambda: ["127.0.0.1:2110"])
     listen_tls: Annotated[list[str], _says("POP3S (995) addresses")] = field(default_factory=lambda: ["127.0.0.1:2995"])
     plaintext_login: Annotated[bool, _says("allow passwords without TLS (never on a real network)")] = False
     connections_max: Annotated[int, Meta(ge=1), _says("all POP3 connections")] = limits.CONNECTIONS_MAX_DEFAULT
@@ -122,19 +116,13 @@ class OutboundSettings(Struct, forbid_unknown_fields=True, frozen=True):
     """Mail that leaves."""
 
     smarthost: Annotated[str, _says("host:port that takes all outgoing mail; empty: the queue waits")] = ""
-    smarthost_tls: Annotated[str, _says("none, opportunistic, required (verified) or implicit (verified)")] = (
-        "opportunistic"
-    )
+    smarthost_tls: Annotated[str, _says("none, opportunistic, required (verified) or implicit (verified)")] = "opportunistic"
     smarthost_ca: Annotated[str, _says("PEM file of authorities to trust; empty: the system's")] = ""
     smarthost_user: Annotated[str, _says("AUTH user; empty: none")] = ""
     smarthost_password_file: Annotated[str, _says("file with its password, mode 0600")] = ""
-    concurrency: Annotated[int, Meta(ge=1, le=1000), _says("connections to the smarthost")] = (
-        limits.QUEUE_CONCURRENCY_DEFAULT
-    )
+    concurrency: Annotated[int, Meta(ge=1, le=1000), _says("connections to the smarthost")] = limits.QUEUE_CONCURRENCY_DEFAULT
     lifetime_s: Annotated[float, Meta(ge=60), _says("how long mail is tried before the DSN")] = limits.QUEUE_LIFETIME_S
-    retry_first_s: Annotated[float, Meta(gt=0), _says("pause after the first failure; doubles")] = (
-        limits.QUEUE_RETRY_FIRST_S
-    )
+    retry_first_s: Annotated[float, Meta(gt=0), _says("pause after the first failure; doubles")] = limits.QUEUE_RETRY_FIRST_S
     srs_domain: Annotated[str, _says("domain of rewritten reverse-paths; empty: the host name")] = ""
 
 

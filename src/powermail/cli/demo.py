@@ -324,9 +324,7 @@ class Demo:
         os.makedirs(self._path(1))
         await self._until("first node back", lambda s: s["nodes"][0]["state"] == "read-write")
         await self._command("node", "replace", self._nodes[1].id)
-        took = await self._until(
-            "full redundancy", lambda s: not s["degraded"] and s["not_redundant"]["messages"] == 0
-        )
+        took = await self._until("full redundancy", lambda s: not s["degraded"] and s["not_redundant"]["messages"] == 0)
         return f"fully redundant again after {took:.1f} s"
 
     def _sent_canonical(self, reader: str) -> set[bytes]:

@@ -111,9 +111,7 @@ async def do_serve(arguments: Arguments) -> int:
     return 0
 
 
-def _welcome(
-    world: World, settings: Settings, data: str, powermail: PowerMail, first: FirstMailbox | None
-) -> None:
+def _welcome(world: World, settings: Settings, data: str, powermail: PowerMail, first: FirstMailbox | None) -> None:
     paths = {node.id: inside(data, node.path) for node in settings.cluster.nodes}
     show.try_it(
         powermail.listening,

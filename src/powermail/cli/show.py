@@ -148,9 +148,7 @@ def first_mailbox(data: str, first: FirstMailbox) -> None:
     _console.print(f"first mailbox  {first.address}\npassword       {first.password}   (shown only now)", markup=False)
 
 
-def try_it(
-    ports: dict[str, int], shared: list[list[str]], copies: int, first: FirstMailbox | None, hostname: str
-) -> None:
+def try_it(ports: dict[str, int], shared: list[list[str]], copies: int, first: FirstMailbox | None, hostname: str) -> None:
     """The welcome: where it listens and what to paste."""
     listening = ", ".join(f"{name} {port}" for name, port in ports.items())
     _console.print(f"PowerMail is ready: {listening}", markup=False)

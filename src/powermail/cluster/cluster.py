@@ -78,9 +78,7 @@ class Cluster:
     def takes_mail(self) -> bool:
         """True if enough groups are writable."""
         groups = {
-            node.group
-            for node in self.nodes.values()
-            if node.state is NodeState.READ_WRITE and node.id in self._admitted
+            node.group for node in self.nodes.values() if node.state is NodeState.READ_WRITE and node.id in self._admitted
         }
         return len(groups) >= self.copies_required
 

@@ -25,15 +25,12 @@ class Postmaster:
             return True  # nobody can be told
         if self._rewriter.is_ours(address):
             try:
-                recipients.add_return(self._rewriter.reverse(address, service.world.clock.now()), address)
-            except SrsError:
+                address = parse(self._rewriter.reverse(address, service.world.clock.now()))
+            except (SrsError, AddressError):
                 return True
-        else:
-            status = await recipients.add(address, "", "", None)
-            if status.temporary:
-                return False
-            if not status.positive:
-                recipients.add_return(address.text, address)
+        status = await recipients.add_return(address)
+        if not status.positive:
+            return not status.temporary
         sender = Sender("localhost", service.hostname, "local", "", "", len(octets), "8BITMIME", not octets.isascii(), "", "")
         try:
             transaction = service.begin(sender, recipients)
@@ -42,5 +39,3 @@ class Postmaster:
         except (Trouble, OutcomeUnknown):
             return False
         return status.positive
-
-

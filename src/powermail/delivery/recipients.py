@@ -75,10 +75,12 @@ class Recipients:
                 full.append(account)
         return full
 
-    def add_return(self, destination: str, address: Address) -> Status:
-        """Takes a bounce to one of our rewritten reverse-paths; it goes back to where the forward came from."""
-        target = Target(destination=destination, recipient=address.text)
-        self._remote.setdefault(destination.lower(), (target, None))
+    async def add_return(self, address: Address) -> Status:
+        """Takes the address a bounce goes to: a mailbox of ours, or wherever the message came from."""
+        status = await self.add(address, "", "", None)
+        if status is not st.UNKNOWN_RECIPIENT:
+            return status
+        self._remote.setdefault(address.canonical, (Target(destination=address.text, recipient=address.text), None))
         self.accepted.append(address.text)
         return st.RECIPIENT_OK
 

@@ -1,6 +1,6 @@
 """Owns the embedded directory: one SQLite table, `accounts`, in which one INSERT makes a mailbox.
 
-    INSERT INTO accounts (address, password) VALUES ('ann@example.org', '{argon2id}...');
+INSERT INTO accounts (address, password) VALUES ('ann@example.org', '{argon2id}...');
 """
 
 from __future__ import annotations

@@ -181,9 +181,7 @@ class Index(Protocol):
     async def copies_on(self, node: str, after: bytes, limit: int) -> list[bytes]:
         """Keys believed to be on a node, in order."""
 
-    async def under_copied(
-        self, groups: Mapping[str, str], required: int, after: bytes, limit: int
-    ) -> list[MessageFacts]:
+    async def under_copied(self, groups: Mapping[str, str], required: int, after: bytes, limit: int) -> list[MessageFacts]:
         """Messages whose copies on the nodes in `groups` (node to group) span fewer than `required` groups."""
 
     async def under_copied_total(self, groups: Mapping[str, str], required: int) -> tuple[int, int]:

@@ -258,9 +258,7 @@ class SqliteIndex(QueueStatements, KeepingStatements):
         cached = self._mailbox_ids.get((account, name))
         if cached is not None:
             return cached[0]
-        row = self._db.execute(
-            "SELECT id, epoch FROM mailboxes WHERE account = ? AND name = ?", (account, name)
-        ).fetchone()
+        row = self._db.execute("SELECT id, epoch FROM mailboxes WHERE account = ? AND name = ?", (account, name)).fetchone()
         if row is None:
             row = self._db.execute(
                 "INSERT INTO mailboxes (account, name, uidvalidity, uid_next, modseq, epoch, messages, octets)"
@@ -429,13 +427,9 @@ class SqliteIndex(QueueStatements, KeepingStatements):
 
     def _drop_some(self, account: str) -> Release:
         """A bounded part of an account's entries; the mailbox rows go when they are empty."""
-        row = self._db.execute(
-            "SELECT id FROM mailboxes WHERE account = ? AND messages > 0 LIMIT 1", (account,)
-        ).fetchone()
+        row = self._db.execute("SELECT id FROM mailboxes WHERE account = ? AND messages > 0 LIMIT 1", (account,)).fetchone()
         if row is None:
-            self._db.execute(
-                "DELETE FROM expunged WHERE mailbox IN (SELECT id FROM mailboxes WHERE account = ?)", (account,)
-            )
+            self._db.execute("DELETE FROM expunged WHERE mailbox IN (SELECT id FROM mailboxes WHERE account = ?)", (account,))
             self._db.execute("DELETE FROM mailboxes WHERE account = ?", (account,))
             self._mailbox_ids.clear()
             return Release(0, 0)

@@ -44,8 +44,7 @@ class KeepingStatements:
         """Sets what is not None."""
         await self._write(
             lambda: self._db.execute(
-                "UPDATE nodes SET blocked = coalesce(?, blocked), missing_since = coalesce(?, missing_since)"
-                " WHERE id = ?",
+                "UPDATE nodes SET blocked = coalesce(?, blocked), missing_since = coalesce(?, missing_since) WHERE id = ?",
                 (blocked, missing_since, node),
             )
         )
@@ -65,8 +64,7 @@ class KeepingStatements:
 
     def _compare_copies(self, node: str, keys: list[bytes]) -> tuple[list[bytes], list[bytes]]:
         rows = self._reader.execute(
-            "SELECT m.key, p.nodes FROM messages m JOIN placements p ON p.id = m.placement"
-            f" WHERE m.key IN ({in_list(keys)})",
+            f"SELECT m.key, p.nodes FROM messages m JOIN placements p ON p.id = m.placement WHERE m.key IN ({in_list(keys)})",
             keys,
         )
         known = {key: nodes.split(" ") for key, nodes in rows}
@@ -128,9 +126,7 @@ class KeepingStatements:
             found += [row[0] for row in rows]
         return sorted(found)[:limit]
 
-    async def under_copied(
-        self, groups: Mapping[str, str], required: int, after: bytes, limit: int
-    ) -> list[MessageFacts]:
+    async def under_copied(self, groups: Mapping[str, str], required: int, after: bytes, limit: int) -> list[MessageFacts]:
         """Messages whose copies on the nodes in `groups` (node to group) span fewer than `required` groups."""
         found: list[MessageFacts] = await self._read(self._under_copied, groups, required, after, limit)
         return found
@@ -140,9 +136,7 @@ class KeepingStatements:
             self._reader, lambda nodes: len({groups[node] for node in nodes if node in groups}) < required
         )
 
-    def _under_copied(
-        self, groups: Mapping[str, str], required: int, after: bytes, limit: int
-    ) -> list[MessageFacts]:
+    def _under_copied(self, groups: Mapping[str, str], required: int, after: bytes, limit: int) -> list[MessageFacts]:
         found = []
         for number in self._thin(groups, required):
             rows = self._reader.execute(
@@ -194,9 +188,7 @@ class KeepingStatements:
         owed: set[bytes] = set()
         for start in range(0, len(keys), _PART):
             part = keys[start : start + _PART]
-            owed.update(
-                row[0] for row in self._db.execute(f"SELECT key FROM deletions WHERE key IN ({in_list(part)})", part)
-            )
+            owed.update(row[0] for row in self._db.execute(f"SELECT key FROM deletions WHERE key IN ({in_list(part)})", part))
         return [key for key in keys if key not in owed]
 
     async def order_deletions(self, node: str, keys: Sequence[bytes]) -> None:
@@ -246,16 +238,12 @@ class KeepingStatements:
 
     async def mark(self) -> int:
         """The last commit mark."""
-        row = await self._read(
-            lambda: self._reader.execute("SELECT value FROM meta WHERE name = 'commits'").fetchone()
-        )
+        row = await self._read(lambda: self._reader.execute("SELECT value FROM meta WHERE name = 'commits'").fetchone())
         return int(row[0])
 
     async def set_mark(self, mark: int) -> None:
         """Moves the mark up to what the nodes have seen."""
-        await self._write(
-            lambda: self._db.execute("UPDATE meta SET value = ? WHERE name = 'commits'", (str(mark),))
-        )
+        await self._write(lambda: self._db.execute("UPDATE meta SET value = ? WHERE name = 'commits'", (str(mark),)))
 
     async def checkpoint_due(self, before: float, limit: int) -> list[int]:
         """Mailboxes that changed since their last checkpoint, which was before that time."""
@@ -291,9 +279,11 @@ class KeepingStatements:
                 "SELECT uid, key, flags, modseq, octets, received_at FROM entries WHERE mailbox = ? AND modseq > ?",
                 (mailbox, since),
             ).fetchall()
-            expunged = [] if whole else db.execute(
-                "SELECT uid FROM expunged WHERE mailbox = ? AND modseq > ?", (mailbox, since)
-            ).fetchall()
+            expunged = (
+                []
+                if whole
+                else db.execute("SELECT uid FROM expunged WHERE mailbox = ? AND modseq > ?", (mailbox, since)).fetchall()
+            )
         finally:
             db.execute("COMMIT")
         return CheckpointData(facts, since, number, [EntryFacts(*e) for e in entries], [uid for (uid,) in expunged])

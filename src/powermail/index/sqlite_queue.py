@@ -74,9 +74,7 @@ class QueueStatements:
     async def release_leases(self, owner: str) -> None:
         """Gives back what an owner that stops has leased."""
         await self._write(
-            lambda: self._db.execute(
-                "UPDATE queue SET lease_owner = '', lease_until = 0 WHERE lease_owner = ?", (owner,)
-            )
+            lambda: self._db.execute("UPDATE queue SET lease_owner = '', lease_until = 0 WHERE lease_owner = ?", (owner,))
         )
 
     async def queue_rows(self, after: int, limit: int) -> list[QueueRow]:

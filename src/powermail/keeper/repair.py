@@ -15,9 +15,7 @@ from powermail.storage.contract import NodeState, StorageNode
 class Repairer:
     """Makes what is thin whole again."""
 
-    def __init__(
-        self, world: World, cluster: Cluster, index: Index, fetcher: Fetcher, repair_after_s: float
-    ) -> None:
+    def __init__(self, world: World, cluster: Cluster, index: Index, fetcher: Fetcher, repair_after_s: float) -> None:
         self._world = world
         self._cluster = cluster
         self._index = index
@@ -64,9 +62,7 @@ class Repairer:
             targets = [node for node in self._cluster.place() if node.group not in have]
         except NotRedundant:
             targets = [
-                node
-                for node in self._cluster.admitted()
-                if node.state is NodeState.READ_WRITE and node.group not in have
+                node for node in self._cluster.admitted() if node.state is NodeState.READ_WRITE and node.group not in have
             ]
         if not targets:
             return False

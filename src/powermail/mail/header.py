@@ -39,9 +39,13 @@ def header_of(octets: bytes | memoryview) -> bytes:
     if data[:1] in (b"\r", b"\n"):
         return b""
     end = _HEADER_END.search(data)
-    return data[: end.start() + 2] if end and data[end.start() : end.start() + 1] == b"\r" else data[
-        : end.start() + 1
-    ] if end else data
+    return (
+        data[: end.start() + 2]
+        if end and data[end.start() : end.start() + 1] == b"\r"
+        else data[: end.start() + 1]
+        if end
+        else data
+    )
 
 
 def received_field(

@@ -148,9 +148,7 @@ class SmtpClient:
         self._write(f"{line}\r\n".encode())
         return await self._octets.reply(limits.SMTP_CLIENT_REPLY_TIMEOUT_S)
 
-    async def send(
-        self, mail: str, recipients: list[str], body: AsyncIterator[bytes]
-    ) -> tuple[list[Reply], Reply | None]:
+    async def send(self, mail: str, recipients: list[str], body: AsyncIterator[bytes]) -> tuple[list[Reply], Reply | None]:
         """One transaction: (reply for each RCPT, reply to the message or None if no recipient was taken).
 
         `mail` and `recipients` are whole command lines. Raises HopTrouble; then nothing is known to be accepted.

@@ -197,8 +197,7 @@ class Outbound:
         now = self._world.clock.now()
         first = self._settings.retry_first_s
         return [
-            now
-            + min(limits.QUEUE_RETRY_MAX_S, first * 2 ** min(row.attempts, 20)) * self._world.entropy.uniform(0.8, 1.2)
+            now + min(limits.QUEUE_RETRY_MAX_S, first * 2 ** min(row.attempts, 20)) * self._world.entropy.uniform(0.8, 1.2)
             for row in rows
         ]
 

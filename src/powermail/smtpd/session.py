@@ -174,9 +174,7 @@ class SmtpSession:
 
     def _reply(self, status: Status) -> None:
         if status.code >= 400 and status.cause:
-            self._world.log.event(
-                Event.MESSAGE_REFUSED, client=self._connection.client, code=status.code, cause=status.cause
-            )
+            self._world.log.event(Event.MESSAGE_REFUSED, client=self._connection.client, code=status.code, cause=status.cause)
         self._replies.append(smtp.format_reply(status))
 
     def _send(self) -> None:
@@ -366,12 +364,12 @@ class SmtpSession:
         rewriter = self._service.rewriter
         if rewriter.is_ours(address):
             try:
-                destination = rewriter.reverse(address, self._world.clock.now())
-            except SrsError as error:
+                origin = parse(rewriter.reverse(address, self._world.clock.now()))
+            except (SrsError, AddressError) as error:
                 return st.BAD_SRS.because(error)
-            if self._mail.reverse_path is not None or not self._service.remote_route:
-                return st.BAD_SRS  # only bounces go back this way
-            return self._recipients.add_return(destination, address)
+            if self._mail.reverse_path is not None:
+                return st.BAD_SRS  # only bounces go back this way: never a relay (F06)
+            return await self._recipients.add_return(origin)
         if self._account is not None and not self._service.rate.allow(self._account):
             self._count("rate_limited")
             return st.RATE_LIMITED
@@ -577,4 +575,3 @@ class _Pace:
 def refuse(connection: Connection, why: str) -> bytes:
     """What a client over the cap, or at the end, is told."""
     return smtp.format_reply(st.SHUTTING_DOWN if why == "shutting down" else st.TOO_MANY_CONNECTIONS)
-

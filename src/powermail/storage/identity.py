@@ -56,9 +56,7 @@ def make_store(disk: Disk, path: str, cluster: str, node: str, entropy: Entropy)
         raise OperatorError(f"node {node}: {path} is not empty ({', '.join(present[:3])}); it is left as it is")
     disk.make_directory(f"{path}/segments")
     disk.sync_directory(path)
-    identity = Identity(
-        FORMAT, cluster, node, entropy.octets(16).hex(), entropy.octets(8).hex(), entropy.octets(32).hex()
-    )
+    identity = Identity(FORMAT, cluster, node, entropy.octets(16).hex(), entropy.octets(8).hex(), entropy.octets(32).hex())
     write_identity(disk, path, identity)
     return identity
 

@@ -199,9 +199,7 @@ class SqliteKeyIndex:
                 return table[key]
         if key > self._highest:  # keys rise with time: new ones need no look at the file
             return None
-        row = connection.execute(
-            "SELECT state, segment, place, room, chunks FROM keys WHERE key = ?", (key,)
-        ).fetchone()
+        row = connection.execute("SELECT state, segment, place, room, chunks FROM keys WHERE key = ?", (key,)).fetchone()
         return Entry(row[0], Place(row[1], row[2], row[3]), unpack_chunks(row[4])) if row else None
 
     def put(self, key: bytes, entry: Entry | None) -> None:

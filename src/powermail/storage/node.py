@@ -101,9 +101,7 @@ class LocalNode:
 
     async def initialise(self) -> None:
         """Makes an empty directory this node's store, with a new incarnation. Raises OperatorError."""
-        await self._write_lane.run(
-            make_store, self._world.disk, self.path, self._cluster, self.id, self._world.entropy
-        )
+        await self._write_lane.run(make_store, self._world.disk, self.path, self._cluster, self.id, self._world.entropy)
 
     async def close(self) -> None:
         while self._busy or self._waiting:
@@ -382,9 +380,7 @@ class LocalNode:
         return freed
 
 
-def _answer(
-    batch: list[tuple[Operation, asyncio.Future[None] | None]], outcomes: Sequence[BaseException | None]
-) -> None:
+def _answer(batch: list[tuple[Operation, asyncio.Future[None] | None]], outcomes: Sequence[BaseException | None]) -> None:
     for (_, future), outcome in zip(batch, outcomes, strict=True):
         if future is None or future.done():
             continue

@@ -406,9 +406,7 @@ class SegmentStore:
             return []
         have = entry.chunks if entry is not None else ()
         present = {n for n, place in enumerate(have) if place != NOWHERE}
-        records = [
-            rec.Record(rec.CHUNK, c.flags, c.number, key, c.stored) for c in chunks if c.number not in present
-        ]
+        records = [rec.Record(rec.CHUNK, c.flags, c.number, key, c.stored) for c in chunks if c.number not in present]
         if kind == rec.COMMIT:
             present.update(chunk.number for chunk in chunks)
             if len(present) != number:
