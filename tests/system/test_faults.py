@@ -14,8 +14,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from powermail.app.compose import PowerMail
 from powermail.app.setup import initialise
 from powermail.base.log import MemoryLog
+from powermail.base.settings import load_file
 from powermail.base.world import system_world
 from powermail.cluster.replicate import Packer, Replication
 from powermail.keeper.reconcile import MARK_NAME
@@ -279,3 +281,55 @@ async def test_kill_9_at_any_moment_loses_nothing_acknowledged(tmp_path: Path) -
     assert acknowledged <= set(found) <= attempted
     single = [problem for problem in result["problems"] if "good copies" not in problem]
     assert single == []
+
+
+async def test_the_index_is_rebuilt_from_the_nodes_alone(running: Running) -> None:
+    """P15, P8: every acknowledged message, UIDs as of the checkpoint, and what was deleted stays deleted."""
+    await running.mailbox("ann@local.example")
+    await running.mailbox("bob@local.example")
+    await running.mailbox("fwd@local.example", password="", forward=["away@elsewhere.example"])
+    powermail = running.powermail
+    sent = await fill(running, 6)
+    assert (await running.send(["ann@local.example", "bob@local.example"], b"S: both\r\n\r\nx")).startswith("250")
+    assert (await running.send(["fwd@local.example"], b"S: out\r\n\r\nx")).startswith("250")
+    account = await powermail.directory.find("ann@local.example")
+    assert account is not None
+    facts = await powermail.index.find_mailbox(account.id, "INBOX")
+    assert facts is not None
+    now = powermail.world.clock.now()
+    assert await powermail.checkpointer.write_due(now) == 2
+    await powermail.index.expunge(facts.id, [2, 3])
+    # The delta is written long after the deliveries, so what it does not show was deleted.
+    data = await powermail.index.checkpoint_data(facts.id)
+    assert data is not None
+    assert data.expunged == [2, 3]
+    from powermail.keeper.checkpoint import checkpoint_name, encode
+
+    for node in powermail.cluster.nodes.values():
+        await node.put_checkpoint(checkpoint_name(account.id, "INBOX"), data.number, encode(data, now + 3600))
+    before = await powermail.index.entries(facts.id, 0, 1 << 32, 100)
+    await powermail.stop(0.5)
+    for suffix in ("", "-wal", "-shm"):
+        (running.data / f"index.db{suffix}").unlink(missing_ok=True)
+    settings = load_file(str(running.data / "powermail.toml"))
+
+    async def quiet(done: int, total: int) -> None:
+        pass
+
+    def broken(error: BaseException) -> None:
+        raise AssertionError from error
+
+    fresh = PowerMail(system_world(MemoryLog()), settings, str(running.data), broken)
+    done = await fresh.rebuild(quiet)
+    await fresh.stop(0.5)
+    assert (done.mailboxes, done.entries_lost, done.held_rows, done.unreadable) == (2, 0, 1, 0)
+    running.powermail = await start(running.data)
+    facts = await running.powermail.index.find_mailbox(account.id, "INBOX")
+    assert facts is not None
+    after = await running.powermail.index.entries(facts.id, 0, 1 << 32, 100)
+    assert [(entry.uid, entry.key) for entry in after] == [(entry.uid, entry.key) for entry in before]
+    assert sorted(await running.read("ann@local.example")) == sorted([sent[0], *sent[3:], b"S: both\r\n\r\nx\r\n"])
+    assert len(await running.read("bob@local.example")) == 1
+    await fill(running, 1, 90)
+    newest = (await running.powermail.index.entries(facts.id, 0, 1 << 32, 100))[-1]
+    assert newest.uid > 1_000_000, "numbers jump after a rebuild (P10)"

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Callable
+from typing import Any
 
-from powermail.admin.operations import Operations
+import msgspec
+
+from powermail.admin.operations import Operations, Progress
 from powermail.base import limits
 from powermail.base.connection import Door
 from powermail.base.disk import Lock
@@ -28,6 +31,7 @@ from powermail.directory.sqlite import SqliteDirectory
 from powermail.index.sqlite import SqliteIndex
 from powermail.keeper.checkpoint import Checkpointer
 from powermail.keeper.collect import Collector
+from powermail.keeper.rebuild import Rebuilder, Rebuilt
 from powermail.keeper.reconcile import Reconciler
 from powermail.keeper.repair import Repairer, Scrubber
 from powermail.mailbox.maildrop import Maildrops
@@ -84,12 +88,7 @@ class PowerMail:
         world, settings = self.world, self.settings
         if not settings.cluster.nodes:
             raise OperatorError("no [[cluster.nodes]] are configured; `powermail init` makes three")
-        try:
-            self._lock = world.disk.lock(f"{self.data}/lock")
-        except BlockingIOError as error:
-            raise OperatorError(f"another process serves {self.data}") from error
-        except OSError as error:
-            raise OperatorError(f"cannot write in {self.data}: {error.strerror}") from error
+        self._take_lock()
         self.index = SqliteIndex(world, inside(self.data, settings.index.path))
         await self.index.open()
         if not self.index.cluster:
@@ -105,6 +104,14 @@ class PowerMail:
             self._start_workers()
         if doors:
             await self._open_doors()
+
+    def _take_lock(self) -> None:
+        try:
+            self._lock = self.world.disk.lock(f"{self.data}/lock")
+        except BlockingIOError as error:
+            raise OperatorError(f"another process serves {self.data}") from error
+        except OSError as error:
+            raise OperatorError(f"cannot write in {self.data}: {error.strerror}") from error
 
     def _nodes(self) -> list[LocalNode]:
         cluster = self.settings.cluster
@@ -276,6 +283,29 @@ class PowerMail:
                 self._listeners.append(listener)
                 self.listening.setdefault(name, listener.port)
                 world.log.event(Event.LISTENING, door=name, address=f"{host}:{listener.port}")
+
+    # -- rebuilding -----------------------------------------------------------------------------------------------
+
+    async def rebuild(self, progress: Progress) -> Rebuilt:
+        """Makes a new index from the nodes alone. Raises OperatorError, Trouble."""
+        path = inside(self.data, self.settings.index.path)
+        if self.world.disk.exists(path):
+            raise OperatorError(f"{path} exists; move it away first (with its -wal and -shm), nothing was changed")
+        self._take_lock()
+        cluster = ""
+        for node in self.settings.cluster.nodes:
+            name = f"{inside(self.data, node.path)}/identity"
+            if self.world.disk.exists(name):
+                cluster = msgspec.json.decode(self.world.disk.read_file(name), type=dict[str, Any])["cluster"]
+        if not cluster:
+            raise OperatorError("no node has an identity: are the disks mounted?")
+        self.index = SqliteIndex(self.world, path)
+        await self.index.open(cluster)
+        nodes = self._nodes()
+        self.cluster = Cluster(self.world, nodes, self.settings.cluster.copies_required, self.settings.cluster.policy)
+        for opened in nodes:
+            await opened.open()
+        return await Rebuilder(self.world, nodes, self.index, progress).run()
 
     # -- stopping -------------------------------------------------------------------------------------------------
 

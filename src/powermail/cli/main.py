@@ -334,6 +334,20 @@ async def do_queue_delete(arguments: Arguments) -> int:
 # -- the rest ----------------------------------------------------------------------------------------------------------------
 
 
+async def do_rebuild(arguments: Arguments) -> int:
+    """Makes a new index from the nodes alone; the old one must have been moved away."""
+    data = arguments.data.rstrip("/")
+    meter = show.Meter("rebuild", enabled=not arguments.json)
+    powermail = PowerMail(system_world(NullLog()), load_file(f"{data}/{SETTINGS_NAME}", arguments.set), data, _die)
+    try:
+        done = await powermail.rebuild(meter.progress)
+    finally:
+        meter.close()
+        await powermail.stop()
+    _print(arguments, done._asdict(), show.record)
+    return 1 if done.entries_lost or done.unreadable else 0
+
+
 async def do_demo(arguments: Arguments) -> int:
     from powermail.cli.demo import demo
 
@@ -383,6 +397,7 @@ def parser() -> argparse.ArgumentParser:
 
     command(words, "init", do_init, "make a new installation").add_argument("--hostname", default="localhost")
     command(words, "serve", do_serve, "serve mail").add_argument("--init", action="store_true", help="init if needed")
+    command(words, "rebuild", do_rebuild, "make a new index from the nodes alone")
     made = command(words, "demo", do_demo, "show what PowerMail promises, on a throw-away installation")
     made.add_argument("--corpus", help="directory of messages (*.eml, or a messages.zip)")
     command(words, "status", do_status, "nodes, redundancy, queue, workers")

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 from msgspec import Struct
 
-from powermail.mail.envelope import Commit
+from powermail.mail.envelope import Commit, Target
 
 
 class Delivery(NamedTuple):
@@ -104,6 +104,16 @@ class CheckpointData(NamedTuple):
     number: int
     entries: list[EntryFacts]
     expunged: list[int]
+
+
+class RestoredMessage(NamedTuple):
+    """A message that a rebuild found on nodes, with the targets that no checkpoint shows."""
+
+    key: bytes
+    commit: Commit
+    sha256: bytes
+    nodes: tuple[str, ...]
+    targets: list[Target]
 
 
 class Index(Protocol):
@@ -228,6 +238,14 @@ class Index(Protocol):
 
     async def checkpoint_done(self, data: CheckpointData, at: float) -> None:
         """The checkpoint is on R nodes."""
+
+    async def restore_mailbox(
+        self, facts: MailboxFacts, entries: Sequence[EntryFacts], held: Mapping[bytes, tuple[int, bytes, tuple[str, ...]]]
+    ) -> int:
+        """Rebuild: enters a mailbox as of its checkpoint; how many entries have no copy any more."""
+
+    async def restore_messages(self, messages: Sequence[RestoredMessage]) -> int:
+        """Rebuild: enters what checkpoints do not show; how many queue rows were made, all held."""
 
     async def lease_due(self, owner: str, now: float, lease_s: float, limit: int) -> list[QueueRow]:
         """Takes due queue rows."""

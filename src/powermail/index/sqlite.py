@@ -23,14 +23,19 @@ from powermail.index.contract import (
     MailboxFacts,
     MessageFacts,
     Release,
+    RestoredMessage,
 )
 from powermail.index.rows import Placements, in_list, insert_many, release
 from powermail.index.sqlite_keeping import KeepingStatements
 from powermail.index.sqlite_queue import QueueStatements
-from powermail.mail.envelope import Target
+from powermail.mail.envelope import Commit, Target
 
 T = TypeVar("T")
 
+_QUEUE_HEAD = (
+    "INSERT INTO queue (key, destination, domain, reverse_path, recipient, notify, orcpt, envid, ret, smtputf8,"
+    " octets, created_at, due_at, attempts, held, last_status, lease_owner, lease_until)"
+)
 _MAILBOX = "id, account, name, uidvalidity, uid_next, modseq, messages, octets"
 
 
@@ -204,12 +209,34 @@ class SqliteIndex(QueueStatements, KeepingStatements):
             outcomes.append(True)
         insert_many(db, "INSERT INTO messages", 5, messages)
         insert_many(db, "INSERT INTO entries", 7, self._number(arrivals))
-        head = (
-            "INSERT INTO queue (key, destination, domain, reverse_path, recipient, notify, orcpt, envid, ret, smtputf8,"
-            " octets, created_at, due_at, attempts, held, last_status, lease_owner, lease_until)"
-        )
-        insert_many(db, head, 18, queue)
+        insert_many(db, _QUEUE_HEAD, 18, queue)
         return outcomes
+
+    async def restore_messages(self, messages: Sequence[RestoredMessage]) -> int:
+        return await self._write(self._restore_messages, messages)
+
+    def _restore_messages(self, messages: Sequence[RestoredMessage]) -> int:
+        """A message that no mailbox and no queue row shows any more was deleted: its tombstones are ordered."""
+        queue: list[tuple[Any, ...]] = []
+        arrivals: dict[int, list[tuple[bytes, int, int, float]]] = {}
+        for key, commit, sha256, nodes, targets in messages:
+            known = self._db.execute("SELECT 1 FROM messages WHERE key = ?", (key,)).fetchone()
+            if not targets and known is None:
+                self._db.executemany("INSERT OR IGNORE INTO deletions VALUES (?, ?)", [(node, key) for node in nodes])
+                continue
+            self._db.execute(
+                "INSERT INTO messages VALUES (?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET refs = refs + excluded.refs",
+                (key, commit.octets, sha256, self._placements.id(nodes), len(targets)),
+            )
+            for target in targets:
+                if target.destination:
+                    queue.append(_queue_row(key, commit.received_at, commit, target, "held by rebuild: sent or not is unknown"))
+                else:
+                    mailbox = self._mailbox_id(target.account, target.mailbox, commit.received_at)
+                    arrivals.setdefault(mailbox, []).append((key, target.flags, commit.octets, commit.received_at))
+        insert_many(self._db, "INSERT INTO entries", 7, self._number(arrivals))
+        insert_many(self._db, _QUEUE_HEAD, 18, queue)
+        return len(queue)
 
     def _number(
         self, arrivals: dict[int, list[tuple[bytes, int, int, float]]]
@@ -440,7 +467,7 @@ class SqliteIndex(QueueStatements, KeepingStatements):
         return self._expunge(row[0], [uid for (uid,) in uids])
 
 
-def _queue_row(key: bytes, at: float, commit: Any, target: Target) -> tuple[Any, ...]:
+def _queue_row(key: bytes, at: float, commit: Commit, target: Target, held: str = "") -> tuple[Any, ...]:
     destination = target.destination
     return (
         key,
@@ -457,8 +484,8 @@ def _queue_row(key: bytes, at: float, commit: Any, target: Target) -> tuple[Any,
         at,
         at,
         0,
-        0,
-        "",
+        int(bool(held)),
+        held,
         "",
         0,
     )
