@@ -5,7 +5,7 @@ DATA ?= data
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test demo lint clean system-packages
+.PHONY: run test demo bench lint clean system-packages
 
 run: $(VENV)/.core
 	@exec $(BIN)/powermail serve --init --data $(DATA)
@@ -27,9 +27,9 @@ $(VENV)/.test: requirements/test.txt $(VENV)/.core
 	@touch $@
 
 lint: $(VENV)/.test
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
-	$(BIN)/mypy src tests
+	$(BIN)/ruff check src tests bench
+	$(BIN)/ruff format --check src tests bench
+	$(BIN)/mypy src tests bench
 	$(BIN)/lint-imports --no-cache
 
 system-packages:
@@ -37,6 +37,9 @@ system-packages:
 
 test: $(VENV)/.test lint system-packages
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+bench: $(VENV)/.core
+	@$(BIN)/python -m bench
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

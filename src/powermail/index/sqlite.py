@@ -63,6 +63,8 @@ class SqliteIndex(QueueStatements, KeepingStatements):
         self._mailbox_ids: dict[tuple[str, str], tuple[int, int]] = {}
         self._waiting: list[tuple[Delivery, asyncio.Future[bool]]] = []
         self._busy = False
+        self._used: dict[str, int] = {}  # octets of accounts asked for lately; exact, because only this process writes
+        self._changes = 0
         self._epoch = 1
         self.batches = 0
         self.catching_up = False
@@ -110,6 +112,8 @@ class SqliteIndex(QueueStatements, KeepingStatements):
 
     async def _write(self, call: Callable[..., T], *args: Any) -> T:
         """Runs `call(*args)` in one transaction on the writing lane."""
+        self._changes += 1
+        self._used.clear()
         return await self._guard(self._write_lane.run(self._transaction, call, args))
 
     async def _read(self, call: Callable[..., T], *args: Any) -> T:
@@ -158,11 +162,15 @@ class SqliteIndex(QueueStatements, KeepingStatements):
         self._busy = False
         error = result.exception()
         outcomes: Sequence[bool | BaseException] = [error] * len(batch) if error is not None else result.result()
-        for (_, future), outcome in zip(batch, outcomes, strict=True):
+        self._changes += 1
+        for (delivery, future), outcome in zip(batch, outcomes, strict=True):
             if future.done():
+                self._used.clear()  # nobody waits any more, but it may have been entered
                 continue
             if isinstance(outcome, bool):
                 future.set_result(outcome)
+                if outcome:
+                    self._count_used(delivery.commit)
             else:
                 trouble = IndexTrouble(f"index: {outcome}")
                 trouble.__cause__ = outcome
@@ -362,7 +370,21 @@ class SqliteIndex(QueueStatements, KeepingStatements):
             raise IndexTrouble("the index is catching up with the storage nodes")
 
     async def usage(self, account: str) -> int:
-        return await self._read(self._usage, account)
+        used = self._used.get(account)
+        if used is not None:
+            return used
+        changes = self._changes
+        used = await self._read(self._usage, account)
+        if changes == self._changes:  # else a delivery came between, and the figure may be old
+            if len(self._used) >= limits.DIRECTORY_CACHE_MAX:
+                self._used.clear()
+            self._used[account] = used
+        return used
+
+    def _count_used(self, commit: Commit) -> None:
+        for target in commit.targets:
+            if target.account in self._used:
+                self._used[target.account] += commit.octets
 
     def _usage(self, account: str) -> int:
         row = self._reader.execute("SELECT sum(octets) FROM mailboxes WHERE account = ?", (account,)).fetchone()
