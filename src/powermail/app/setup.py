@@ -61,6 +61,11 @@ async def initialise(world: World, data: str, hostname: str) -> FirstMailbox:
     return first
 
 
+def discard(data: str) -> None:
+    """Takes away an installation that was just made and never served."""
+    shutil.rmtree(data, ignore_errors=True)
+
+
 async def _fill(world: World, path: str, hostname: str) -> FirstMailbox:
     disk = world.disk
     disk.replace_file(f"{path}/{SETTINGS_NAME}", settings_text(hostname).encode())

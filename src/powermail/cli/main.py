@@ -17,7 +17,7 @@ from powermail import __version__
 from powermail.admin.control import NAME as CONTROL_NAME
 from powermail.admin.control import ControlServer, NotRunning, ask
 from powermail.app.compose import PowerMail, inside
-from powermail.app.setup import SETTINGS_NAME, FirstMailbox, initialise, shared_disks
+from powermail.app.setup import SETTINGS_NAME, FirstMailbox, discard, initialise, shared_disks
 from powermail.base.errors import OperatorError, PowerMailError
 from powermail.base.log import Event, NullLog, StreamLog
 from powermail.base.settings import Settings, load_file, reference_page
@@ -104,10 +104,15 @@ async def do_serve(arguments: Arguments) -> int:
         await stop.wait()
         world.log.event(Event.DRAINING)
         await control.stop()
-    finally:
+    except BaseException:
         await powermail.stop()
-        world.log.event(Event.STOPPED)
         log.close()
+        if first is not None:
+            discard(data)  # nothing half-made: its password was never shown
+        raise
+    await powermail.stop()
+    world.log.event(Event.STOPPED)
+    log.close()
     return 0
 
 

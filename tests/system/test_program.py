@@ -1,0 +1,94 @@
+"""The program as an operator meets it: exit status, one clear sentence, nothing half-made."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.system.conftest import DOORS
+
+FREE = [word for name in DOORS for word in ("--set", f'{name}=["127.0.0.1:0"]')]
+
+
+def powermail(*words: str, given: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs the command line."""
+    return subprocess.run(
+        [sys.executable, "-m", "powermail", *words], capture_output=True, text=True, timeout=60, check=False, input=given
+    )
+
+
+def sentence(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line on standard error."""
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("powermail: ")]
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    return line
+
+
+def test_port_in_use_is_said_and_nothing_stays(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = powermail("serve", "--init", "--data", str(data), *FREE, "--set", f'smtp.listen=["127.0.0.1:{port}"]')
+    assert f"cannot listen on 127.0.0.1:{port}" in sentence(done)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_settings_and_places_are_said(tmp_path: Path) -> None:
+    data = str(tmp_path / "data")
+    assert powermail("init", "--data", data).returncode == 0
+    assert "not empty" in sentence(powermail("init", "--data", data))
+    assert "did you mean 'smtp.listen'" in sentence(powermail("serve", "--data", data, "--set", "smtp.listn=1"))
+    assert "powermail init" in sentence(powermail("serve", "--data", str(tmp_path / "none")))
+    assert "cannot make" in sentence(powermail("init", "--data", "/proc/nowhere/data"))
+    assert "move it away first" in sentence(powermail("rebuild", "--data", data))
+
+
+def test_accounts_and_reports_without_a_server(tmp_path: Path) -> None:
+    data = ["--data", str(tmp_path / "data"), "--json"]
+    assert powermail("init", *data[:2]).returncode == 0
+    made = powermail("account", "add", "ann@example.org", "--quota", "20M", "--password-stdin", *data, given="secret\n")
+    assert json.loads(made.stdout)["quota_octets"] == 20 * 2**20
+    assert json.loads(made.stdout)["password"] == "argon2id"
+    assert "not a size" in sentence(powermail("account", "set", "ann@example.org", "--quota", "20X", *data))
+    assert "refuses" in sentence(powermail("account", "add", "ANN@example.org", "--password", "x", *data))
+    for bad in ("a@b.c\r\nX: y", "two@a.b three@c.d", "-froot@a.b", "a>@b.c"):
+        assert "not an address" in sentence(powermail("forward", "add", "f@example.org", *data, "--", bad))
+    assert powermail("forward", "add", "f@example.org", "x@example.net", "--keep-copy", *data).returncode == 0
+    rows = json.loads(powermail("account", "list", *data).stdout)
+    assert [row["address"] for row in rows] == ["ann@example.org", "f@example.org", "postmaster@localhost"]
+    assert json.loads(powermail("usage", "ann@example.org", *data).stdout)["octets"] == 0
+    assert powermail("verify", *data).returncode == 0
+    status = powermail("status", *data)
+    assert status.returncode == 0
+    assert json.loads(status.stdout)["degraded"] == []
+    assert powermail("node", "block", "a", *data).returncode == 0
+    assert powermail("status", *data).returncode == 1
+    assert json.loads(powermail("whatif", "b", *data).stdout)["unreadable"]["messages"] == 0
+
+
+def test_a_password_hash_works_as_a_row(tmp_path: Path) -> None:
+    done = powermail("password", "hash", "--password-stdin", given="secret\n")
+    from powermail.directory.password import matches
+
+    assert matches(done.stdout.strip(), "secret")
+    assert not matches(done.stdout.strip(), "Secret")
+
+
+def test_a_missing_node_is_degraded_and_never_made_silently(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    assert powermail("init", "--data", str(data)).returncode == 0
+    (data / "nodes" / "a").rename(tmp_path / "gone")
+    (data / "nodes" / "a").mkdir()
+    done = powermail("node", "list", "--data", str(data), "--json")
+    assert done.returncode == 1
+    assert "is its disk mounted" in json.loads(done.stdout)[0]["reason"]
+    assert list((data / "nodes" / "a").iterdir()) == []
+    (data / "nodes" / "a").rmdir()
+    (tmp_path / "gone").rename(data / "nodes" / "b-was-here")
+    (data / "nodes" / "b").rename(data / "nodes" / "a")
+    done = powermail("node", "list", "--data", str(data), "--json")
+    assert "swapped or cloned" in json.loads(done.stdout)[0]["reason"]
