@@ -68,6 +68,7 @@ class Repairer:
             return False
         for source in self._sources(message):
             try:
+                await targets[0].discard(message.key)
                 await self._fetcher.copy(message.key, source, targets[0])
             except (CopyMissing, CopyDamaged) as error:
                 self._world.log.event(Event.COPY_BAD, key=message.key, node=source.id, error=str(error))

@@ -133,6 +133,9 @@ class StorageNode(Protocol):
     async def verify(self, key: bytes) -> None:
         """Reads and checks a whole copy. Raises CopyMissing, CopyDamaged, NodeTrouble."""
 
+    async def discard(self, key: bytes) -> None:
+        """Lets go of a copy that fails its check, so that a good one can be committed. A good copy stays."""
+
     async def scan(self, after: Position, limit: int, age_s: float, moved: bool) -> tuple[list[Scanned], Position]:
         """Messages committed behind `after`, at most `limit`, older than `age_s`, and where to go on.
 

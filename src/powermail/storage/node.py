@@ -343,6 +343,9 @@ class LocalNode:
     async def verify(self, key: bytes) -> None:
         await self._call(self._opened().verify, key)
 
+    async def discard(self, key: bytes) -> None:
+        await self._write_lane.run(self._opened().discard, key)
+
     async def scan(self, after: Position, limit: int, age_s: float, moved: bool) -> tuple[list[Scanned], Position]:
         return await self._call(self._opened().scan, after, limit, age_s, moved)
 

@@ -522,6 +522,15 @@ class SegmentStore:
         for number, place in enumerate(entry.chunks):
             self._read(place, key, rec.CHUNK, number)
 
+    def discard(self, key: bytes) -> None:
+        """Forgets a copy that fails its check; its records stay where they are and count no more."""
+        try:
+            self.verify(key)
+        except (CopyDamaged, OSError):
+            self._replace(key, self._keys.get(key), None)
+        except CopyMissing:
+            pass
+
     def live_keys(self, after: bytes, limit: int) -> list[bytes]:
         """Keys of live messages in order."""
         return [k for k in self._keys.keys(ki.LIVE, after, limit) if len(k) == 16]

@@ -1,0 +1,111 @@
+"""Real power cuts: an ext4 on a loop device is shut down (FS_IOC_SHUTDOWN, no log flush) under a writing node."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from powermail.base.disk import SystemDisk
+from powermail.base.entropy import SystemEntropy
+from powermail.storage.identity import make_store
+from powermail.storage.keyindex import SqliteKeyIndex
+from powermail.storage.store import Options, SegmentStore
+from tests.storage.support import CLUSTER, body, commit, key
+
+SHUTDOWN = 0x8004587D
+WITHOUT_LOG_FLUSH = 2
+CUTS = int(os.environ.get("POWERMAIL_TEST_CUTS", "10"))
+OPTIONS = Options(256 * 1024, 0)
+
+
+def open_at(path: str) -> SegmentStore:
+    """A store on a real file system."""
+    return SegmentStore.open(SystemDisk(), path, CLUSTER, "a", SqliteKeyIndex, OPTIONS, time.monotonic)
+
+
+def write_for_ever(path: str, first: int) -> None:
+    """What the writing process does: commits in batches and says so only when they are durable."""
+    store = open_at(path)
+    number = first
+    while True:
+        batch = list(range(number, number + 3))
+        if store.write([commit(n) for n in batch]) != [None] * 3:
+            return
+        store.settle(everything=number % 5 == 0)
+        print(number + 2, flush=True)
+        number += 3
+
+
+@pytest.mark.timeout(120)
+def test_what_was_acknowledged_survives_real_power_cuts(tmp_path: Path) -> None:
+    if os.geteuid() != 0 or not os.path.exists("/dev/loop-control"):
+        pytest.skip("needs root and loop devices: real power cuts were NOT tried")
+    image, mount = tmp_path / "image", tmp_path / "mount"
+    mount.mkdir()
+    with image.open("wb") as file:
+        file.truncate(64 * 2**20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
+    node = str(mount / "node")
+    acknowledged: set[int] = set()
+    first = 1
+    for cut in range(CUTS):
+        _mount(image, mount)
+        try:
+            if cut == 0:
+                make_store(SystemDisk(), node, CLUSTER, "a", SystemEntropy())
+            last = _write_and_cut(node, mount, first, cut)
+            acknowledged.update(range(first, last + 1))
+        finally:
+            _unmount(mount)
+        _mount(image, mount)
+        try:
+            store = open_at(node)
+            try:
+                for number in acknowledged:
+                    store.verify(key(number))
+                    assert store.read_chunk(key(number), 0).stored == body(number), f"cut {cut}: message {number}"
+                first = int.from_bytes(store.live_keys(b"", 1 << 20)[-1], "big") + 1
+            finally:
+                store.close()
+        finally:
+            _unmount(mount)
+    assert len(acknowledged) > CUTS * 10
+
+
+def _mount(image: Path, mount: Path) -> None:
+    subprocess.run(["mount", "-o", "loop", str(image), str(mount)], check=True)
+
+
+def _unmount(mount: Path) -> None:
+    """Also when a failed test left a file open: nothing may stay mounted."""
+    subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+def _write_and_cut(node: str, mount: Path, first: int, cut: int) -> int:
+    """Lets a process write, takes the power away, and gives the last number that was acknowledged."""
+    code = f"from tests.storage.test_power_cut import write_for_ever; write_for_ever({node!r}, {first})"
+    writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert writer.stdout is not None
+    acknowledged = 0
+    for _ in range(20 + 7 * (cut % 10)):
+        line = writer.stdout.readline()
+        assert line, "the writer ended by itself"
+        acknowledged = int(line)
+    descriptor = os.open(mount, os.O_RDONLY)
+    try:
+        fcntl.ioctl(descriptor, SHUTDOWN, struct.pack("I", WITHOUT_LOG_FLUSH))
+    finally:
+        os.close(descriptor)
+    writer.kill()
+    # What the writer said after the cut began does not count: ext4 drops the error of an extent conversion that the shutdown
+    # interrupts, so an fsync under way may answer success to a process that a real power cut would have ended.
+    writer.stdout.close()
+    writer.wait()
+    return acknowledged
