@@ -100,7 +100,7 @@ def _try(disk: SimDisk, base: SimDisk, ops: list[Op], promises: Promises, where:
 
 
 @pytest.mark.timeout(300)
-def test_every_power_cut_keeps_what_was_acknowledged() -> None:
+def test_original_defect_1_every_power_cut_keeps_what_was_acknowledged() -> None:
     assert states() > 1000
 
 

@@ -83,7 +83,7 @@ async def test_original_defect_2_a_failed_commit_leaves_no_second_copy(running: 
     running.problems_expected = True
 
 
-async def test_too_few_groups_refuse_before_data_and_reading_goes_on(running: Running) -> None:
+async def test_original_defect_7_nothing_vanishes_from_a_listing_and_too_few_groups_refuse(running: Running) -> None:
     """P6 and the original's defect 7: nothing is missing from a listing because nodes are away."""
     await running.mailbox("ann@local.example")
     sent = await fill(running, 3)
@@ -144,8 +144,8 @@ async def test_an_empty_disk_is_filled_again(running: Running) -> None:
     assert sorted(await running.read("ann@local.example")) == sorted(sent)
 
 
-async def test_rot_is_never_served_and_is_repaired(running: Running) -> None:
-    """F7, P3: octets of one node change on the disk."""
+async def test_original_defect_6_rot_is_never_served_and_is_repaired(running: Running) -> None:
+    """F7, P3: octets of one node change on the disk; another holder is read."""
     await running.mailbox("ann@local.example")
     sent = await fill(running, 10)
     (segment,) = (running.data / "nodes" / "c" / "segments").glob("*.seg")

@@ -1,0 +1,108 @@
+"""Who gets in: the limits on wrong passwords, and the operator's socket."""
+
+from __future__ import annotations
+
+import stat
+
+import msgspec
+import pytest
+
+from powermail.admin.control import ControlServer, NotRunning, ask
+from powermail.base import limits
+from powermail.base.errors import OperatorError
+from powermail.directory.authenticate import AuthRefused
+from powermail.directory.limiter import FailureLimiter, ranges
+from tests.system.conftest import Running
+
+
+class Hand:
+    """A clock moved by hand."""
+
+    def __init__(self) -> None:
+        self.at = 0.0
+
+    def monotonic(self) -> float:
+        return self.at
+
+    def now(self) -> float:
+        return self.at
+
+
+def test_guessing_is_refused_by_range_and_the_owner_elsewhere_is_not() -> None:
+    """U05: no lock-out weapon; an hour later the minute's count is over, the day's is not."""
+    clock = Hand()
+    limiter = FailureLimiter(clock)
+    for _ in range(limits.AUTH_FAILURES_PER_MINUTE_MAX[0]):
+        assert not limiter.refused("192.0.2.1")
+        limiter.failed("192.0.2.1", "ann@local.example")
+    assert limiter.refused("192.0.2.1")
+    assert not limiter.refused("192.0.2.2")
+    assert not limiter.refused("198.51.100.1")
+    clock.at += 3600
+    assert not limiter.refused("192.0.2.1")
+    for minute in range(10):
+        clock.at += 61
+        for _ in range(9):
+            limiter.failed("192.0.2.1", f"user{minute}")
+    clock.at += 61
+    assert limiter.refused("192.0.2.1")
+
+
+def test_neighbours_share_a_wider_limit() -> None:
+    clock = Hand()
+    limiter = FailureLimiter(clock)
+    for host in range(1, 31):
+        limiter.failed(f"192.0.2.{host}", "x")
+    assert limiter.refused("192.0.2.40")
+    assert not limiter.refused("192.0.2.200")
+    assert ranges("2001:db8::1") == ("2001:db8::/64", "2001:db8::/48", "2001:db8::/32")
+
+
+async def test_wrong_passwords_count_across_doors(running: Running) -> None:
+    await running.mailbox("ann@local.example")
+    authenticator = running.powermail._authenticator
+    assert authenticator is not None
+    for _ in range(limits.AUTH_FAILURES_PER_MINUTE_MAX[0]):
+        authenticator._limiter.failed("203.0.113.9", "ann@local.example")
+    with pytest.raises(AuthRefused):
+        await authenticator.plain("203.0.113.9", "ann@local.example", "secret", "submission")
+    account = await authenticator.plain("198.51.100.7", "ann@local.example", "secret", "popd")
+    assert account is not None
+    assert account.address == "ann@local.example"
+
+
+async def test_original_defect_10_only_the_owner_reaches_the_control_socket(running: Running) -> None:
+    path = str(running.data / "control.sock")
+    server = ControlServer(path, running.powermail.operations)
+
+    async def quiet(done: int, total: int) -> None:
+        pass
+
+    with pytest.raises(NotRunning):
+        await ask(path, "status", {}, quiet)
+    await server.start()
+    try:
+        assert stat.S_IMODE((running.data / "control.sock").stat().st_mode) == 0o600
+        status = await ask(path, "status", {}, quiet)
+        assert status["degraded"] == []
+        for call in ("call", "__init__", "_account", "shutdown"):
+            with pytest.raises(OperatorError, match="unknown operation"):
+                await ask(path, call, {}, quiet)
+        with pytest.raises(OperatorError):
+            await ask(path, "list_messages", {"address": "../../etc/passwd"}, quiet)
+    finally:
+        await server.stop()
+
+
+async def test_no_secret_is_logged_or_shown(running: Running) -> None:
+    """A18: neither hash nor password leaves by log, status or account listing."""
+    await running.mailbox("ann@local.example", password="{plain}tell-nobody")
+    client = await running.connect("submission")
+    await client.ask("EHLO x")
+    await client.ask("AUTH PLAIN AGFubgB0ZWxsLW5vYm9keQ==")
+    shown = [await running.operation(name) for name in ("status", "dir", "orphans")]
+    shown.append(await running.operation("account_list", after="", limit=10))
+    text = msgspec.json.encode(shown).decode() + "".join(running.powermail.world.log.lines)  # type: ignore[attr-defined]
+    assert "tell-nobody" not in text
+    assert "AGFubgB0" not in text
+    assert "$argon2" not in text
