@@ -16,6 +16,7 @@ import pytest
 
 from powermail.app.compose import PowerMail
 from powermail.app.setup import initialise
+from powermail.base import limits
 from powermail.base.log import MemoryLog
 from powermail.base.settings import load_file
 from powermail.base.world import system_world
@@ -98,7 +99,10 @@ async def test_original_defect_7_nothing_vanishes_from_a_listing_and_too_few_gro
     await fill(running, 1, 10)
 
 
-async def test_original_defect_3_deleted_stays_deleted_when_an_old_disk_returns(running: Running) -> None:
+@pytest.mark.parametrize("mass", [False, True])
+async def test_original_defect_3_deleted_stays_deleted_when_an_old_disk_returns(
+    running: Running, mass: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """F16, P8: a node's directory of yesterday is put back after mail was deleted and more was received."""
     await running.mailbox("ann@local.example")
     old = await fill(running, 20)
@@ -122,7 +126,13 @@ async def test_original_defect_3_deleted_stays_deleted_when_an_old_disk_returns(
     await powermail.stop(0.5)
     shutil.rmtree(node)
     os.rename(running.data / "yesterday", node)
+    if mass:
+        monkeypatch.setattr(limits, "COLLECT_MASS_MAX", 1)
     running.powermail = await start(running.data)
+    if mass:  # P9: nothing is deleted and the node takes no mail until the operator has said so
+        assert [one.id for one in running.powermail.cluster.admitted()] == ["b", "c"]
+        assert await running.powermail.index.deletions_total("a") == 0
+        await running.operation("node_confirm", node="a")
     await heal(running)
     running.powermail.index.catching_up = True
     await running.powermail.reconciler.step()

@@ -26,6 +26,7 @@ class Cluster:
         self._policy = policy
         self._admit: Admit | None = None
         self._admitted: dict[str, None] = {}
+        self._refused: dict[str, str] = {}
 
     def node(self, name: str) -> StorageNode:
         """A node by its id. Raises NodeTrouble if there is none."""
@@ -98,7 +99,8 @@ class Cluster:
                 await self._admit(node)
                 self._admitted[node.id] = None
         except (Trouble, OperatorError) as error:
-            if node.state not in _AWAY and node.id not in self._admitted:
+            if node.state not in _AWAY and node.id not in self._admitted and self._refused.get(node.id) != str(error):
+                self._refused[node.id] = str(error)  # once per change of state
                 self._world.log.event(Event.TROUBLE, node=node.id, error=str(error))
 
     async def close(self) -> None:

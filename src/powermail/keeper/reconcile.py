@@ -11,7 +11,7 @@ import msgspec
 
 from powermail.base import limits
 from powermail.base.entropy import key_time
-from powermail.base.errors import CopyDamaged, CopyMissing
+from powermail.base.errors import CopyDamaged, CopyMissing, NodeTrouble
 from powermail.base.log import Event
 from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
@@ -52,6 +52,8 @@ class Reconciler:
 
     async def _rolled_back(self, node: StorageNode, row: NodeRow) -> None:
         """An old state of the disk is back: what the index does not know was deleted meanwhile."""
+        if node.id in self.held and node.id not in self.confirmed:
+            raise NodeTrouble(f"{self.held[node.id]} deletions on node {node.id} wait for `powermail node confirm {node.id}`")
         self._world.log.event(Event.NODE_DAMAGE, node=node.id, error="an older state of this disk is back")
         position, unknown = START, []
         while True:
@@ -62,11 +64,12 @@ class Reconciler:
             position = following
         await self._verify_belief(node)
         if len(unknown) > limits.COLLECT_MASS_MAX and node.id not in self.confirmed:
+            # The node keeps its old watermark and takes no mail, so the question survives a restart; reading goes on.
             self.held[node.id] = len(unknown)
             self._world.log.event(Event.COLLECT_HELD, node=node.id, messages=len(unknown))
-        else:
-            await self._index.order_deletions(node.id, unknown)
-            self.held.pop(node.id, None)
+            raise NodeTrouble(f"{len(unknown)} deletions wait for `powermail node confirm {node.id}`")
+        await self._index.order_deletions(node.id, unknown)
+        self.confirmed.pop(node.id, None)
         incarnation = await node.new_incarnation()
         end = await node.end()
         await self._index.set_node(node.id, incarnation, end.segment, end.offset)
