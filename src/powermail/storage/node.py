@@ -48,6 +48,7 @@ class LocalNode:
         self._write_lane = world.lane(f"{node}-write")
         self._read_lane = world.lane(f"{node}-read")
         self._store: SegmentStore | None = None
+        self._closing: asyncio.Future[None] | None = None
         self._state = NodeState.OPENING
         self._blocked = False
         self._waiting: list[tuple[Operation, asyncio.Future[None] | None]] = []
@@ -65,6 +66,8 @@ class LocalNode:
         """Opens and recovers. Raises OperatorError or NodeTrouble with the reason; may be tried again."""
         if self._store is not None:
             return
+        if self._closing is not None:
+            await asyncio.wait([self._closing])
         world = self._world
         try:
             store = await self._write_lane.run(
@@ -108,9 +111,11 @@ class LocalNode:
             await asyncio.sleep(0.001)
         store, self._store = self._store, None
         if store is not None:
-            try:
-                await self._write_lane.run(store.close)
-            except OSError as error:
+            self._close_store(store)
+        if self._closing is not None:
+            await asyncio.wait([self._closing])
+            error = self._closing.exception()
+            if error is not None and not isinstance(error, FileNotFoundError):
                 self._world.log.event(Event.TROUBLE, node=self.id, error=str(error))
         self._set(NodeState.CLOSED, "")
         self._write_lane.close()
@@ -203,7 +208,25 @@ class LocalNode:
         self._set(NodeState.MISSING, reason)
         if store is not None:
             store.failed = store.failed or reason
-            self._write_lane.run(store.close).add_done_callback(_ignore_missing)
+            self._close_store(store)
+
+    def _close_store(self, store: SegmentStore) -> None:
+        """Closes it on the writing lane, behind the reads that have begun: nothing is closed under a reader's hands."""
+        closing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._closing = closing
+
+        def closed(result: asyncio.Future[None]) -> None:
+            error = result.exception()
+            if error is None:
+                closing.set_result(None)
+            else:
+                closing.set_exception(error)
+                closing.exception()  # seen: a directory that is gone cannot be settled
+
+        def close(_: asyncio.Future[None]) -> None:
+            self._write_lane.run(store.close).add_done_callback(closed)
+
+        self._read_lane.run(_nothing).add_done_callback(close)
 
     def _opened(self) -> SegmentStore:
         if self._store is None:
@@ -396,5 +419,5 @@ def _answer(batch: list[tuple[Operation, asyncio.Future[None] | None]], outcomes
             future.set_exception(NodeReadOnly(f"{type(outcome).__name__}: {outcome}"))
 
 
-def _ignore_missing(result: asyncio.Future[None]) -> None:
-    result.exception()
+def _nothing() -> None:
+    """What a lane runs when only its turn matters."""
