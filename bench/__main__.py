@@ -56,14 +56,14 @@ class Server:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "powermail", "serve", "--data", self.data, *words, stdout=log, stderr=log
             )
-        while not os.path.exists(f"{self.data}/control.sock"):
+        while len(self.ports) < len(DOORS) or not os.path.exists(f"{self.data}/control.sock"):
             await asyncio.sleep(0.1)
             assert self.process.returncode is None
-        with open(f"{self.root}/log", "rb") as log_file:  # noqa: ASYNC230
-            for line in log_file:
-                if b'"listening"' in line:
-                    event = msgspec.json.decode(line)
-                    self.ports[event["door"]] = int(event["address"].rpartition(":")[2])
+            with open(f"{self.root}/log", "rb") as log_file:  # noqa: ASYNC230
+                for line in log_file:
+                    if b'"listening"' in line:
+                        event = msgspec.json.decode(line)
+                        self.ports[event["door"]] = int(event["address"].rpartition(":")[2])
         with open(f"{self.root}/accounts", "w", encoding="ascii") as file:  # noqa: ASYNC230
             for n in range(MAILBOXES):
                 file.write(f'{{"address": "u{n}@bench.example", "password": "{{plain}}secret"}}\n')

@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Sequence
 from typing import Any
 
-_ROWS = 256
+ROWS_MAX = 64  # rows of one statement
 
 
 def in_list(values: Sequence[Any]) -> str:
@@ -16,8 +16,8 @@ def in_list(values: Sequence[Any]) -> str:
 
 def insert_many(db: sqlite3.Connection, head: str, width: int, rows: Sequence[Sequence[Any]]) -> None:
     """Inserts rows with few statements: the interpreter lock is given up once a statement, not once a row."""
-    for start in range(0, len(rows), _ROWS):
-        part = rows[start : start + _ROWS]
+    for start in range(0, len(rows), ROWS_MAX):
+        part = rows[start : start + ROWS_MAX]
         one = f"({in_list(range(width))})"
         db.execute(f"{head} VALUES {', '.join([one] * len(part))}", [value for row in part for value in row])
 
@@ -45,6 +45,10 @@ class Placements:
             self._ids[wanted] = number
             self._nodes[number] = wanted
         return number
+
+    def has(self, nodes: Sequence[str]) -> bool:
+        """True if the set has a number."""
+        return tuple(sorted(nodes)) in self._ids
 
     def nodes(self, number: int) -> tuple[str, ...]:
         """The set with that number."""

@@ -11,8 +11,6 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import msgspec
-
 from powermail.base import limits
 from powermail.base.errors import IndexTrouble, OperatorError
 from powermail.base.world import World
@@ -25,7 +23,7 @@ from powermail.index.contract import (
     Release,
     RestoredMessage,
 )
-from powermail.index.rows import Placements, in_list, insert_many, release
+from powermail.index.rows import ROWS_MAX, Placements, in_list, insert_many, release
 from powermail.index.sqlite_keeping import KeepingStatements
 from powermail.index.sqlite_queue import QueueStatements
 from powermail.mail.envelope import Commit, Target
@@ -41,7 +39,7 @@ _MAILBOX = "id, account, name, uidvalidity, uid_next, modseq, messages, octets"
 
 def connect(path: str, write: bool) -> sqlite3.Connection:
     """Opens the file as this program needs it. Raises sqlite3.Error."""
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256, timeout=5)
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=512, timeout=5)
     if write:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
@@ -87,6 +85,8 @@ class SqliteIndex(QueueStatements, KeepingStatements):
         if self._db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
             raise sqlite3.DatabaseError("integrity check failed")
         for statement in schema.TABLES:
+            self._db.execute(statement)
+        for statement in schema.ARRIVALS:
             self._db.execute(statement)
         self._db.execute(
             "INSERT OR IGNORE INTO meta VALUES ('version', ?), ('epoch', '1'), ('commits', '0'), ('cluster', ?)",
@@ -181,7 +181,7 @@ class SqliteIndex(QueueStatements, KeepingStatements):
     def _deliver_batch(self, batch: list[Delivery]) -> list[bool | Exception]:
         """One transaction for all; if that fails, one for each, so that one bad delivery harms no other."""
         try:
-            return list(self._transaction(self._enter, (batch,)))
+            return list(self._enter(batch) if self._is_plain(batch) else self._transaction(self._enter, (batch,)))
         except sqlite3.Error as error:
             if len(batch) == 1:
                 return [error]
@@ -193,31 +193,42 @@ class SqliteIndex(QueueStatements, KeepingStatements):
                 outcomes.append(error)
         return outcomes
 
+    def _is_plain(self, batch: list[Delivery]) -> bool:
+        """True if one statement, which is a transaction by itself, enters the batch: nothing is new but messages."""
+        rows = 0
+        for _, commit, nodes in batch:
+            if not self._placements.has(nodes):
+                return False
+            for target in commit.targets:
+                if target.destination or (target.account, target.mailbox) not in self._mailbox_ids:
+                    return False
+                rows += 1
+        return rows <= ROWS_MAX
+
     def _enter(self, batch: list[Delivery]) -> list[bool]:
-        db = self._db
         known = self._known([delivery.key for delivery in batch])
-        messages: list[tuple[bytes, int, bytes, int, int]] = []
         queue: list[tuple[Any, ...]] = []
-        arrivals: dict[int, list[tuple[bytes, int, int, float]]] = {}
+        arrivals: list[tuple[Any, ...]] = []
         outcomes: list[bool] = []
         for key, commit, nodes in batch:
             if key in known:
                 outcomes.append(False)
                 continue
             known[key] = None
-            references = 0
+            at, octets = commit.received_at, commit.octets
+            sha256, placement, refs = bytes.fromhex(commit.sha256), self._placements.id(nodes), len(commit.targets)
             for target in commit.targets:
-                references += 1
+                mailbox = None
                 if target.destination:
-                    queue.append(_queue_row(key, commit.received_at, commit, target))
+                    queue.append(_queue_row(key, at, commit, target))
                 else:
-                    mailbox = self._mailbox_id(target.account, target.mailbox, commit.received_at)
-                    arrivals.setdefault(mailbox, []).append((key, target.flags, commit.octets, commit.received_at))
-            messages.append((key, commit.octets, bytes.fromhex(commit.sha256), self._placements.id(nodes), references))
+                    mailbox = self._mailbox_id(target.account, target.mailbox, at)
+                if mailbox is not None or refs:
+                    arrivals.append((key, octets, sha256, placement, refs, mailbox, target.flags, at, self._epoch))
+                refs = 0
             outcomes.append(True)
-        insert_many(db, "INSERT INTO messages", 5, messages)
-        insert_many(db, "INSERT INTO entries", 7, self._number(arrivals))
-        insert_many(db, _QUEUE_HEAD, 18, queue)
+        insert_many(self._db, "INSERT INTO arrivals", 9, arrivals)
+        insert_many(self._db, _QUEUE_HEAD, 18, queue)
         return outcomes
 
     async def restore_messages(self, messages: Sequence[RestoredMessage]) -> int:
@@ -226,7 +237,7 @@ class SqliteIndex(QueueStatements, KeepingStatements):
     def _restore_messages(self, messages: Sequence[RestoredMessage]) -> int:
         """A message that no mailbox and no queue row shows any more was deleted: its tombstones are ordered."""
         queue: list[tuple[Any, ...]] = []
-        arrivals: dict[int, list[tuple[bytes, int, int, float]]] = {}
+        arrivals: list[tuple[Any, ...]] = []
         for key, commit, sha256, nodes, targets in messages:
             known = self._db.execute("SELECT 1 FROM messages WHERE key = ?", (key,)).fetchone()
             if not targets and known is None:
@@ -241,46 +252,11 @@ class SqliteIndex(QueueStatements, KeepingStatements):
                     queue.append(_queue_row(key, commit.received_at, commit, target, "held by rebuild: sent or not is unknown"))
                 else:
                     mailbox = self._mailbox_id(target.account, target.mailbox, commit.received_at)
-                    arrivals.setdefault(mailbox, []).append((key, target.flags, commit.octets, commit.received_at))
-        insert_many(self._db, "INSERT INTO entries", 7, self._number(arrivals))
+                    at = commit.received_at
+                    arrivals.append((key, commit.octets, sha256, None, 0, mailbox, target.flags, at, self._epoch))
+        insert_many(self._db, "INSERT INTO arrivals", 9, arrivals)
         insert_many(self._db, _QUEUE_HEAD, 18, queue)
         return len(queue)
-
-    def _number(
-        self, arrivals: dict[int, list[tuple[bytes, int, int, float]]]
-    ) -> list[tuple[int, int, bytes, int, int, int, float]]:
-        """Gives UIDs and MODSEQs to what arrived; a few statements however many mailboxes there are."""
-        entries: list[tuple[int, int, bytes, int, int, int, float]] = []
-        changes = []
-        ids = sorted(arrivals)
-        for start in range(0, len(ids), 500):
-            part = ids[start : start + 500]
-            found = self._db.execute(
-                "SELECT json_group_array(json_array(id, uid_next, modseq, epoch)) FROM mailboxes"
-                f" WHERE id IN ({in_list(part)})",
-                part,
-            ).fetchone()[0]
-            for mailbox, uid, modseq, epoch in msgspec.json.decode(found, type=list[tuple[int, int, int, int]]):
-                if epoch < self._epoch:  # commits may be lost: numbers leap, so none is ever given twice (P10)
-                    uid += limits.EPOCH_JUMP
-                    modseq += limits.EPOCH_JUMP
-                total = 0
-                for key, flags, octets, received_at in arrivals[mailbox]:
-                    modseq += 1
-                    entries.append((mailbox, uid, key, flags, modseq, octets, received_at))
-                    uid += 1
-                    total += octets
-                if uid > limits.UID_MAX:
-                    raise sqlite3.IntegrityError(f"mailbox {mailbox} has used up its UIDs")
-                changes.append((mailbox, uid, modseq, len(arrivals[mailbox]), total))
-        if changes:
-            self._db.execute(
-                "UPDATE mailboxes SET uid_next = json_extract(v.value, '$[1]'), modseq = json_extract(v.value, '$[2]'),"
-                " messages = messages + json_extract(v.value, '$[3]'), octets = octets + json_extract(v.value, '$[4]'),"
-                " epoch = ? FROM json_each(?) AS v WHERE mailboxes.id = json_extract(v.value, '$[0]')",
-                (self._epoch, msgspec.json.encode(changes).decode()),
-            )
-        return entries
 
     def _jump(self, mailbox: int) -> None:
         """Commits may be lost: numbers leap, so none is ever given twice (P10)."""
