@@ -55,7 +55,7 @@ async def test_a_directory_that_goes_away_under_a_read_harms_only_that_read(tmp_
     reading = node._read_lane.run(slow_reader, made[0])
     os.rename(tmp_path / "a", tmp_path / "away")
     with pytest.raises(NodeTrouble):
-        await node.commit(key(2), [Chunk(0, 0, b"y", 1)], b"{}", 1)
+        await node.probe()
     assert node.state is NodeState.MISSING
     os.rename(tmp_path / "away", tmp_path / "a")
     await node.open()

@@ -8,6 +8,8 @@ import struct
 from collections.abc import MutableSequence
 from typing import Any, Protocol
 
+_POOL_OCTETS = 4096  # asked for at once: each call to the system gives up the interpreter lock
+
 
 class Entropy(Protocol):
     """Randomness. The system one is cryptographic; the simulated one repeats from its seed."""
@@ -27,9 +29,16 @@ class SystemEntropy:
 
     def __init__(self) -> None:
         self._random = random.Random(os.urandom(16))
+        self._pool = b""
+        self._used = 0
 
     def octets(self, count: int) -> bytes:
-        return os.urandom(count)
+        if count > _POOL_OCTETS // 4:
+            return os.urandom(count)
+        if self._used + count > len(self._pool):
+            self._pool, self._used = os.urandom(_POOL_OCTETS), 0
+        self._used += count
+        return self._pool[self._used - count : self._used]
 
     def uniform(self, low: float, high: float) -> float:
         return self._random.uniform(low, high)

@@ -76,6 +76,8 @@ NODE_PROBE_INTERVAL_S: Final = 1.0
 NODE_PROBE_TIMEOUT_S: Final = 10.0  # F14: fenced within this
 NODE_RECEIPT_TIMEOUT_S: Final = 4.0  # P20: a blip is at most 5 s; then the next node in placement order
 NODE_READ_TIMEOUT_S: Final = 10.0
+NODE_PRESENCE_CHECK_S: Final = 0.05  # how long a node may write before it looks whether its directory is still there
+PLACEMENT_LOOK_S: Final = 0.05  # how old the figures of nodes may be by which a message is placed
 NODE_HEDGE_S: Final = 0.25  # a read asks a second copy after this
 
 # -- index and directory ------------------------------------------------------------------------------------------

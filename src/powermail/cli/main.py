@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import getpass
 import os
 import signal
@@ -83,7 +84,9 @@ async def do_init(arguments: Arguments) -> int:
 
 async def do_serve(arguments: Arguments) -> int:
     """Serves until interrupted."""
-    sys.setswitchinterval(0.005)  # lanes answer the event loop sooner
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 100)
     data = arguments.data.rstrip("/")
     first: FirstMailbox | None = None
     if arguments.init and not os.path.exists(f"{data}/{SETTINGS_NAME}"):

@@ -27,6 +27,10 @@ class Cluster:
         self._admit: Admit | None = None
         self._admitted: dict[str, None] = {}
         self._refused: dict[str, str] = {}
+        self._takers: list[StorageNode] = []  # nodes that took mail when last looked at, with their figures
+        self._candidates: list[Candidate] = []
+        self._looked_at = float("-inf")
+        self._enough = False
 
     def node(self, name: str) -> StorageNode:
         """A node by its id. Raises NodeTrouble if there is none."""
@@ -55,21 +59,8 @@ class Cluster:
 
     def place(self) -> list[StorageNode]:
         """Nodes for a new message, in order. Raises NotRedundant when fewer than R groups take mail (P6)."""
-        candidates = []
-        draws = []
-        for node in self.nodes.values():
-            if node.state is NodeState.READ_WRITE and node.id in self._admitted:
-                stat = node.stat() if self._policy != "random" else None
-                candidates.append(
-                    Candidate(
-                        node.id,
-                        node.group,
-                        node.priority,
-                        stat.free_octets if stat else 0,
-                        stat.waiting_octets if stat else 0,
-                    )
-                )
-                draws.append(self._world.entropy.uniform(0.0, 1.0))
+        candidates = self._look()
+        draws = [self._world.entropy.uniform(0.0, 1.0) for _ in candidates]
         order = place(candidates, self.copies_required, self._policy, draws)
         if not order:
             groups = len({candidate.group for candidate in candidates})
@@ -78,10 +69,26 @@ class Cluster:
 
     def takes_mail(self) -> bool:
         """True if enough groups are writable."""
-        groups = {
-            node.group for node in self.nodes.values() if node.state is NodeState.READ_WRITE and node.id in self._admitted
-        }
-        return len(groups) >= self.copies_required
+        self._look()
+        return self._enough
+
+    def _look(self) -> list[Candidate]:
+        """The nodes that take mail, with figures at most PLACEMENT_LOOK_S old; a node that stops is noticed at once."""
+        now = self._world.clock.monotonic()
+        if self._enough and now - self._looked_at < limits.PLACEMENT_LOOK_S:
+            for node in self._takers:
+                if node.state is not NodeState.READ_WRITE:
+                    break
+            else:
+                return self._candidates
+        self._looked_at = now
+        self._takers = [n for n in self.nodes.values() if n.state is NodeState.READ_WRITE and n.id in self._admitted]
+        self._candidates = [
+            Candidate(node.id, node.group, node.priority, stat.free_octets, stat.waiting_octets)
+            for node, stat in ((node, node.stat()) for node in self._takers)
+        ]
+        self._enough = len({node.group for node in self._takers}) >= self.copies_required
+        return self._candidates
 
     async def check_health(self) -> float:
         """One round of probes; tries to open what is away. Returns the pause to the next round."""
@@ -92,12 +99,14 @@ class Cluster:
         try:
             if node.state in (NodeState.MISSING, NodeState.OPENING):
                 self._admitted.pop(node.id, None)
+                self._looked_at = float("-inf")
                 await node.open()
             elif node.state is not NodeState.CLOSED:
                 await node.probe()
             if node.id not in self._admitted and self._admit is not None and node.state not in _AWAY:
                 await self._admit(node)
                 self._admitted[node.id] = None
+                self._looked_at = float("-inf")
         except (Trouble, OperatorError) as error:
             if node.state not in _AWAY and node.id not in self._admitted and self._refused.get(node.id) != str(error):
                 self._refused[node.id] = str(error)  # once per change of state

@@ -15,6 +15,8 @@ import msgspec
 import zstandard
 
 from powermail.base import limits
+from powermail.base.deadline import within
+from powermail.base.digest import hash_octets
 from powermail.base.errors import NodeTrouble, NotRedundant, Trouble
 from powermail.base.log import Event
 from powermail.base.world import World
@@ -72,7 +74,7 @@ class Replication:
     async def write(self, octets: bytes) -> None:
         """Adds octets; waits while the nodes are behind. Raises NotRedundant, NodeTrouble."""
         self.octets += len(octets)
-        self._digest.update(octets)
+        hash_octets(self._digest, octets)
         self._open.append(octets)
         self._open_octets += len(octets)
         if self._open_octets < limits.CHUNK_OCTETS:
@@ -174,8 +176,7 @@ class Replication:
 
     async def _receipt(self, future: asyncio.Future[None]) -> BaseException | None:
         try:
-            async with asyncio.timeout(limits.NODE_RECEIPT_TIMEOUT_S):
-                await future
+            await within(future, limits.NODE_RECEIPT_TIMEOUT_S)
         except (Trouble, TimeoutError) as error:
             return error
         return None
@@ -204,5 +205,4 @@ class Replication:
 
 
 async def _within(call: Awaitable[T]) -> T:
-    async with asyncio.timeout(limits.NODE_RECEIPT_TIMEOUT_S):
-        return await call
+    return await within(asyncio.ensure_future(call), limits.NODE_RECEIPT_TIMEOUT_S)

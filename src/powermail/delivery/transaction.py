@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from powermail.base import limits
 from powermail.base.clock import utc
+from powermail.base.deadline import within
 from powermail.base.errors import IndexTrouble, NotRedundant, OutcomeUnknown, Trouble
 from powermail.base.log import Event
 from powermail.base.tasks import Tasks
@@ -96,8 +97,7 @@ class DeliveryService:
     async def enter(self, delivery: Delivery) -> None:
         """Enters a durable message in the index, waiting at most `index_wait_s`: reconcile enters it otherwise."""
         try:
-            async with asyncio.timeout(self._index_wait_s):
-                await self.index.deliver(delivery)
+            await within(self.index.deliver(delivery), self._index_wait_s)
         except (IndexTrouble, TimeoutError) as error:
             self.world.counters.add("delivery.index_late")
             self.world.log.event(Event.INDEX_LATE, key=delivery.key, error=str(error) or "no answer in time")

@@ -6,6 +6,7 @@ something returns only when the change is durable. IndexTrouble means: try later
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -119,10 +120,10 @@ class RestoredMessage(NamedTuple):
 class Index(Protocol):
     """The index."""
 
-    async def deliver(self, delivery: Delivery) -> bool:
+    def deliver(self, delivery: Delivery) -> asyncio.Future[bool]:
         """Enters a message; many that wait share one transaction. Idempotent by key: False if it was known.
 
-        Raises IndexTrouble.
+        The future raises IndexTrouble; cancelling it does not stop what has begun.
         """
 
     async def abort(self, key: bytes, at: float) -> bool:

@@ -141,12 +141,13 @@ class SqliteIndex(QueueStatements, KeepingStatements):
 
     # -- delivering --------------------------------------------------------------------------------------------------
 
-    async def deliver(self, delivery: Delivery) -> bool:
+    def deliver(self, delivery: Delivery) -> asyncio.Future[bool]:
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._waiting.append((delivery, future))
         if not self._busy:
-            self._deliver_next()
-        return await future
+            self._busy = True  # behind what else is ready now, so that all of it goes into one transaction
+            asyncio.get_running_loop().call_soon(self._deliver_next)
+        return future
 
     def _deliver_next(self) -> None:
         batch = self._waiting[: limits.INDEX_BATCH_MAX]

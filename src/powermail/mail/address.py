@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 from powermail.base import limits
@@ -25,6 +26,10 @@ _QUOTED = re.compile(r'"((?:[\x20\x21\x23-\x5b\x5d-\x7e\u0080-\U0010ffff]|\\[\x2
 _LABEL = r"[A-Za-z0-9_\u0080-\U0010ffff](?:[A-Za-z0-9_\-\u0080-\U0010ffff]{0,61}[A-Za-z0-9_\u0080-\U0010ffff])?"
 _DOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?")
 _SOURCE_ROUTE = re.compile(rf"@{_LABEL}(?:\.{_LABEL})*(?:,@{_LABEL}(?:\.{_LABEL})*)*:")
+# What nearly every path looks like; anything else takes the long way, to the same result.
+_PLAIN_PATH = re.compile(
+    r"<([A-Za-z0-9+_\-]+(?:\.[A-Za-z0-9+_\-]+)*)@((?:[A-Za-z0-9](?:[A-Za-z0-9\-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,63})>"
+)
 _CONTROL = re.compile("[\x00-\x1f\x7f\u0080-\u009f\u2028\u2029\ud800-\udfff]")
 
 
@@ -46,12 +51,17 @@ class Address(NamedTuple):
     @property
     def canonical(self) -> str:
         """Lower case; the key in the directory."""
-        return self.text.lower()
+        return _canonical(self)
 
     @property
     def ascii_only(self) -> bool:
         """True if no SMTPUTF8 is needed to carry it."""
         return self.local.isascii() and self.domain.isascii()
+
+
+@lru_cache(maxsize=4096)
+def _canonical(address: Address) -> str:
+    return address.text.lower()
 
 
 def _quote(local: str) -> str:
@@ -142,6 +152,11 @@ def parse_path(text: str) -> tuple[Address | None, str]:
     (RFC 5321 appendix C). `<postmaster>` without a domain is the one local name allowed (§4.5.1).
     Raises AddressError.
     """
+    plain = _PLAIN_PATH.match(text)
+    if plain is not None:
+        local, domain = plain.groups()
+        if len(local) <= limits.LOCAL_PART_OCTETS_MAX and len(domain) <= limits.DOMAIN_OCTETS_MAX:
+            return Address(local, domain.lower()), text[plain.end() :]
     if text.startswith("<"):
         if text.startswith("<>"):
             return None, text[2:]

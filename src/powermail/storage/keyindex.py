@@ -68,8 +68,8 @@ class KeyIndex(Protocol):
     def find(self, key: bytes) -> Entry | None:
         """The same for the reading lane."""
 
-    def put(self, key: bytes, entry: Entry | None) -> None:
-        """Sets or (None) forgets an entry."""
+    def put(self, key: bytes, entry: Entry | None, before: Entry | None) -> None:
+        """Sets or (None) forgets an entry; `before` is what `get` says now."""
 
     def keys(self, state: int, after: bytes, limit: int) -> list[bytes]:
         """Keys in that state behind `after`, in order; for the reading lane."""
@@ -106,8 +106,7 @@ class MemoryKeyIndex:
     def find(self, key: bytes) -> Entry | None:
         return self._entries.get(key)
 
-    def put(self, key: bytes, entry: Entry | None) -> None:
-        before = self._entries.get(key)
+    def put(self, key: bytes, entry: Entry | None, before: Entry | None) -> None:
         self._live += (entry is not None and entry.state == LIVE) - (before is not None and before.state == LIVE)
         if entry is None:
             self._entries.pop(key, None)
@@ -202,8 +201,7 @@ class SqliteKeyIndex:
         row = connection.execute("SELECT state, segment, place, room, chunks FROM keys WHERE key = ?", (key,)).fetchone()
         return Entry(row[0], Place(row[1], row[2], row[3]), unpack_chunks(row[4])) if row else None
 
-    def put(self, key: bytes, entry: Entry | None) -> None:
-        before = self.get(key)
+    def put(self, key: bytes, entry: Entry | None, before: Entry | None) -> None:
         self._live += (entry is not None and entry.state == LIVE) - (before is not None and before.state == LIVE)
         self._active[key] = entry
 

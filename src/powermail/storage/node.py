@@ -243,7 +243,8 @@ class LocalNode:
         if self._waiting_octets > limits.APPEND_WAITING_OCTETS_MAX:
             self._room.clear()
         if not self._busy:
-            self._write_next()
+            self._busy = True  # behind what else is ready now, so that all of it goes into one write
+            asyncio.get_running_loop().call_soon(self._write_next)
         return future
 
     def _write_next(self) -> None:
@@ -253,6 +254,7 @@ class LocalNode:
             _answer(batch, [NodeTrouble(f"node {self.id} is away")] * len(batch))
             self._waiting_octets = 0
             self._room.set()
+            self._busy = False
             return
         self._busy = True
         written = self._waiting_octets

@@ -12,6 +12,8 @@ import struct
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+from powermail.base.digest import hash_octets
+
 MAGIC: Final = b"PMr1"
 SEGMENT_MAGIC: Final = b"PMSEGv1\n"
 HEADER_OCTETS: Final = 48
@@ -63,23 +65,17 @@ class Codec:
     def _checksum(self, segment: int, offset: int, head: bytes, body: bytes | memoryview) -> bytes:
         digest = self._salted.copy()
         digest.update(_PLACE.pack(segment, offset) + head)
-        if len(body) <= _SMALL_OCTETS:
-            # hashlib gives up the interpreter lock for 2048 octets and more; getting it back costs more than hashing.
-            for start in range(0, len(body), 2047):
-                digest.update(body[start : start + 2047])
-        else:
-            digest.update(body)
+        hash_octets(digest, body)
         return digest.digest()[:CHECKSUM_OCTETS]
 
     def pack(self, record: Record, segment: int, offset: int) -> list[bytes]:
         """The buffers to write at that place."""
         kind, flags, number, key, body = record
         head = _HEAD.pack(MAGIC, kind, flags, 0, len(body), number, key)
-        sum_ = self._checksum(segment, offset, head, body)
-        padding = -(HEADER_OCTETS + len(body)) % ALIGN
-        if padding:
-            return [head + sum_, body, bytes(padding)]
-        return [head + sum_, body]
+        padding = bytes(-(HEADER_OCTETS + len(body)) % ALIGN)
+        if len(body) <= _SMALL_OCTETS:  # one buffer: copying it costs less than another entry of the gathered write
+            return [b"".join((head, self._checksum(segment, offset, head, body), body, padding))]
+        return [head + self._checksum(segment, offset, head, body), body, padding]
 
     def unpack(self, octets: bytes | memoryview, start: int, segment: int, offset: int) -> Record:
         """Reads the record that begins at `octets[start]`, which is `offset` in `segment`. Raises BadRecord."""

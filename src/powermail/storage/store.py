@@ -106,6 +106,7 @@ class SegmentStore:
         self._opened_at = monotonic()
         self._old_end = START
         self._mark = disk.mark(f"{path}/identity")
+        self._seen_at = float("-inf")
         self._dirty = False  # chunks were written that no fsync covers yet
         self._undo: list[tuple[bytes, Entry | None, Entry | None]] | None = None
         self.failed = ""  # why nothing at all is written any more (P18)
@@ -167,7 +168,7 @@ class SegmentStore:
             entry = self._keys.get(key)
             if entry is not None and entry.state == ki.OPEN:
                 self.recovery.incomplete += entry.mark != NOWHERE
-                self._keys.put(key, None)
+                self._keys.put(key, None, entry)
         self._live = {n: octets for n, octets in self._live.items() if n in self._sizes}
         self._old_end = Position(self._number, self._end)
         self.damaged = self.recovery.damaged
@@ -237,7 +238,7 @@ class SegmentStore:
         entry = self._keys.get(key)
         if record.type in (rec.CHUNK, rec.COMMIT):
             if entry is not None and entry.state not in (ki.OPEN, ki.LIVE):
-                self._keys.put(key, entry._replace(chunks=(*entry.chunks, place)))
+                self._keys.put(key, entry._replace(chunks=(*entry.chunks, place)), entry)
                 return
             chunks = list(entry.chunks) if entry is not None else []
             mark = entry.mark if entry is not None else NOWHERE
@@ -280,7 +281,7 @@ class SegmentStore:
                     self._live[place.segment] = self._live.get(place.segment, 0) + sign * place.room
             if entry.state in (ki.LIVE, ki.DELETED, ki.ABORTED):
                 self._live[entry.mark.segment] = self._live.get(entry.mark.segment, 0) + sign * entry.mark.room
-        self._keys.put(key, after)
+        self._keys.put(key, after, before)
 
     # -- writing ----------------------------------------------------------------------------------------------
 
@@ -300,6 +301,8 @@ class SegmentStore:
             for number, operation in enumerate(operations):
                 if not writable and operation.kind in (rec.CHUNK, rec.COMMIT, rec.CHECKPOINT):
                     outcomes[number] = NodeReadOnly(self.full or "this node takes no new mail")
+                    continue
+                if operation.kind == rec.COMMIT and self._append_message(operation, batch):
                     continue
                 try:
                     records = self._records_of(operation)
@@ -341,8 +344,40 @@ class SegmentStore:
             self._flush(batch.buffers, batch.start, sync=False)
             batch.buffers, batch.start = [], self._end
 
+    def _append_message(self, operation: Operation, batch: _Batch) -> bool:
+        """The common case, a whole message that nothing is known of, at once; False: it must go the long way."""
+        _, key, chunks, body, count = operation
+        records = [rec.Record(rec.CHUNK, chunk.flags, chunk.number, key, chunk.stored) for chunk in chunks]
+        if len(records) != count or count > 4 or self._keys.get(key) is not None:
+            return False
+        records.append(rec.Record(rec.COMMIT, 0, count, key, body))
+        end = self._end
+        rooms = [rec.record_octets(len(record.body)) for record in records]
+        if end + sum(rooms) > self._capacity or [record.number for record in records[:-1]] != list(range(count)):
+            return False
+        places = []
+        for record, room in zip(records, rooms, strict=True):
+            batch.buffers += self._codec.pack(record, self._number, end)
+            places.append(Place(self._number, end, room))
+            end += room
+        self._end = end
+        batch.sync = True
+        batch.written.append((records[-1], places[-1]))
+        self._replace(key, None, Entry(ki.LIVE, places[-1], tuple(places[:-1])))
+        if len(batch.buffers) >= limits.APPEND_BATCH_RECORDS_MAX:
+            self._flush(batch.buffers, batch.start, sync=False)
+            batch.buffers, batch.start = [], self._end
+        return True
+
     def _check_present(self) -> None:
-        """A directory that was taken away or swapped is noticed before anything is promised (F12, F33)."""
+        """A directory that was taken away or swapped is noticed (F12, F33).
+
+        What was written in the moment between two looks is as if the directory had been taken away just after it.
+        """
+        now = self._monotonic()
+        if now - self._seen_at < limits.NODE_PRESENCE_CHECK_S:
+            return
+        self._seen_at = now
         if self._disk.mark(f"{self._path}/identity") != self._mark:
             raise FileNotFoundError(errno.ENOENT, "the directory was replaced")
 
@@ -436,6 +471,7 @@ class SegmentStore:
 
     def probe(self) -> None:
         """A real write and fsync beside the log. Raises OSError."""
+        self._seen_at = float("-inf")
         self._check_present()
         file = self._disk.open(f"{self._path}/probe", create=True)
         try:

@@ -27,6 +27,8 @@ class State(Enum):
     RCPT = "recipients given"
     BDAT = "in a BDAT sequence"
 
+    __hash__ = object.__hash__  # members are single objects; Enum's own hash is a call in Python for each command
+
 
 class Rule(NamedTuple):
     """When a command is allowed. `last` commands may not be followed by pipelined ones (RFC 2920 §3.1)."""
