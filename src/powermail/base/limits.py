@@ -81,6 +81,7 @@ PLACEMENT_LOOK_S: Final = 0.05  # how old the figures of nodes may be by which a
 NODE_HEDGE_S: Final = 0.25  # a read asks a second copy after this
 
 # -- index and directory ------------------------------------------------------------------------------------------
+INDEX_GATHER_S: Final = 0.003  # how long a transaction waits for deliveries that are on their way
 INDEX_BATCH_MAX: Final = 256  # deliveries entered in one transaction
 INDEX_WAIT_S_DEFAULT: Final = 5.0
 INDEX_PAGE_ROWS: Final = 2000  # rows fetched at a time when listing

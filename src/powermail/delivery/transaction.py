@@ -189,6 +189,13 @@ class Transaction:
 
     async def run(self) -> Status:
         """Commits; called by the service in its own task."""
+        self._service.index.expect(1)
+        try:
+            return await self._run()
+        finally:
+            self._service.index.expect(-1)
+
+    async def _run(self) -> Status:
         world, service = self._service.world, self._service
         try:
             commit, nodes = await self.replication.commit(self._record)

@@ -120,6 +120,9 @@ class RestoredMessage(NamedTuple):
 class Index(Protocol):
     """The index."""
 
+    def expect(self, count: int) -> None:
+        """So many more deliveries (or fewer, if negative) are on their way: worth waiting a moment for in one transaction."""
+
     def deliver(self, delivery: Delivery) -> asyncio.Future[bool]:
         """Enters a message; many that wait share one transaction. Idempotent by key: False if it was known.
 

@@ -61,6 +61,8 @@ class SqliteIndex(QueueStatements, KeepingStatements):
         self._mailbox_ids: dict[tuple[str, str], tuple[int, int]] = {}
         self._waiting: list[tuple[Delivery, asyncio.Future[bool]]] = []
         self._busy = False
+        self._expected = 0  # deliveries on their way, those that wait here included
+        self._timer: asyncio.TimerHandle | None = None
         self._used: dict[str, int] = {}  # octets of accounts asked for lately; exact, because only this process writes
         self._changes = 0
         self._epoch = 1
@@ -145,11 +147,27 @@ class SqliteIndex(QueueStatements, KeepingStatements):
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._waiting.append((delivery, future))
         if not self._busy:
-            self._busy = True  # behind what else is ready now, so that all of it goes into one transaction
-            asyncio.get_running_loop().call_soon(self._deliver_next)
+            self._gather()
         return future
 
+    def expect(self, count: int) -> None:
+        self._expected += count
+        if self._waiting and not self._busy:
+            self._gather()
+
+    def _gather(self) -> None:
+        """Starts a transaction when all who are on their way have come, or after a moment."""
+        loop = asyncio.get_running_loop()
+        if len(self._waiting) >= self._expected:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._busy = True
+            self._timer = loop.call_later(0, self._deliver_next)
+        elif self._timer is None:
+            self._timer = loop.call_later(limits.INDEX_GATHER_S, self._deliver_next)
+
     def _deliver_next(self) -> None:
+        self._timer = None
         batch = self._waiting[: limits.INDEX_BATCH_MAX]
         del self._waiting[: limits.INDEX_BATCH_MAX]
         self._busy = True
@@ -177,7 +195,7 @@ class SqliteIndex(QueueStatements, KeepingStatements):
                 trouble.__cause__ = outcome
                 future.set_exception(trouble)
         if self._waiting:
-            self._deliver_next()
+            self._gather()
 
     def _deliver_batch(self, batch: list[Delivery]) -> list[bool | Exception]:
         """One transaction for all; if that fails, one for each, so that one bad delivery harms no other."""
