@@ -20,11 +20,8 @@ class Clock(Protocol):
 class SystemClock:
     """The machine's clocks."""
 
-    def monotonic(self) -> float:
-        return time.monotonic()
-
-    def now(self) -> float:
-        return time.time()
+    monotonic = staticmethod(time.monotonic)
+    now = staticmethod(time.time)
 
 
 def utc(at: float) -> datetime:

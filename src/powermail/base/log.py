@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
 from enum import Enum
+from functools import lru_cache
 from typing import Any, Protocol
 
 import msgspec
@@ -93,6 +94,16 @@ def escape(value: Any) -> str:
     return f'"{printable}"'.replace('\\\\"', '\\"')
 
 
+@lru_cache(maxsize=2)
+def _format_second(second: int) -> str:
+    return datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def format_stamp(at: float) -> str:
+    """A time as it stands in the log: UTC with milliseconds."""
+    return f"{_format_second(int(at))}.{int(at * 1000) % 1000:03d}Z"
+
+
 def format_text(stamp: str, event: Event, fields: dict[str, Any]) -> str:
     """One line for people: time, level, event, facts."""
     name, level = event.value
@@ -152,8 +163,7 @@ class StreamLog:
             lines: list[str] = []
             while self._waiting:
                 at, event, fields = self._waiting.popleft()
-                stamp = datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
-                lines.append(self._format(stamp, event, fields))
+                lines.append(self._format(format_stamp(at), event, fields))
             if lines:
                 try:
                     self._stream.write("\n".join(lines) + "\n")

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from powermail.base import limits
-from powermail.base.clock import utc
 from powermail.base.deadline import within
 from powermail.base.errors import IndexTrouble, NotRedundant, OutcomeUnknown, Trouble
 from powermail.base.log import Event
@@ -128,7 +127,7 @@ class Transaction:
             self._service.hostname,
             sender.protocol,
             self.key,
-            header.format_date(utc(self._received_at)),
+            header.format_second(int(self._received_at)),
             to[0] if len(to) == 1 else "",
             sender.cipher,
         )

@@ -6,13 +6,20 @@ Stored octets are never changed: our fields are put in front, nothing else is to
 from __future__ import annotations
 
 import re
-from datetime import datetime
+from datetime import UTC, datetime
+from functools import lru_cache
 
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _UNSAFE = re.compile(r"[^\x21-\x7e\u00a0-\U0010ffff]|[()\\<>;,\"]")
 _RECEIVED = re.compile(rb"(?im)^received[ \t]*:")
 _HEADER_END = re.compile(rb"\r?\n\r?\n")
+
+
+@lru_cache(maxsize=8)
+def format_second(second: int) -> str:
+    """The date-time of a second since 1970 UTC."""
+    return format_date(datetime.fromtimestamp(second, UTC))
 
 
 def format_date(at: datetime) -> str:
