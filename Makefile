@@ -39,6 +39,7 @@ test: $(VENV)/.test lint system-packages
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 bench: $(VENV)/.core
+	@sh bench/install-system-packages
 	@$(BIN)/python -m bench
 
 clean:

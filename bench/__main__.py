@@ -1,160 +1,153 @@
-"""Delivers over real SMTP into 1,000 mailboxes of a throw-away server and reads by POP3; prints a table.
+"""Measures delivery and reading beside the incumbent, in one run on one machine, and prints a table.
 
-Until the message is in the mailbox: the 250 comes after R durable copies and the index commit. CPU is that of the server
-process alone. Everything runs on one machine, so the load generator takes its share of the cores.
+`python -m bench` takes some minutes; `--quick` a tenth of the messages; `--alone` leaves the incumbent out. Delivered means
+in the mailbox: for PowerMail when the 250 has come, for Postfix when its queue is empty and Dovecot has all. CPU is that of
+all processes of a system; the load generator takes its share of the same cores. What counts are the ratios.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import os
-import random
-import shutil
 import statistics
 import sys
-import tempfile
 import time
 
-import msgspec
 import uvloop
 
-BODY = b"From: a@b.example\r\nSubject: bench\r\n\r\n"
-_words = random.Random(1)
-BODY += b"".join(bytes(_words.choices(b"abcdefghijklmnopqrstuvwxyz ", k=70)) + b"\r\n" for _ in range(56)) + b".\r\n"
-MAILBOXES = 1000
-DOORS = ("smtp.listen", "smtp.submission", "smtp.submissions", "smtp.lmtp", "pop.listen", "pop.listen_tls")
+from bench import machine, pop
+from bench.incumbent import Incumbent, installed
+from bench.load import Plan, send
+from bench.ours import MAILBOXES, PASSWORD, Server, mailbox
+
+System = Server | Incumbent
+_RECIPIENTS = [mailbox(number).encode() for number in range(MAILBOXES)]
 
 
-class Server:
-    """A throw-away PowerMail as a process of its own."""
-
-    def __init__(self, copies: int) -> None:
-        self.root = tempfile.mkdtemp(prefix="powermail-bench-")
-        self.data = f"{self.root}/data"
-        self.copies = copies
-        self.ports: dict[str, int] = {}
-
-    async def command(self, *words: str) -> None:
-        """Runs the command line."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "powermail", *words, "--data", self.data, stdout=asyncio.subprocess.DEVNULL
-        )
-        assert await process.wait() == 0, words
-
-    async def start(self) -> None:
-        """Starts it with 1,000 mailboxes."""
-        await self.command("init", "--hostname", "bench.example")
-        words = [word for name in DOORS for word in ("--set", f'{name}=["127.0.0.1:0"]')]
-        for setting in (
-            f"cluster.copies_required={self.copies}",
-            "smtp.connections_per_address_max=1000",
-            "pop.plaintext_login=true",
-            "log.json=true",
-        ):
-            words += ["--set", setting]
-        with open(f"{self.root}/log", "wb") as log:  # noqa: ASYNC230
-            self.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "powermail", "serve", "--data", self.data, *words, stdout=log, stderr=log
-            )
-        while len(self.ports) < len(DOORS) or not os.path.exists(f"{self.data}/control.sock"):
-            await asyncio.sleep(0.1)
-            assert self.process.returncode is None
-            with open(f"{self.root}/log", "rb") as log_file:  # noqa: ASYNC230
-                for line in log_file:
-                    if b'"listening"' in line:
-                        event = msgspec.json.decode(line)
-                        self.ports[event["door"]] = int(event["address"].rpartition(":")[2])
-        with open(f"{self.root}/accounts", "w", encoding="ascii") as file:  # noqa: ASYNC230
-            for n in range(MAILBOXES):
-                file.write(f'{{"address": "u{n}@bench.example", "password": "{{plain}}secret"}}\n')
-        await self.command("account", "import", f"{self.root}/accounts")
-
-    def cpu_s(self) -> float:
-        """CPU seconds of the process so far."""
-        with open(f"/proc/{self.process.pid}/stat", encoding="ascii") as file:
-            fields = file.read().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def written_octets(self) -> int:
-        """Octets the process has caused to be written to disk."""
-        with open(f"/proc/{self.process.pid}/io", encoding="ascii") as file:
-            return int(dict(line.split(": ") for line in file.read().splitlines())["write_bytes"])
-
-    async def stop(self) -> None:
-        """Ends it and clears away."""
-        self.process.terminate()
-        await self.process.wait()
-        shutil.rmtree(self.root)
-
-
-async def sender(port: int, count: int, seed: int, latencies: list[float]) -> None:
-    """One connection that waits for every reply."""
-    chance = random.Random(seed)
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    await reader.readline()
-    writer.write(b"EHLO bench\r\n")
-    while (await reader.readline())[3:4] == b"-":
-        pass
-    for _ in range(count):
-        for line in (b"MAIL FROM:<a@b.example>\r\n", b"RCPT TO:<u%d@bench.example>\r\n" % chance.randrange(MAILBOXES)):
-            writer.write(line)
-            assert (await reader.readline()).startswith(b"250")
-        writer.write(b"DATA\r\n")
-        await reader.readline()
-        began = time.perf_counter()
-        writer.write(BODY)
-        assert (await reader.readline()).startswith(b"250")
-        latencies.append(time.perf_counter() - began)
-    writer.close()
-
-
-async def deliver(server: Server, connections: int, messages: int) -> str:
-    """One row of the table."""
-    latencies: list[float] = []
-    cpu, octets, began = server.cpu_s(), server.written_octets(), time.perf_counter()
-    each = messages // connections
-    await asyncio.gather(*(sender(server.ports["smtp"], each, n, latencies) for n in range(connections)))
+async def deliver(name: str, system: System, door: str, connections: int, messages: int) -> float:
+    """One row: messages from many connections into 1,000 mailboxes. Delivered messages a second."""
+    plan = Plan(system.ports[door], _RECIPIENTS, messages, lmtp=door == "lmtp")
+    cpu, (writes, octets) = machine.cpu_s(system.roots()), machine.disk_writes("/tmp")
+    began = time.perf_counter()
+    await send(plan, connections)
+    await system.delivered(len(plan.latencies))
     took = time.perf_counter() - began
-    done = len(latencies)
-    p99 = statistics.quantiles(latencies, n=100)[98] * 1000
-    return (
-        f"R={server.copies} connections={connections:<4} delivered/s={done / took:7.0f}  p99 of the final reply={p99:6.1f} ms  "
-        f"CPU per 1,000={1000 * (server.cpu_s() - cpu) / done:5.2f} s  "
-        f"written per message={(server.written_octets() - octets) / done / 1024:5.1f} KiB"
+    assert not plan.failures, plan.failures[:3]
+    done = len(plan.latencies)
+    writes, octets = (after - before for after, before in zip(machine.disk_writes("/tmp"), (writes, octets), strict=True))
+    p99 = statistics.quantiles(plan.latencies, n=100)[98] * 1000
+    print(
+        f"{name:<24} {connections:>4} connections {done / took:7.0f} delivered/s  p99 of the final reply {p99:6.1f} ms  "
+        f"CPU {1000 * (machine.cpu_s(system.roots()) - cpu) / done:5.2f} s per 1,000  "
+        f"disk {writes / done:5.1f} writes, {octets / done / 1000:5.1f} kB a message",
+        flush=True,
+    )
+    return done / took
+
+
+async def many_recipients(name: str, system: System, recipients: int) -> None:
+    """One message to many recipients: from the end of data to the reply, and to delivery."""
+    took = []
+    for _ in range(5):
+        plan = Plan(system.ports["smtp"], _RECIPIENTS, 1, per_message=recipients)
+        began = time.perf_counter()
+        await send(plan, 1)
+        if isinstance(system, Incumbent):
+            await system.delivered(recipients)
+        assert not plan.failures, plan.failures[:3]
+        took.append((time.perf_counter() - began, plan.latencies[0]))
+    whole, reply = (statistics.median(values) * 1000 for values in zip(*took, strict=True))
+    print(f"{name:<24} one message to {recipients} recipients: {whole:.0f} ms in all, {reply:.0f} ms after its end", flush=True)
+
+
+async def large(system: Server) -> None:
+    """A message of 25 MB: what memory it takes while it streams."""
+    line = b"x" * 76 + b"\r\n"
+    body = b"Subject: large\r\n\r\n" + line * (25_000_000 // len(line)) + b".\r\n"
+    pid = system.roots()[0]
+    await send(Plan(system.ports["smtp"], _RECIPIENTS, 1, body=body), 1)  # warm: buffers of the allocator
+    before = machine.resident_octets(pid)
+    with open(f"/proc/{pid}/clear_refs", "w", encoding="ascii") as file:  # noqa: ASYNC230
+        file.write("5")  # the peak is counted anew
+    plan = Plan(system.ports["smtp"], _RECIPIENTS, 1, body=body)
+    took = await send(plan, 1)
+    assert not plan.failures, plan.failures
+    peak = machine.resident_octets(pid, peak=True)
+    print(
+        f"R={system.copies}: a message of 25 MB in {took:.2f} s, {(peak - before) / 1e6:.1f} MB of additional memory",
+        flush=True,
     )
 
 
-async def read(server: Server, mailboxes: int) -> str:
-    """POP3: login, STAT, RETR of everything one by one, QUIT."""
-    count, began = 0, time.perf_counter()
-    for n in range(mailboxes):
-        reader, writer = await asyncio.open_connection("127.0.0.1", server.ports["pop3"])
-        await reader.readline()
-        for line in (b"USER u%d@bench.example\r\n" % n, b"PASS secret\r\n", b"STAT\r\n"):
-            writer.write(line)
-            answer = await reader.readline()
-        for number in range(1, int(answer.split()[1]) + 1):
-            writer.write(b"RETR %d\r\n" % number)
-            await reader.readuntil(b"\r\n.\r\n")
-            count += 1
-        writer.close()
-    took = time.perf_counter() - began
-    return f"R={server.copies} POP3 one connection: {count / took:.0f} messages/s, {mailboxes} sessions in {took:.1f} s"
+async def read(name: str, system: System, messages: int, short: int) -> None:
+    """One row of POP3: a mailbox of many messages, then short sessions of all."""
+    user = mailbox(0)
+    plan = Plan(system.ports["smtp"], [user.encode()], messages)
+    await send(plan, 32)
+    await system.delivered(messages)
+    single = statistics.median([await pop.one_by_one(system.ports["pop3"], user, PASSWORD) for _ in range(3)])
+    pipelined = statistics.median([await pop.pipelined(system.ports["pop3"], user, PASSWORD) for _ in range(3)])
+    users = [mailbox(number) for number in range(1, MAILBOXES)]
+    rate = await pop.sessions(system.ports["pop3"], users, PASSWORD, short)
+    print(
+        f"{name:<24} POP3: {single:.0f} messages/s one by one, {pipelined:.0f} pipelined, {rate:.0f} sessions/s",
+        flush=True,
+    )
 
 
-async def main() -> None:
-    """All rows."""
-    for copies in (1, 2):
-        server = Server(copies)
-        await server.start()
-        try:
-            await deliver(server, 8, 400)  # warm
-            for connections in (1, 32, 128):
-                print(await deliver(server, connections, 600 if connections == 1 else 6000), flush=True)
-            print(await read(server, 200), flush=True)
-        finally:
-            await server.stop()
+async def ours(copies: int, scale: int) -> dict[int, float]:
+    """All rows of PowerMail."""
+    name = f"PowerMail R={copies}"
+    server = Server(copies)
+    await server.start()
+    try:
+        await send(Plan(server.ports["smtp"], _RECIPIENTS, 2000), 16)  # warm: every mailbox has its row
+        rates = {c: await deliver(name, server, "smtp", c, (60 if c == 1 else 1000) * scale) for c in (1, 32, 128)}
+        await deliver(f"{name}, LMTP", server, "lmtp", 32, 1000 * scale)
+        await many_recipients(name, server, MAILBOXES)
+        await large(server)
+        await read(name, server, 200 * scale, 200 * scale)
+        return rates
+    finally:
+        await server.stop()
+
+
+async def theirs(scale: int) -> dict[int, float]:
+    """All rows of the incumbent."""
+    system = Incumbent()
+    await system.start()
+    try:
+        await asyncio.sleep(1.0)
+        name = "Postfix + Dovecot"
+        rates = {c: await deliver(name, system, "smtp", c, (30 if c == 1 else 200) * scale) for c in (1, 32, 128)}
+        for connections in (32, 128):
+            await deliver("Dovecot LMTP alone", system, "lmtp", connections, 200 * scale)
+        await many_recipients(name, system, MAILBOXES)
+        await read(name, system, 200 * scale, 30 * scale)
+        return rates
+    finally:
+        await system.stop()
+
+
+async def main(quick: bool, alone: bool) -> None:
+    """All systems, then the ratios."""
+    scale = 2 if quick else 10
+    single, double = await ours(1, scale), await ours(2, scale)
+    if alone:
+        return
+    if not installed():
+        sys.exit("bench: Postfix and Dovecot are not installed, or we are not root (bench/install-system-packages; --alone)")
+    other = await theirs(scale)
+    for connections, rate in other.items():
+        print(
+            f"{connections:>4} connections: {single[connections] / rate:.1f} times the incumbent with R=1, "
+            f"{double[connections] / rate:.1f} times with R=2"
+        )
 
 
 if __name__ == "__main__":
-    uvloop.run(main())
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measures PowerMail beside Postfix and Dovecot.")
+    parser.add_argument("--quick", action="store_true", help="a fifth of the messages")
+    parser.add_argument("--alone", action="store_true", help="without the incumbent")
+    chosen = parser.parse_args()
+    uvloop.run(main(chosen.quick, chosen.alone))
