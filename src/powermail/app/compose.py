@@ -333,6 +333,14 @@ class PowerMail:
         if self._lock is not None:
             self._lock.release()
 
+    def abandon(self) -> None:
+        """What the death of the process leaves: no task goes on, the databases are let go of as they are (simulator)."""
+        for tasks in (self._sessions, self.tasks, self._worker_tasks):
+            tasks.abandon()
+        for part in ("index", "directory"):
+            if hasattr(self, part):
+                getattr(self, part).abandon()
+
     async def run_until(self, stop: asyncio.Event) -> None:
         """Serves until told to stop."""
         await stop.wait()

@@ -49,6 +49,11 @@ class Tasks:
         if tasks:
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    def abandon(self) -> None:
+        """Cancels all tasks and waits for none: their process was killed (simulator)."""
+        for task in list(self._tasks):
+            task.cancel()
+
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.pop(task, None)
         if task.cancelled():

@@ -90,6 +90,11 @@ class SqliteDirectory:
             await self._lane.run(self._db.close)
         self._lane.close()
 
+    def abandon(self) -> None:
+        """Lets go of the file as it is; the lane is dead."""
+        if self._db is not None:
+            self._db.close()
+
     async def _run(self, call: Callable[..., T], *args: Any) -> T:
         try:
             return await self._lane.run(call, *args)

@@ -112,6 +112,12 @@ class SqliteIndex(QueueStatements, KeepingStatements):
         self._write_lane.close()
         self._read_lane.close()
 
+    def abandon(self) -> None:
+        """Lets go of the file as it is; the lanes are dead."""
+        for connection in ("_reader", "_db"):
+            if hasattr(self, connection):
+                getattr(self, connection).close()
+
     async def _write(self, call: Callable[..., T], *args: Any) -> T:
         """Runs `call(*args)` in one transaction on the writing lane."""
         self._changes += 1

@@ -113,6 +113,11 @@ class SimDisk:
             del self._faults[kind]
             raise OSError(self._errors[kind], os.strerror(self._errors[kind]))
 
+    def clear_faults(self) -> None:
+        """Nothing fails any more."""
+        self._faults.clear()
+        self.lies = False
+
     def planned(self, kind: str) -> bool:
         """True while a planned fault has not been reached."""
         return kind in self._faults
@@ -252,17 +257,15 @@ def split(journal: Sequence[Op], length: int) -> tuple[list[Op], list[Op]]:
     """(durable, pending) operations of a prefix; pending ones may be there after a cut or not."""
     durable: list[Op] = []
     pending: list[Op] = []
-    for number, op in enumerate(journal[:length]):
-        if op.kind in ("sync", "syncdir", "ack"):
-            continue
-        safe = op.durable
-        for later in journal[number + 1 : length]:
-            if later.kind == "sync" and op.kind in ("write", "size") and later.target == op.target:
-                safe = True
-            elif later.kind == "syncdir" and op.kind in ("link", "unlink"):
-                safe = safe or str(op.target).rpartition("/")[0] == later.target
-        (durable if safe else pending).append(op)
-    return durable, pending
+    synced: dict[int | str, None] = {}  # files and directories with a sync behind where we are; from the end to the start
+    for op in reversed(journal[:length]):
+        if op.kind in ("sync", "syncdir"):
+            synced[op.target] = None
+        elif op.kind in ("write", "size"):
+            (durable if op.durable or op.target in synced else pending).append(op)
+        elif op.kind in ("link", "unlink"):
+            (durable if str(op.target).rpartition("/")[0] in synced else pending).append(op)
+    return durable[::-1], pending[::-1]
 
 
 def cuts(journal: Sequence[Op], length: int, sector: int = SECTOR_OCTETS) -> Iterator[list[Op]]:
