@@ -57,6 +57,7 @@ class Replication:
         self.key = key
         self.octets = 0
         self.undecided: list[str] = []
+        self.given_up: list[str] = []  # nodes that were asked to commit and did not answer: they may hold it all the same
         self._world = world
         self._cluster = cluster
         self._packer = packer
@@ -186,6 +187,7 @@ class Replication:
     ) -> None:
         self._world.log.event(Event.TROUBLE, key=self.key, node=failed.id, error=str(error) or type(error).__name__)
         while True:
+            self.given_up.append(failed.id)
             spare = await self._replace(failed, error, count - len(last))
             receipt = self._start(spare, last, body, count)
             again = receipt if isinstance(receipt, Trouble) else await self._receipt(receipt)

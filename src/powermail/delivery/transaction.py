@@ -206,6 +206,8 @@ class Transaction:
             status = st.NOT_REDUNDANT if isinstance(error, NotRedundant) else st.STORAGE_TROUBLE
             return status.because(error)
         await service.enter(Delivery(self.key, commit, nodes))
+        for node in self.replication.given_up:
+            await self._note_given_up(node)
         world.counters.add("delivery.messages")
         world.counters.add("delivery.recipients", len(self._recipients))
         world.log.event(
@@ -218,6 +220,13 @@ class Transaction:
             nodes=",".join(nodes),
         )
         return st.DELIVERED._replace(text=f"Stored as {self.key.hex()}")
+
+    async def _note_given_up(self, node: str) -> None:
+        """The node may have stored it after all: when the message is deleted, it is deleted there too (P8)."""
+        try:
+            await self._service.index.note_repair(self.key, node, "it did not answer in time")
+        except IndexTrouble as error:
+            self._service.world.log.event(Event.TROUBLE, key=self.key, node=node, error=str(error))
 
     async def _note_abort(self) -> bool:
         """Some node may hold a commit and could not be told: the index remembers. False if it is mail already."""

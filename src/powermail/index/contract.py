@@ -214,7 +214,13 @@ class Index(Protocol):
         """Orders tombstones for keys a node should not hold."""
 
     async def note_repair(self, key: bytes, node: str, why: str) -> None:
-        """A bad copy was met."""
+        """A copy that does not count: it is bad, or its node was given up on while it stored."""
+
+    async def suspects(self, after: tuple[bytes, str], limit: int) -> list[tuple[bytes, str]]:
+        """(key, node) of copies that do not count, in order."""
+
+    async def clear_suspect(self, key: bytes, node: str) -> None:
+        """The node holds no copy of it any more."""
 
     async def forget_aborted(self, before: float) -> None:
         """Drops old abort notes."""

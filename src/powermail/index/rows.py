@@ -73,5 +73,7 @@ def release(db: sqlite3.Connection, placements: Placements, keys: Sequence[bytes
             "INSERT OR IGNORE INTO deletions VALUES (?, ?)",
             [(node, key) for key, placement in rows for node in placements.nodes(placement)],
         )
-        db.executemany("DELETE FROM repairs WHERE key = ?", [(key,) for key, _ in rows])
+        for key, _ in rows:
+            db.execute("INSERT OR IGNORE INTO deletions SELECT node, key FROM suspects WHERE key = ?", (key,))
+            db.execute("DELETE FROM suspects WHERE key = ?", (key,))
     return dead

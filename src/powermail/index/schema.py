@@ -35,7 +35,9 @@ TABLES = (
     "CREATE TABLE IF NOT EXISTS deletions (node TEXT NOT NULL, key BLOB NOT NULL, PRIMARY KEY (node, key)) WITHOUT ROWID",
     "CREATE INDEX IF NOT EXISTS deletions_key ON deletions(key)",
     "CREATE TABLE IF NOT EXISTS aborted (key BLOB PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID",
-    "CREATE TABLE IF NOT EXISTS repairs (key BLOB PRIMARY KEY, node TEXT NOT NULL, why TEXT NOT NULL) WITHOUT ROWID",
+    # Copies that do not count: bad, or on a node that was given up on while it stored. What dies is deleted there too (P8).
+    "CREATE TABLE IF NOT EXISTS suspects (key BLOB NOT NULL, node TEXT NOT NULL, why TEXT NOT NULL,"
+    " PRIMARY KEY (key, node)) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS nodes (id TEXT PRIMARY KEY, incarnation TEXT NOT NULL, segment INTEGER NOT NULL,"
     " place INTEGER NOT NULL, blocked INTEGER NOT NULL, missing_since REAL NOT NULL) WITHOUT ROWID",
 )

@@ -68,7 +68,9 @@ class KeepingStatements:
             keys,
         )
         known = {key: nodes.split(" ") for key, nodes in rows}
-        news = [key for key, nodes in known.items() if node not in nodes]
+        doubted = self._reader.execute(f"SELECT key FROM suspects WHERE node = ? AND key IN ({in_list(keys)})", (node, *keys))
+        skip = {row[0] for row in doubted}
+        news = [key for key, nodes in known.items() if node not in nodes and key not in skip]
         rest = [key for key in keys if key not in known]
         for table in ("deletions", "aborted"):
             if rest:
@@ -101,7 +103,7 @@ class KeepingStatements:
 
     def _add_copy(self, key: bytes, node: str) -> bool:
         self._change_copies(node, [key], True)
-        self._db.execute("DELETE FROM repairs WHERE key = ?", (key,))
+        self._db.execute("DELETE FROM suspects WHERE key = ? AND node = ?", (key, node))
         if self._db.execute("SELECT 1 FROM messages WHERE key = ?", (key,)).fetchone():
             return True
         self._db.execute("INSERT OR IGNORE INTO deletions VALUES (?, ?)", (node, key))
@@ -220,8 +222,21 @@ class KeepingStatements:
         await self._write(self._note_repair, key, node, why)
 
     def _note_repair(self, key: bytes, node: str, why: str) -> None:
-        self._db.execute("INSERT OR REPLACE INTO repairs VALUES (?, ?, ?)", (key, node, why[:200]))
+        self._db.execute("INSERT OR REPLACE INTO suspects VALUES (?, ?, ?)", (key, node, why[:200]))
         self._change_copies(node, [key], False)
+
+    async def suspects(self, after: tuple[bytes, str], limit: int) -> list[tuple[bytes, str]]:
+        """(key, node) of copies that do not count, in order, behind `after`."""
+        rows: list[tuple[bytes, str]] = await self._read(
+            lambda: self._reader.execute(
+                "SELECT key, node FROM suspects WHERE (key, node) > (?, ?) ORDER BY key, node LIMIT ?", (*after, limit)
+            ).fetchall()
+        )
+        return rows
+
+    async def clear_suspect(self, key: bytes, node: str) -> None:
+        """The node holds no copy of it any more."""
+        await self._write(lambda: self._db.execute("DELETE FROM suspects WHERE key = ? AND node = ?", (key, node)))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -350,7 +365,7 @@ class KeepingStatements:
             "messages": "SELECT count(*) FROM messages",
             "queue": "SELECT count(*) FROM queue",
             "deletions": "SELECT count(*) FROM deletions",
-            "repairs": "SELECT count(*) FROM repairs",
+            "suspects": "SELECT count(*) FROM suspects",
         }
         return {name: self._reader.execute(sql).fetchone()[0] for name, sql in statements.items()}
 

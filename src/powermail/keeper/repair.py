@@ -22,6 +22,7 @@ class Repairer:
         self._fetcher = fetcher
         self._repair_after_s = repair_after_s
         self._away_since: dict[str, float] = {}
+        self._suspect_at: tuple[bytes, str] = (b"", "")
         self.left = 0
         self.rate = 0.0  # messages per second, while repairing
 
@@ -44,6 +45,7 @@ class Repairer:
         counted = self.counted_groups()
         required = self._cluster.copies_required
         thin = await self._index.under_copied(counted, required, b"", limits.REPAIR_BATCH)
+        await self._clear_suspects(counted)
         if not thin:
             self.left, self.rate = 0, 0.0
             return 2.0
@@ -67,20 +69,44 @@ class Repairer:
         if not targets:
             return False
         for source in self._sources(message):
-            try:
-                await targets[0].discard(message.key)
-                await self._fetcher.copy(message.key, source, targets[0])
-            except (CopyMissing, CopyDamaged) as error:
-                self._world.log.event(Event.COPY_BAD, key=message.key, node=source.id, error=str(error))
-                await self._index.note_repair(message.key, source.id, str(error))
-                continue
-            except Trouble:
-                continue
-            await self._index.add_copy(message.key, targets[0].id)
-            self._world.counters.add("keeper.repaired")
-            return True
+            for target in targets:
+                try:
+                    await target.discard(message.key)
+                    await self._fetcher.copy(message.key, source, target)
+                except (CopyMissing, CopyDamaged) as error:
+                    self._world.log.event(Event.COPY_BAD, key=message.key, node=source.id, error=str(error))
+                    await self._index.note_repair(message.key, source.id, str(error))
+                    break
+                except Trouble:
+                    continue
+                await self._index.add_copy(message.key, target.id)
+                self._world.counters.add("keeper.repaired")
+                return True
         self._world.counters.add("keeper.unrepairable")
         return False
+
+    async def _clear_suspects(self, counted: dict[str, str]) -> None:
+        """Looks again at copies that do not count: bad ones are forgotten, once there are enough good ones elsewhere."""
+        rows = await self._index.suspects(self._suspect_at, limits.REPAIR_BATCH)
+        self._suspect_at = rows[-1] if rows else (b"", "")
+        admitted = {node.id: node for node in self._cluster.admitted() if node.state is not NodeState.FAILED}
+        for key, name in rows:
+            node = admitted.get(name)
+            message = await self._index.message(key)
+            if message is None or name not in self._cluster.nodes:
+                await self._index.clear_suspect(key, name)
+                continue
+            enough = len({counted[other] for other in message.nodes if other in counted}) >= self._cluster.copies_required
+            if node is None or not enough:
+                continue
+            try:
+                await node.discard(key)
+                if (await node.has([key]))[0]:
+                    await self._index.add_copy(key, name)  # good after all: it came too late, or was read badly
+                else:
+                    await self._index.clear_suspect(key, name)
+            except Trouble:
+                continue
 
     def _sources(self, message: MessageFacts) -> list[StorageNode]:
         return [node for node in self._cluster.readable() if node.id in message.nodes]
