@@ -196,7 +196,8 @@ class Fleet:
                     and message.number not in seen
                 ):
                     history.problem(
-                        f"{mailbox}: message {message.number}, acked at {message.acked_at:.3f}, is not listed at {began:.3f} (P1, P7)"
+                        f"{mailbox}: message {message.number}, acked at {message.acked_at:.3f}, is not listed"
+                        f" at {began:.3f} (P1, P7)"
                     )
         for number in seen:
             gone_at = history.expunged_acked.get((mailbox, number))

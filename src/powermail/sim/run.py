@@ -131,9 +131,7 @@ class Simulation:
 
     async def restart(self, pause_s: float) -> None:
         """Lets go of the process that was killed and starts a new one."""
-        dead, self._powermail = self._powermail, None
-        if dead is not None:
-            dead.abandon()
+        self._let_go()
         await asyncio.sleep(pause_s)
         self.machine.settle()
         for attempt in range(30):
@@ -145,9 +143,13 @@ class Simulation:
                 if attempt == 29:
                     self._outcome.problems.append(f"does not start: {error}")
                 self.machine.kill()
-                if self._powermail is not None:
-                    self._powermail.abandon()
+                self._let_go()
                 await asyncio.sleep(2.0)
+
+    def _let_go(self) -> None:
+        dead, self._powermail = self._powermail, None
+        if dead is not None:
+            dead.abandon()
 
     async def operation(self, name: str, **arguments: object) -> object:
         """An operator's command; None while it cannot be done."""
