@@ -241,7 +241,7 @@ class PowerMail:
             tls,
             bool(settings.outbound.smarthost),
         )
-        maildrops = Maildrops(self.index, self.fetcher)
+        maildrops = Maildrops(self.index, self.fetcher, self._sessions)
         pop = PopService(world, settings.pop, settings.hostname, maildrops, self._authenticator, tls, settings.directory.apop)
 
         def smtp_door(kind: Kind) -> Door:

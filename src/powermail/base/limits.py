@@ -78,7 +78,10 @@ NODE_RECEIPT_TIMEOUT_S: Final = 4.0  # P20: a blip is at most 5 s; then the next
 NODE_READ_TIMEOUT_S: Final = 10.0
 NODE_PRESENCE_CHECK_S: Final = 0.05  # how long a node may write before it looks whether its directory is still there
 PLACEMENT_LOOK_S: Final = 0.05  # how old the figures of nodes may be by which a message is placed
-NODE_HEDGE_S: Final = 0.25  # a read asks a second copy after this
+PLACEMENT_DRAWS: Final = 16  # placements drawn by the same figures, then taken in turn
+READ_SMALL_OCTETS_MAX: Final = 64 * KIB  # as stored; a message up to this is read whole, with its neighbours
+READ_AHEAD_MESSAGES: Final = 64  # how many a reader that goes through a mailbox is ahead
+READ_AHEAD_OCTETS_MAX: Final = 256 * KIB  # and what they hold of memory for one session
 
 # -- index and directory ------------------------------------------------------------------------------------------
 INDEX_GATHER_S: Final = 0.003  # how long a transaction waits for deliveries that are on their way

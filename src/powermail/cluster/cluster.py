@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 from powermail.base import limits
+from powermail.base.deadline import Patience
 from powermail.base.errors import NodeTrouble, NotRedundant, OperatorError, Trouble
 from powermail.base.log import Event
 from powermail.base.world import World
@@ -31,6 +32,9 @@ class Cluster:
         self._candidates: list[Candidate] = []
         self._looked_at = float("-inf")
         self._enough = False
+        self._orders: list[list[StorageNode]] = []  # placements drawn for these figures
+        self._drawn = 0
+        self.receipts = Patience(limits.NODE_RECEIPT_TIMEOUT_S)
 
     def node(self, name: str) -> StorageNode:
         """A node by its id. Raises NodeTrouble if there is none."""
@@ -60,6 +64,12 @@ class Cluster:
     def place(self) -> list[StorageNode]:
         """Nodes for a new message, in order. Raises NotRedundant when fewer than R groups take mail (P6)."""
         candidates = self._look()
+        if len(self._orders) < limits.PLACEMENT_DRAWS:
+            self._orders.append(self._draw(candidates))
+        self._drawn = (self._drawn + 1) % limits.PLACEMENT_DRAWS
+        return list(self._orders[self._drawn % len(self._orders)])
+
+    def _draw(self, candidates: Sequence[Candidate]) -> list[StorageNode]:
         draws = [self._world.entropy.uniform(0.0, 1.0) for _ in candidates]
         order = place(candidates, self.copies_required, self._policy, draws)
         if not order:
@@ -82,6 +92,7 @@ class Cluster:
             else:
                 return self._candidates
         self._looked_at = now
+        self._orders.clear()
         self._takers = [n for n in self.nodes.values() if n.state is NodeState.READ_WRITE and n.id in self._admitted]
         self._candidates = [
             Candidate(node.id, node.group, node.priority, stat.free_octets, stat.waiting_octets)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -20,21 +20,34 @@ from powermail.base.log import Event
 from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
 from powermail.mail.envelope import Commit
-from powermail.storage.contract import COMPRESSED, Chunk, StorageNode
+from powermail.storage.contract import COMPRESSED, Chunk, NodeState, StorageNode, Whole
 
 T = TypeVar("T")
 BadCopy = Callable[[bytes, str, str], Awaitable[None]]
 _decode = msgspec.json.Decoder(Commit).decode
 
 
-def unpack(chunk: Chunk) -> bytes:
-    """A chunk's octets. Raises CopyDamaged."""
-    if not chunk.flags & COMPRESSED:
-        return chunk.stored
-    try:
-        return zstandard.ZstdDecompressor().decompress(chunk.stored, max_output_size=limits.RECORD_BODY_OCTETS_MAX)
-    except zstandard.ZstdError as error:
-        raise CopyDamaged(f"chunk {chunk.number} does not decompress") from error
+class Unpacker:
+    """Gives back what `replicate.Packer` packed."""
+
+    def __init__(self) -> None:
+        self._decompress = zstandard.ZstdDecompressor().decompress
+
+    def octets(self, chunk: Chunk) -> bytes:
+        """A chunk's octets. Raises CopyDamaged."""
+        if not chunk.flags & COMPRESSED:
+            return chunk.stored
+        try:
+            return self._decompress(chunk.stored, max_output_size=limits.RECORD_BODY_OCTETS_MAX)
+        except zstandard.ZstdError as error:
+            raise CopyDamaged(f"chunk {chunk.number} does not decompress") from error
+
+    def whole(self, whole: Whole) -> bytes:
+        """A small message. Raises CopyDamaged when its chunks are not as its commit record says."""
+        parts = [self.octets(chunk) for chunk in whole.chunks]
+        if [len(part) for part in parts] != _decode(whole.commit).sizes:
+            raise CopyDamaged("chunks of another size than the commit record says")
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 class Fetcher:
@@ -44,6 +57,7 @@ class Fetcher:
         self._world = world
         self._cluster = cluster
         self._bad_copy = bad_copy
+        self._unpacker = Unpacker()
 
     def _order(self, nodes: Sequence[str]) -> list[StorageNode]:
         """The nodes believed to hold it first, the others behind: belief may be old."""
@@ -84,12 +98,36 @@ class Fetcher:
         for number, octets in enumerate(commit.sizes):
 
             async def read(node: StorageNode, number: int = number, octets: int = octets) -> bytes:
-                data = unpack(await node.read_chunk(key, number))
+                data = self._unpacker.octets(await node.read_chunk(key, number))
                 if len(data) != octets:
                     raise CopyDamaged(f"chunk {number} has {len(data)} octets, not {octets}")
                 return data
 
             yield await self._try(key, nodes, read)
+
+    async def read_small(self, wanted: Mapping[bytes, Sequence[str]]) -> dict[bytes, bytes]:
+        """Whole small messages (key to the nodes believed to hold it), many at once. What is left out is not small, or in
+        trouble: `commit` and `chunks` say which, and read from another copy.
+        """
+        nodes = [node for node in self._cluster.readable() if node.state is not NodeState.FAILED]
+        self._world.entropy.shuffle(nodes)
+        plan: dict[str, list[bytes]] = {}
+        for key, believed in wanted.items():
+            for node in nodes:
+                if node.id in believed:
+                    plan.setdefault(node.id, []).append(key)
+                    break
+        found: dict[bytes, bytes] = {}
+        for name, keys in plan.items():
+            try:
+                async with asyncio.timeout(limits.NODE_READ_TIMEOUT_S):
+                    answers = await self._cluster.node(name).read_small(keys)
+                for key, whole in zip(keys, answers, strict=True):
+                    if whole is not None:
+                        found[key] = self._unpacker.whole(whole)
+            except (Trouble, TimeoutError, CopyDamaged, msgspec.DecodeError):
+                continue
+        return found
 
     async def read_all(self, key: bytes, nodes: Sequence[str]) -> tuple[Commit, bytes]:
         """A whole message, its SHA-256 checked. Raises MessageUnreadable."""
@@ -107,7 +145,7 @@ class Fetcher:
         digest = hashlib.sha256()
         for number in range(len(commit.sizes)):
             chunk = await source.read_chunk(key, number)
-            digest.update(unpack(chunk))
+            digest.update(self._unpacker.octets(chunk))
             if number == len(commit.sizes) - 1:
                 if digest.hexdigest() != commit.sha256:
                     raise CopyDamaged(f"the copy on {source.id} has another SHA-256 than was accepted")

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Callable
 
 import msgspec
 import zstandard
 
 from powermail.base import limits
-from powermail.base.deadline import within
 from powermail.base.digest import hash_octets
 from powermail.base.errors import NodeTrouble, NotRedundant, Trouble
 from powermail.base.log import Event
@@ -23,8 +21,6 @@ from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
 from powermail.mail.envelope import Commit
 from powermail.storage.contract import COMPRESSED, Chunk, NodeState, StorageNode
-
-T = TypeVar("T")
 
 _COMPRESS_MIN_OCTETS = 256
 _encode = msgspec.json.Encoder().encode
@@ -60,6 +56,7 @@ class Replication:
         self.given_up: list[str] = []  # nodes that were asked to commit and did not answer: they may hold it all the same
         self._world = world
         self._cluster = cluster
+        self._patience = cluster.receipts
         self._packer = packer
         order = cluster.place()
         self._targets = order[: cluster.copies_required]
@@ -102,7 +99,7 @@ class Replication:
         for node in self._targets:
             self._touched[node.id] = node
         outcomes = await asyncio.gather(
-            *(_within(node.append(self.key, [chunk])) for node in self._targets), return_exceptions=True
+            *(self._patience.wait(node.append(self.key, [chunk])) for node in self._targets), return_exceptions=True
         )
         for node, outcome in zip(list(self._targets), outcomes, strict=True):
             if isinstance(outcome, Trouble | TimeoutError):
@@ -121,7 +118,7 @@ class Replication:
             try:
                 self._touched[spare.id] = spare
                 for number in range(count):
-                    await _within(spare.append(self.key, [await self._chunk(number, failed)]))
+                    await self._patience.wait(spare.append(self.key, [await self._chunk(number, failed)]))
             except (Trouble, TimeoutError):
                 continue
             self._targets[self._targets.index(failed)] = spare
@@ -134,7 +131,7 @@ class Replication:
             return held
         for node in self._targets:
             if node is not failed:
-                return await _within(node.read_chunk(self.key, number))
+                return await self._patience.wait(node.read_chunk(self.key, number))
         raise NodeTrouble("no node has the earlier chunks")
 
     async def commit(self, make: Callable[[int, str, list[int]], Commit]) -> tuple[Commit, tuple[str, ...]]:
@@ -177,7 +174,7 @@ class Replication:
 
     async def _receipt(self, future: asyncio.Future[None]) -> BaseException | None:
         try:
-            await within(future, limits.NODE_RECEIPT_TIMEOUT_S)
+            await self._patience.wait(future)
         except (Trouble, TimeoutError) as error:
             return error
         return None
@@ -201,10 +198,6 @@ class Replication:
         self.undecided = []
         for name, node in touched.items():
             try:
-                await _within(node.abort(self.key))
+                await self._patience.wait(node.abort(self.key))
             except (Trouble, TimeoutError):
                 self.undecided.append(name)
-
-
-async def _within(call: Awaitable[T]) -> T:
-    return await within(asyncio.ensure_future(call), limits.NODE_RECEIPT_TIMEOUT_S)

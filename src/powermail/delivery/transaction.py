@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from powermail.base import limits
-from powermail.base.deadline import within
+from powermail.base.deadline import Patience
 from powermail.base.errors import IndexTrouble, NotRedundant, OutcomeUnknown, Trouble
 from powermail.base.log import Event
 from powermail.base.tasks import Tasks
@@ -65,7 +65,7 @@ class DeliveryService:
         self.hostname = hostname
         self._tasks = tasks
         self._packer = Packer(compress)
-        self._index_wait_s = index_wait_s
+        self._index_patience = Patience(index_wait_s)
         self._quota_strict = quota_strict
         self._rewrite = rewrite
 
@@ -87,7 +87,9 @@ class DeliveryService:
 
     async def settle(self, transaction: Transaction) -> Status:
         """Runs a transaction to its outcome; a cancelled caller does not stop it."""
-        return await asyncio.shield(self._tasks.start(transaction.run(), "delivery"))
+        outcome: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
+        self._tasks.start(transaction.run(outcome), "delivery")
+        return await outcome
 
     def abandon(self, transaction: Transaction) -> None:
         """Clears away what nodes hold of a message that will not be committed."""
@@ -96,7 +98,7 @@ class DeliveryService:
     async def enter(self, delivery: Delivery) -> None:
         """Enters a durable message in the index, waiting at most `index_wait_s`: reconcile enters it otherwise."""
         try:
-            await within(self.index.deliver(delivery), self._index_wait_s)
+            await self._index_patience.wait(self.index.deliver(delivery))
         except (IndexTrouble, TimeoutError) as error:
             self.world.counters.add("delivery.index_late")
             self.world.log.event(Event.INDEX_LATE, key=delivery.key, error=str(error) or "no answer in time")
@@ -186,13 +188,20 @@ class Transaction:
             hops=self._hops,
         )
 
-    async def run(self) -> Status:
-        """Commits; called by the service in its own task."""
+    async def run(self, outcome: asyncio.Future[Status]) -> None:
+        """Commits and says what came of it; called by the service in its own task. Who waits may have gone meanwhile."""
         self._service.index.expect(1)
         try:
-            return await self._run()
+            status = await self._run()
+            if not outcome.done():
+                outcome.set_result(status)
+        except OutcomeUnknown as error:
+            if not outcome.done():
+                outcome.set_exception(error)
         finally:
             self._service.index.expect(-1)
+            if not outcome.done():
+                outcome.set_exception(OutcomeUnknown("the delivery ended without an outcome"))
 
     async def _run(self) -> Status:
         world, service = self._service.world, self._service

@@ -6,11 +6,14 @@ what arrives later is seen next time. DELE takes effect at `update` only (P11). 
 
 from __future__ import annotations
 
+import asyncio
 from array import array
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
 from powermail.base import limits
+from powermail.base.errors import IndexTrouble
+from powermail.base.tasks import Tasks
 from powermail.cluster.fetch import Fetcher
 from powermail.index.contract import Index, MailboxFacts
 
@@ -48,6 +51,9 @@ class Maildrop:
         self._sizes = array("Q")
         self._keys = bytearray()
         self._deleted: dict[int, None] = {}
+        self._ahead: dict[int, bytes] = {}
+        self._reading: asyncio.Task[None] | None = None
+        self._last = 0
 
     async def load(self) -> None:
         """Takes the snapshot: 24 octets a message. Raises IndexTrouble: never a short listing (P7)."""
@@ -87,6 +93,49 @@ class Maildrop:
         """RSET."""
         self._deleted.clear()
 
+    async def whole(self, number: int) -> bytes | None:
+        """A small message's octets; None if it must be taken piece by piece.
+
+        Who asks for one message after the other finds the next ones read already, some while the last ones are sent.
+        """
+        if number not in self._ahead and self._reading is not None:
+            await asyncio.wait([self._reading])
+        octets = self._ahead.pop(number, None)
+        if octets is None:
+            in_turn = number == self._last + 1
+            self._ahead.clear()
+            await self._read_ahead(number, limits.READ_AHEAD_MESSAGES if in_turn else 1)
+            octets = self._ahead.pop(number, None)
+        self._last = number
+        if len(self._ahead) == limits.READ_AHEAD_MESSAGES // 2 and self._reading is None:
+            work = self._read_ahead(max(self._ahead) + 1, limits.READ_AHEAD_MESSAGES // 2)
+            self._reading = self._drops.tasks.start(work, "read-ahead")
+            self._reading.add_done_callback(self._have_read)
+        return octets
+
+    def _have_read(self, _: asyncio.Task[None]) -> None:
+        self._reading = None
+
+    async def _read_ahead(self, first: int, count: int) -> None:
+        """Takes up to `count` messages into `_ahead`, as far as they are small and there is room."""
+        keys: dict[bytes, int] = {}
+        room = limits.READ_AHEAD_OCTETS_MAX - sum(map(len, self._ahead.values()))
+        for number in range(first, min(first + count, self.count + 1)):
+            room -= self._sizes[number - 1]
+            if room < 0:
+                break
+            listed = self.get(number)
+            if listed is not None:
+                keys[listed.key] = number
+        if not keys:
+            return
+        try:
+            known = await self._drops.index.messages(list(keys))
+        except IndexTrouble:
+            return  # whoever asks for one of them will see it
+        found = await self._drops.fetcher.read_small({message.key: message.nodes for message in known})
+        self._ahead.update((keys[key], octets) for key, octets in found.items())
+
     async def read(self, key: bytes) -> AsyncIterator[bytes]:
         """A message's octets in pieces. Raises MessageUnreadable."""
         known = await self._drops.index.message(key)
@@ -112,9 +161,11 @@ class Maildrop:
 class Maildrops:
     """Opens maildrops."""
 
-    def __init__(self, index: Index, fetcher: Fetcher) -> None:
+    def __init__(self, index: Index, fetcher: Fetcher, tasks: Tasks) -> None:
+        """`tasks` own what reads ahead of a session."""
         self.index = index
         self.fetcher = fetcher
+        self.tasks = tasks
         self._held: dict[str, Maildrop | None] = {}
 
     async def open(self, account: str) -> Maildrop:

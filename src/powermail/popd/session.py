@@ -20,7 +20,7 @@ from powermail.directory.contract import Account
 from powermail.mailbox.maildrop import InUse, Maildrop, Maildrops
 from powermail.wire import pop3, sasl
 from powermail.wire.buffer import BareLineEnd, InputBuffer, LineTooLong
-from powermail.wire.dot import DotWriter
+from powermail.wire.dot import DotWriter, stuff
 from powermail.wire.pop3 import State
 from powermail.wire.proxy import ProxyError, parse_proxy
 
@@ -342,6 +342,10 @@ class PopSession:
         listed = drop.get(number) if number is not None else None
         if listed is None:
             return self._missing()
+        whole = await drop.whole(listed.number)
+        if whole is not None:
+            await self._push(b"+OK %d octets\r\n%b" % (len(whole), stuff(whole)))
+            return True
         writer = DotWriter()
         started = False
         try:

@@ -36,6 +36,13 @@ class Chunk(NamedTuple):
     octets: int
 
 
+class Whole(NamedTuple):
+    """A small message as it lies on a node: its commit record's body and its chunks."""
+
+    commit: bytes
+    chunks: list[Chunk]
+
+
 class NodeState(Enum):
     """What a node does now; the value is the word in `powermail status`."""
 
@@ -126,6 +133,12 @@ class StorageNode(Protocol):
 
     async def read_chunk(self, key: bytes, number: int) -> Chunk:
         """One chunk, checksum verified, also of a message not yet committed. Raises as read_commit."""
+
+    async def read_small(self, keys: Sequence[bytes]) -> list[Whole | None]:
+        """Small messages at once, every record's checksum verified, in the order of `keys`.
+
+        None where a message is not small, not here or not good: `read_commit` says which. Raises NodeTrouble.
+        """
 
     async def has(self, keys: Sequence[bytes]) -> list[bool]:
         """Which keys are committed messages here."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple, Protocol
 
 import msgspec
@@ -68,6 +68,9 @@ class KeyIndex(Protocol):
     def find(self, key: bytes) -> Entry | None:
         """The same for the reading lane."""
 
+    def find_many(self, keys: Sequence[bytes]) -> dict[bytes, Entry]:
+        """Those of the keys that have entries; for the reading lane."""
+
     def put(self, key: bytes, entry: Entry | None, before: Entry | None) -> None:
         """Sets or (None) forgets an entry; `before` is what `get` says now."""
 
@@ -105,6 +108,9 @@ class MemoryKeyIndex:
 
     def find(self, key: bytes) -> Entry | None:
         return self._entries.get(key)
+
+    def find_many(self, keys: Sequence[bytes]) -> dict[bytes, Entry]:
+        return {key: self._entries[key] for key in keys if key in self._entries}
 
     def put(self, key: bytes, entry: Entry | None, before: Entry | None) -> None:
         self._live += (entry is not None and entry.state == LIVE) - (before is not None and before.state == LIVE)
@@ -166,7 +172,8 @@ class SqliteKeyIndex:
         self._live = int(self._meta("live") or 0)
         self._live_octets = msgspec.json.decode(str(self._meta("segments")), type=dict[int, int])
         self._read = self._open(path)
-        highest = self._write.execute("SELECT max(key) FROM keys").fetchone()[0]
+        # Of messages only: names of checkpoints begin with the highest octet.
+        highest = self._write.execute("SELECT max(key) FROM keys WHERE key < x'ff'").fetchone()[0]
         self._highest: bytes = highest or b""
         self._active: dict[bytes, Entry | None] = {}
         self._frozen: dict[bytes, Entry | None] = {}
@@ -196,10 +203,29 @@ class SqliteKeyIndex:
         for table in (self._active, self._frozen):
             if key in table:
                 return table[key]
-        if key > self._highest:  # keys rise with time: new ones need no look at the file
+        if self._highest < key < b"\xff":  # keys rise with time: new ones need no look at the file
             return None
         row = connection.execute("SELECT state, segment, place, room, chunks FROM keys WHERE key = ?", (key,)).fetchone()
         return Entry(row[0], Place(row[1], row[2], row[3]), unpack_chunks(row[4])) if row else None
+
+    def find_many(self, keys: Sequence[bytes]) -> dict[bytes, Entry]:
+        found: dict[bytes, Entry] = {}
+        rest = []
+        for key in keys:
+            for table in (self._active, self._frozen):
+                if key in table:
+                    entry = table[key]
+                    if entry is not None:
+                        found[key] = entry
+                    break
+            else:
+                rest.append(key)
+        if rest:
+            marks = ", ".join("?" * len(rest))
+            rows = self._read.execute(f"SELECT key, state, segment, place, room, chunks FROM keys WHERE key IN ({marks})", rest)
+            for key, state, segment, place, room, chunks in rows:
+                found[key] = Entry(state, Place(segment, place, room), unpack_chunks(chunks))
+        return found
 
     def put(self, key: bytes, entry: Entry | None, before: Entry | None) -> None:
         self._live += (entry is not None and entry.state == LIVE) - (before is not None and before.state == LIVE)
@@ -234,7 +260,7 @@ class SqliteKeyIndex:
                 return False
             self._frozen_facts = (position, self._live, dict(live_octets))
             self._frozen_rows = list(self._active.items())
-            self._highest = max(self._highest, max(self._active, default=b""))
+            self._highest = max(self._highest, max((key for key in self._active if key < b"\xff"), default=b""))
             self._frozen, self._active = self._active, {}
             self._write.execute("BEGIN")
         part, self._frozen_rows = self._frozen_rows[: self._SLICE], self._frozen_rows[self._SLICE :]

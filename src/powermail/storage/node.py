@@ -14,7 +14,7 @@ from powermail.base.errors import CopyDamaged, CopyMissing, NodeReadOnly, NodeTr
 from powermail.base.log import Event
 from powermail.base.world import World
 from powermail.storage import record as rec
-from powermail.storage.contract import Chunk, NodeStat, NodeState, Position, Scanned
+from powermail.storage.contract import Chunk, NodeStat, NodeState, Position, Scanned, Whole
 from powermail.storage.identity import make_store
 from powermail.storage.keyindex import KeyIndex
 from powermail.storage.store import Operation, Options, SegmentStore
@@ -361,6 +361,9 @@ class LocalNode:
 
     async def read_chunk(self, key: bytes, number: int) -> Chunk:
         return await self._call(self._opened().read_chunk, key, number)
+
+    async def read_small(self, keys: Sequence[bytes]) -> list[Whole | None]:
+        return await self._call(self._opened().read_small, keys)
 
     async def has(self, keys: Sequence[bytes]) -> list[bool]:
         return await self._call(self._opened().has, keys)

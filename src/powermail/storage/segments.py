@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from powermail.base.disk import Disk, File
 from powermail.base.errors import CopyDamaged
 from powermail.base.lane import guard
@@ -98,6 +100,23 @@ class Segments:
             return self._codec.unpack(octets, 0, place.segment, place.offset)
         except rec.BadRecord as error:
             raise CopyDamaged(f"segment {place.segment} offset {place.offset}: {error}") from error
+
+    def read_span(self, number: int, start: int, rooms: Sequence[int]) -> list[rec.Record]:
+        """Records that lie one behind the other, checked, with one read. Raises CopyDamaged or OSError."""
+        file = self.file(number)
+        try:
+            octets = file.read(start, sum(rooms))
+        finally:
+            self.release(number, file)
+        records = []
+        position = 0
+        for room in rooms:
+            try:
+                records.append(self._codec.unpack(octets, position, number, start + position))
+            except rec.BadRecord as error:
+                raise CopyDamaged(f"segment {number} offset {start + position}: {error}") from error
+            position += room
+        return records
 
     def read_all(self, number: int, start: int = 0) -> bytes:
         """A segment's octets from `start`. Raises OSError."""

@@ -24,7 +24,7 @@ from powermail.base.disk import Disk, Lock
 from powermail.base.errors import CopyDamaged, CopyMissing, NodeReadOnly, NodeTrouble, OperatorError
 from powermail.storage import keyindex as ki
 from powermail.storage import record as rec
-from powermail.storage.contract import START, Chunk, Position, Scanned
+from powermail.storage.contract import START, Chunk, Position, Scanned, Whole
 from powermail.storage.identity import Identity, read_identity, write_identity
 from powermail.storage.keyindex import NOWHERE, Entry, KeyIndex, Place
 from powermail.storage.segments import Segments
@@ -524,10 +524,34 @@ class SegmentStore:
         entry = self._keys.find(key)
         if entry is None or entry.state not in (ki.LIVE, ki.OPEN) or number >= len(entry.chunks):
             raise CopyMissing(f"no chunk {number} of {key.hex()} on node {self.identity.node}")
-        record = self._read(entry.chunks[number], key, rec.CHUNK, number)
-        flags = record.flags & rec.FLAG_COMPRESSED
-        octets = zstandard.frame_content_size(record.body) if flags else len(record.body)
-        return Chunk(number, flags, record.body, octets)
+        return _chunk(self._read(entry.chunks[number], key, rec.CHUNK, number))
+
+    def read_small(self, keys: Sequence[bytes]) -> list[Whole | None]:
+        """Small messages whose records lie one behind the other, each with one read; see the contract."""
+        entries = self._keys.find_many(keys)
+        return [self._read_whole(key, entries.get(key)) for key in keys]
+
+    def _read_whole(self, key: bytes, entry: Entry | None) -> Whole | None:
+        if entry is None or entry.state != ki.LIVE:
+            return None
+        places = (*entry.chunks, entry.mark)
+        segment, start, _ = places[0]
+        end = start
+        for place in places:
+            if place.segment != segment or place.offset != end:
+                return None
+            end += place.room
+        if end - start > limits.READ_SMALL_OCTETS_MAX:
+            return None
+        try:
+            records = self._segments.read_span(segment, start, [place.room for place in places])
+        except (CopyDamaged, OSError):
+            return None
+        for number, record in enumerate(records):
+            kind, count = (rec.CHUNK, number) if number < len(entry.chunks) else (rec.COMMIT, len(entry.chunks))
+            if record.key != key or record.type != kind or record.number != count:
+                return None
+        return Whole(records[-1].body, [_chunk(record) for record in records[:-1]])
 
     def _read(self, place: Place, key: bytes, kind: int, number: int | None) -> rec.Record:
         for attempt in (1, 2):
@@ -741,3 +765,9 @@ class SegmentStore:
             self._keys.close()
             self._segments.close()
             self._lock.release()
+
+
+def _chunk(record: rec.Record) -> Chunk:
+    flags = record.flags & rec.FLAG_COMPRESSED
+    octets = zstandard.frame_content_size(record.body) if flags else len(record.body)
+    return Chunk(record.number, flags, record.body, octets)

@@ -101,3 +101,13 @@ class DotWriter:
         if self._at_line_start:
             return tail + b".\r\n"
         return tail + b"\r\n.\r\n"
+
+
+def stuff(octets: bytes) -> bytes:
+    """A whole message stuffed, with its end mark."""
+    if has_bare_lf(octets) or not octets.endswith(b"\r\n"):
+        writer = DotWriter()
+        return writer.feed(octets) + writer.end()
+    if b"\r\n." in octets:
+        octets = octets.replace(b"\r\n.", b"\r\n..")
+    return b"".join((b"." if octets.startswith(b".") else b"", octets, b".\r\n"))
