@@ -362,6 +362,14 @@ async def do_demo(arguments: Arguments) -> int:
     return await demo(arguments.corpus)
 
 
+async def do_sim(arguments: Arguments) -> int:
+    """Runs the production program in simulated worlds; the simulator is loaded for this command alone."""
+    from powermail.cli.simulate import fix_hashes, simulation
+
+    fix_hashes()
+    return await simulation(arguments)
+
+
 async def do_config(arguments: Arguments) -> int:
     if arguments.reference:
         print(reference_page(), end="")
@@ -408,6 +416,13 @@ def parser() -> argparse.ArgumentParser:
     command(words, "rebuild", do_rebuild, "make a new index from the nodes alone")
     made = command(words, "demo", do_demo, "show what PowerMail promises, on a throw-away installation")
     made.add_argument("--corpus", help="directory of messages (*.eml, or a messages.zip)")
+    made = command(words, "sim", do_sim, "run the program in simulated worlds, with faults drawn from seeds, and check it")
+    made.add_argument("--seeds", type=int, default=10, help="how many")
+    made.add_argument("--first", type=int, default=0, help="the first seed")
+    made.add_argument("--seconds", type=float, default=60.0, help="virtual time in which faults happen")
+    made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    made.add_argument("--shrink", action="store_true", help="look for the shortest run that still fails")
+    made.add_argument("--trace", help="file for the trace (of the last seed)")
     command(words, "status", do_status, "nodes, redundancy, queue, workers")
     for name, work, text in (
         ("list", do_list, "each message of an address and where its copies lie"),

@@ -20,6 +20,9 @@ class Site(Protocol):
     machine: Machine
     node_names: list[str]
 
+    def let_go(self) -> None:
+        """Closes what a killed process had open."""
+
     async def restart(self, pause_s: float) -> None:
         """Starts a new process after a kill."""
 
@@ -157,5 +160,6 @@ class Faults:
         machine.snapshot_index()
         await asyncio.sleep(self._chance.uniform(1.0, 10.0))
         machine.kill()
+        self._site.let_go()
         machine.restore_index()
         await self._site.restart(self._chance.uniform(0.1, 2.0))

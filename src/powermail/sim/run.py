@@ -10,8 +10,8 @@ import asyncio
 import hashlib
 import random
 import shutil
-import sqlite3
 import tempfile
+import traceback
 from dataclasses import dataclass, field
 
 from powermail.app.compose import PowerMail
@@ -131,7 +131,7 @@ class Simulation:
 
     async def restart(self, pause_s: float) -> None:
         """Lets go of the process that was killed and starts a new one."""
-        self._let_go()
+        self.let_go()
         await asyncio.sleep(pause_s)
         self.machine.settle()
         for attempt in range(30):
@@ -143,10 +143,11 @@ class Simulation:
                 if attempt == 29:
                     self._outcome.problems.append(f"does not start: {error}")
                 self.machine.kill()
-                self._let_go()
+                self.let_go()
                 await asyncio.sleep(2.0)
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """The dead process holds no files any more."""
         dead, self._powermail = self._powermail, None
         if dead is not None:
             dead.abandon()
@@ -198,9 +199,9 @@ class Simulation:
         self._fleet.stopping = True
         ThisPeer.trouble = False
         await asyncio.gather(*clients)
-        await self._check(ThisPeer)
-        assert self._powermail is not None
-        await self._powermail.stop(5.0)
+        if self._powermail is not None:
+            await self._check(ThisPeer)
+            await self._powermail.stop(5.0)
         outcome.problems += history.problems + [f"a bug: {line}" for line in self.machine.bugs[:5]]
         outcome.faults = faults.happened
         outcome.sent, outcome.acked = len(history.messages), sum(message.acked for message in history.messages)
@@ -266,8 +267,9 @@ def simulate(seed: int, seconds: float = 60.0) -> Outcome:
 
         try:
             outcome, _ = sim_loop.run(work(), seed)
-        except (sim_loop.NothingLeft, TimeoutError, sqlite3.Error) as error:
-            return Outcome(seed, [f"{type(error).__name__}: {error}"])
+        except Exception as error:  # noqa: BLE001  whatever breaks a simulation is a finding, with its place
+            trace = traceback.extract_tb(error.__traceback__)[-1]
+            return Outcome(seed, [f"{type(error).__name__} at {trace.filename}:{trace.lineno}: {error}"])
         assert isinstance(outcome, Outcome)
         return outcome
     finally:

@@ -1,0 +1,125 @@
+"""Owns `powermail sim`: many seeds on all cores, what each gave, and for one that fails the shortest run that still fails.
+
+The same seed gives the same trace in any process, as long as strings hash alike: the command starts itself anew with a fixed
+hash seed when it has none.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
+
+import msgspec
+
+from powermail.cli import show
+from powermail.sim.run import Outcome, simulate
+
+_TWICE_EVERY = 100  # every so many seeds one is run a second time: its trace must be the same
+
+
+def fix_hashes() -> None:
+    """Starts this process anew with a fixed hash seed, once."""
+    if os.environ.get("PYTHONHASHSEED") != "0":
+        os.environ["PYTHONHASHSEED"] = "0"
+        os.execv(sys.executable, [sys.executable, "-m", "powermail", *sys.argv[1:]])  # noqa: S606  our own program
+
+
+def one(seed: int, seconds: float, twice: bool) -> Outcome:
+    """One seed; with `twice`, another trace the second time is a problem too."""
+    outcome = simulate(seed, seconds)
+    if twice and (again := simulate(seed, seconds)).trace_hash != outcome.trace_hash:
+        outcome.problems.append(f"not repeatable: trace {outcome.trace_hash}, then {again.trace_hash}")
+    return outcome
+
+
+def shortest(seed: int, seconds: float) -> float:
+    """The fewest whole seconds of faults after which this seed still fails. A shorter run is the beginning of a longer one."""
+    good, bad = 0, int(seconds)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        if simulate(seed, middle).problems:
+            bad = middle
+        else:
+            good = middle
+    return float(bad)
+
+
+def facts(outcome: Outcome) -> dict[str, Any]:
+    """What is printed of a seed."""
+    return {
+        "seed": outcome.seed,
+        "trace": outcome.trace_hash,
+        "problems": outcome.problems,
+        "faults": outcome.faults,
+        "sent": outcome.sent,
+        "acked": outcome.acked,
+        "refused": outcome.refused,
+        "listings": outcome.listings,
+        "retrieved": outcome.retrieved,
+        "forwarded": outcome.forwarded,
+        "virtual_s": round(outcome.virtual_s),
+    }
+
+
+def _all(seeds: range, seconds: float, jobs: int) -> Iterator[Outcome]:
+    if jobs == 1:
+        for seed in seeds:
+            yield one(seed, seconds, (seed - seeds[0]) % _TWICE_EVERY == 0)
+        return
+    with ProcessPoolExecutor(jobs, max_tasks_per_child=None) as pool:
+        waiting = [pool.submit(one, seed, seconds, (seed - seeds[0]) % _TWICE_EVERY == 0) for seed in seeds]
+        for done in as_completed(waiting):
+            yield done.result()
+
+
+async def simulation(arguments: Namespace) -> int:
+    """Runs the seeds that were asked for; 1 if one failed."""
+    seeds = range(arguments.first, arguments.first + arguments.seeds)
+    meter = show.Meter("seeds", enabled=not arguments.json)
+    results: list[dict[str, Any]] = []
+    failed = 0
+    for number, outcome in enumerate(_all(seeds, arguments.seconds, arguments.jobs), 1):
+        results.append(facts(outcome))
+        await meter.progress(number, len(seeds))
+        if arguments.trace:
+            with open(arguments.trace, "w", encoding="utf-8") as file:
+                file.write("\n".join(outcome.trace) + "\n")
+        if outcome.problems:
+            failed += 1
+            least = shortest(outcome.seed, arguments.seconds) if arguments.shrink else arguments.seconds
+            sys.stderr.write(_failure(outcome, least))
+    meter.close()
+    results.sort(key=lambda result: int(result["seed"]))
+    if arguments.json:
+        print(msgspec.json.format(msgspec.json.encode(results), indent=2).decode())
+    else:
+        _summary(results, failed)
+    return 1 if failed else 0
+
+
+def _failure(outcome: Outcome, seconds: float) -> str:
+    lines = [f"seed {outcome.seed} FAILED (trace {outcome.trace_hash}); faults: {outcome.faults}"]
+    lines += [f"  {problem}" for problem in outcome.problems]
+    lines.append(f"  again: powermail sim --first {outcome.seed} --seeds 1 --seconds {seconds:g} --trace FILE")
+    return "\n".join(lines) + "\n"
+
+
+def _summary(results: list[dict[str, Any]], failed: int) -> None:
+    kinds: dict[str, int] = {}
+    for result in results:
+        for name, count in result["faults"].items():
+            kinds[name] = kinds.get(name, 0) + count
+    show.record(
+        {
+            "seeds": len(results),
+            "failed": failed,
+            **{name: sum(result[name] for result in results) for name in ("sent", "acked", "refused", "listings", "retrieved")},
+            "virtual_hours": round(sum(result["virtual_s"] for result in results) / 3600, 1),
+            "faults": dict(sorted(kinds.items())),
+            "first_trace": results[0]["trace"],
+        }
+    )
