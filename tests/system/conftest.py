@@ -111,13 +111,18 @@ class Running:
         client.close()
         return reply
 
-    async def read(self, address: str) -> list[bytes]:
-        """All messages of an address by POP3, without our trace fields."""
+    async def log_in(self, address: str) -> PopClient:
+        """A POP3 session behind its login."""
         client = await self.connect("pop3")
         assert isinstance(client, PopClient)
         await client.start_tls_pop()
         await client.ask_pop(f"USER {address}")
         await client.ask_pop("PASS secret")
+        return client
+
+    async def read(self, address: str) -> list[bytes]:
+        """All messages of an address by POP3, without our trace fields."""
+        client = await self.log_in(address)
         count = int((await client.ask_pop("STAT")).split()[1])
         found = []
         for number in range(1, count + 1):

@@ -13,7 +13,7 @@ from powermail.admin.operations import Operations, Progress
 from powermail.base import limits
 from powermail.base.connection import Door
 from powermail.base.disk import Lock
-from powermail.base.errors import OperatorError
+from powermail.base.errors import OperatorError, Trouble
 from powermail.base.log import Event
 from powermail.base.net import Listener, parse_host_port
 from powermail.base.settings import Settings
@@ -80,6 +80,7 @@ class PowerMail:
         self._certificates: Certificates | None = None
         self._authenticator: Authenticator | None = None
         self._lock: Lock | None = None
+        self._settled = False  # true while everything durable is, or will be, in the index
 
     # -- starting -------------------------------------------------------------------------------------------------
 
@@ -99,6 +100,8 @@ class PowerMail:
         self.fetcher = Fetcher(world, self.cluster, self.index.note_repair)
         self.reconciler = Reconciler(world, self.cluster, self.index)
         await self.cluster.start(self.reconciler.admit)
+        await self.reconciler.settle()
+        self._settled = True
         self._compose_services()
         if workers:
             self._start_workers()
@@ -319,6 +322,9 @@ class PowerMail:
         await self._sessions.drain(drain_s)
         await self.tasks.drain(drain_s)
         await self._worker_tasks.cancel()
+        if self._settled:
+            self._settled = False
+            await self._settle()
         if hasattr(self, "outbound"):
             await self.outbound.stop()
         if self._authenticator is not None:
@@ -332,6 +338,13 @@ class PowerMail:
                 await getattr(self, part).close()
         if self._lock is not None:
             self._lock.release()
+
+    async def _settle(self) -> None:
+        """So that the next start finds nothing to do."""
+        try:
+            await self.reconciler.settle()
+        except Trouble as error:
+            self.world.log.event(Event.TROUBLE, worker="reconcile", error=str(error))
 
     def abandon(self) -> None:
         """What the death of the process leaves: no task goes on, the databases are let go of as they are (simulator)."""

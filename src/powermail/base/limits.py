@@ -94,6 +94,8 @@ DIRECTORY_STALE_S: Final = 3600.0  # P14: served while the directory is away
 ALIAS_DEPTH_MAX: Final = 10
 FORWARD_DESTINATIONS_MAX: Final = 100
 EPOCH_JUMP: Final = 1_000_000  # how far UIDNEXT and HIGHESTMODSEQ leap when commits may be lost
+LATE_JUMP: Final = 1000  # the same for a message that reconcile enters: more than one lost transaction can have numbered
+COMMITS_LOOKED_AT: Final = 64  # newest commit records of a node, whose marks are compared with the index at its start
 UID_MAX: Final = 2**32 - 1
 
 # -- outbound -----------------------------------------------------------------------------------------------------

@@ -65,9 +65,12 @@ class Cluster:
         """Nodes for a new message, in order. Raises NotRedundant when fewer than R groups take mail (P6)."""
         candidates = self._look()
         if len(self._orders) < limits.PLACEMENT_DRAWS:
-            self._orders.append(self._draw(candidates))
-        self._drawn = (self._drawn + 1) % limits.PLACEMENT_DRAWS
-        return list(self._orders[self._drawn % len(self._orders)])
+            order = self._draw(candidates)
+            self._orders.append(order)
+        else:
+            self._drawn = (self._drawn + 1) % limits.PLACEMENT_DRAWS
+            order = self._orders[self._drawn]
+        return list(order)
 
     def _draw(self, candidates: Sequence[Candidate]) -> list[StorageNode]:
         draws = [self._world.entropy.uniform(0.0, 1.0) for _ in candidates]

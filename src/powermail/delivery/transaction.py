@@ -186,6 +186,7 @@ class Transaction:
             body=sender.body,
             smtputf8=sender.smtputf8,
             hops=self._hops,
+            mark=self._service.index.commits,
         )
 
     async def run(self, outcome: asyncio.Future[Status]) -> None:

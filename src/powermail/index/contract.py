@@ -21,6 +21,7 @@ class Delivery(NamedTuple):
     key: bytes
     commit: Commit
     nodes: tuple[str, ...]
+    late: bool = False  # found by reconcile: it may have had numbers that were lost, so its mailboxes jump a little
 
 
 class MailboxFacts(NamedTuple):
@@ -225,14 +226,15 @@ class Index(Protocol):
     async def forget_aborted(self, before: float) -> None:
         """Drops old abort notes."""
 
-    async def next_mark(self) -> int:
-        """Raises and returns the commit mark."""
+    @property
+    def commits(self) -> int:
+        """How many transactions are durable: the mark that every commit record carries, by which lost ones are noticed."""
 
-    async def mark(self) -> int:
-        """The last commit mark."""
+    async def set_commits(self, commits: int) -> None:
+        """Moves the count up to what the nodes have seen."""
 
-    async def set_mark(self, mark: int) -> None:
-        """Moves the mark up."""
+    async def forget_messages(self, keys: Sequence[bytes]) -> int:
+        """Removes messages that a node holds tombstones of, with all their entries and queue rows; how many there were."""
 
     async def raise_epoch(self) -> int:
         """Commits may be lost: mailboxes jump, readers wait for reconcile."""

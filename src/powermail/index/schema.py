@@ -44,11 +44,12 @@ TABLES = (
 
 # What a delivery does, as one statement: a row of `arrivals` is one recipient's copy, the first row of a message carries its
 # `refs`. SQLite then runs a whole batch in one call, in which the interpreter lock is given up once and not once a statement.
+# The last row of a statement that is a transaction by itself carries the count of transactions.
 # A mailbox last numbered in an older epoch jumps: commits may be lost, and no number is ever given twice (P10).
 _JUMPED = f"(epoch < NEW.epoch) * {limits.EPOCH_JUMP}"
 ARRIVALS = (
     "CREATE TEMP VIEW arrivals AS SELECT NULL AS key, NULL AS octets, NULL AS sha256, NULL AS placement, NULL AS refs,"
-    " NULL AS mailbox, NULL AS flags, NULL AS received_at, NULL AS epoch",
+    " NULL AS mailbox, NULL AS flags, NULL AS received_at, NULL AS epoch, NULL AS commits",
     "CREATE TEMP TRIGGER arrive INSTEAD OF INSERT ON arrivals BEGIN"
     " INSERT INTO messages SELECT NEW.key, NEW.octets, NEW.sha256, NEW.placement, NEW.refs WHERE NEW.refs > 0;"
     f" UPDATE mailboxes SET uid_next = uid_next + 1 + {_JUMPED}, modseq = modseq + 1 + {_JUMPED},"
@@ -56,5 +57,6 @@ ARRIVALS = (
     " SELECT RAISE(ABORT, 'the mailbox is gone or has used up its UIDs') WHERE NEW.mailbox IS NOT NULL AND NOT EXISTS"
     f" (SELECT 1 FROM mailboxes WHERE id = NEW.mailbox AND uid_next <= {limits.UID_MAX});"
     " INSERT INTO entries SELECT id, uid_next - 1, NEW.key, NEW.flags, modseq, NEW.octets, NEW.received_at"
-    " FROM mailboxes WHERE id = NEW.mailbox; END",
+    " FROM mailboxes WHERE id = NEW.mailbox;"
+    " UPDATE meta SET value = NEW.commits WHERE name = 'commits' AND NEW.commits IS NOT NULL; END",
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any, TypeVar
 
 from powermail.base import limits
@@ -66,6 +67,7 @@ class SqliteIndex(QueueStatements, KeepingStatements):
         self._used: dict[str, int] = {}  # octets of accounts asked for lately; exact, because only this process writes
         self._changes = 0
         self._epoch = 1
+        self._commits = 0
         self.batches = 0
         self.catching_up = False
         self.cluster = ""
@@ -98,6 +100,7 @@ class SqliteIndex(QueueStatements, KeepingStatements):
         if int(meta["version"]) > schema.VERSION:
             raise OperatorError(f"the index {self._path} was written by a newer version of this program")
         self._epoch = int(meta["epoch"])
+        self._commits = int(meta["commits"])
         self.cluster = meta["cluster"]
         self.catching_up = bool(meta.get("catching_up"))
         self._placements = Placements(self._db)
@@ -138,7 +141,9 @@ class SqliteIndex(QueueStatements, KeepingStatements):
         self._db.execute("BEGIN IMMEDIATE")
         try:
             result = call(*args)
+            self._db.execute("UPDATE meta SET value = ? WHERE name = 'commits'", (self._commits + 1,))
             self._db.execute("COMMIT")
+            self._commits += 1
         except BaseException:
             self._mailbox_ids.clear()
             if self._db.in_transaction:
@@ -206,14 +211,18 @@ class SqliteIndex(QueueStatements, KeepingStatements):
     def _deliver_batch(self, batch: list[Delivery]) -> list[bool | Exception]:
         """One transaction for all; if that fails, one for each, so that one bad delivery harms no other."""
         try:
-            return list(self._enter(batch) if self._is_plain(batch) else self._transaction(self._enter, (batch,)))
+            if not self._is_plain(batch):
+                return list(self._transaction(self._enter, (batch, None)))
+            outcomes: list[bool | Exception] = list(self._enter(batch, self._commits + 1))
+            self._commits += True in outcomes
+            return outcomes
         except sqlite3.Error as error:
             if len(batch) == 1:
                 return [error]
-        outcomes: list[bool | Exception] = []
+        outcomes = []
         for delivery in batch:
             try:
-                outcomes.append(self._transaction(self._enter, ([delivery],))[0])
+                outcomes.append(self._transaction(self._enter, ([delivery], None))[0])
             except sqlite3.Error as error:
                 outcomes.append(error)
         return outcomes
@@ -221,8 +230,8 @@ class SqliteIndex(QueueStatements, KeepingStatements):
     def _is_plain(self, batch: list[Delivery]) -> bool:
         """True if one statement, which is a transaction by itself, enters the batch: nothing is new but messages."""
         rows = 0
-        for _, commit, nodes in batch:
-            if not self._placements.has(nodes):
+        for _, commit, nodes, late in batch:
+            if late or not self._placements.has(nodes):
                 return False
             for target in commit.targets:
                 if target.destination or (target.account, target.mailbox) not in self._mailbox_ids:
@@ -230,12 +239,12 @@ class SqliteIndex(QueueStatements, KeepingStatements):
                 rows += 1
         return rows <= ROWS_MAX
 
-    def _enter(self, batch: list[Delivery]) -> list[bool]:
+    def _enter(self, batch: list[Delivery], commits: int | None) -> list[bool]:
         known = self._known([delivery.key for delivery in batch])
         queue: list[tuple[Any, ...]] = []
         arrivals: list[tuple[Any, ...]] = []
         outcomes: list[bool] = []
-        for key, commit, nodes in batch:
+        for key, commit, nodes, late in batch:
             if key in known:
                 outcomes.append(False)
                 continue
@@ -248,13 +257,21 @@ class SqliteIndex(QueueStatements, KeepingStatements):
                     queue.append(_queue_row(key, at, commit, target))
                 else:
                     mailbox = self._mailbox_id(target.account, target.mailbox, at)
+                    if late:
+                        self._skip(mailbox, limits.LATE_JUMP)
                 if mailbox is not None or refs:
-                    arrivals.append((key, octets, sha256, placement, refs, mailbox, target.flags, at, self._epoch))
+                    arrivals.append((key, octets, sha256, placement, refs, mailbox, target.flags, at, self._epoch, None))
                 refs = 0
             outcomes.append(True)
-        insert_many(self._db, "INSERT INTO arrivals", 9, arrivals)
+        if arrivals and commits is not None:
+            arrivals[-1] = (*arrivals[-1][:-1], commits)
+        insert_many(self._db, "INSERT INTO arrivals", 10, arrivals)
         insert_many(self._db, _QUEUE_HEAD, 18, queue)
         return outcomes
+
+    def _skip(self, mailbox: int, count: int) -> None:
+        """Leaves numbers out."""
+        self._db.execute("UPDATE mailboxes SET uid_next = uid_next + ?1, modseq = modseq + ?1 WHERE id = ?2", (count, mailbox))
 
     async def restore_messages(self, messages: Sequence[RestoredMessage]) -> int:
         return await self._write(self._restore_messages, messages)
@@ -278,17 +295,15 @@ class SqliteIndex(QueueStatements, KeepingStatements):
                 else:
                     mailbox = self._mailbox_id(target.account, target.mailbox, commit.received_at)
                     at = commit.received_at
-                    arrivals.append((key, commit.octets, sha256, None, 0, mailbox, target.flags, at, self._epoch))
-        insert_many(self._db, "INSERT INTO arrivals", 9, arrivals)
+                    arrivals.append((key, commit.octets, sha256, None, 0, mailbox, target.flags, at, self._epoch, None))
+        insert_many(self._db, "INSERT INTO arrivals", 10, arrivals)
         insert_many(self._db, _QUEUE_HEAD, 18, queue)
         return len(queue)
 
     def _jump(self, mailbox: int) -> None:
         """Commits may be lost: numbers leap, so none is ever given twice (P10)."""
-        self._db.execute(
-            "UPDATE mailboxes SET uid_next = uid_next + ?1, modseq = modseq + ?1, epoch = ?2 WHERE id = ?3",
-            (limits.EPOCH_JUMP, self._epoch, mailbox),
-        )
+        self._skip(mailbox, limits.EPOCH_JUMP)
+        self._db.execute("UPDATE mailboxes SET epoch = ? WHERE id = ?", (self._epoch, mailbox))
 
     def _mailbox_id(self, account: str, name: str, at: float) -> int:
         cached = self._mailbox_ids.get((account, name))
@@ -345,6 +360,16 @@ class SqliteIndex(QueueStatements, KeepingStatements):
     def epoch(self) -> int:
         """The current epoch."""
         return self._epoch
+
+    @property
+    def commits(self) -> int:
+        return self._commits
+
+    async def set_commits(self, commits: int) -> None:
+        await self._write(self._set_commits, commits)
+
+    def _set_commits(self, commits: int) -> None:
+        self._commits = max(self._commits, commits)
 
     async def raise_epoch(self) -> int:
         """Commits may be lost: from now on mailboxes jump, and readers wait until reconcile has caught up (P7, P10)."""
@@ -465,6 +490,22 @@ class SqliteIndex(QueueStatements, KeepingStatements):
             removed += count
             dead += release(self._db, self._placements, [row[1] for row in rows])
         return Release(removed, dead)
+
+    async def forget_messages(self, keys: Sequence[bytes]) -> int:
+        return await self._write(self._forget_messages, keys)
+
+    def _forget_messages(self, keys: Sequence[bytes]) -> int:
+        count = 0
+        for start in range(0, len(keys), 500):
+            part = keys[start : start + 500]
+            marks = in_list(part)
+            count += int(self._db.execute(f"SELECT count(*) FROM messages WHERE key IN ({marks})", part).fetchone()[0])
+            shown = self._db.execute(f"SELECT mailbox, uid FROM entries WHERE key IN ({marks}) ORDER BY 1", part).fetchall()
+            for mailbox, rows in groupby(shown, key=lambda row: int(row[0])):
+                self._expunge(mailbox, [row[1] for row in rows])
+            waiting = self._db.execute(f"DELETE FROM queue WHERE key IN ({marks}) RETURNING key", part).fetchall()
+            release(self._db, self._placements, [row[0] for row in waiting])
+        return count
 
     async def drop_mailboxes(self, account: str) -> Release:
         removed, dead = 0, 0

@@ -240,26 +240,6 @@ class KeepingStatements:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    async def next_mark(self) -> int:
-        """Raises and returns the commit mark that is written to the nodes: a lower one later means lost commits."""
-        mark: int = await self._write(self._next_mark)
-        return mark
-
-    def _next_mark(self) -> int:
-        row = self._db.execute(
-            "UPDATE meta SET value = CAST(value AS INTEGER) + 1 WHERE name = 'commits' RETURNING value"
-        ).fetchone()
-        return int(row[0])
-
-    async def mark(self) -> int:
-        """The last commit mark."""
-        row = await self._read(lambda: self._reader.execute("SELECT value FROM meta WHERE name = 'commits'").fetchone())
-        return int(row[0])
-
-    async def set_mark(self, mark: int) -> None:
-        """Moves the mark up to what the nodes have seen."""
-        await self._write(lambda: self._db.execute("UPDATE meta SET value = ? WHERE name = 'commits'", (str(mark),)))
-
     async def checkpoint_due(self, before: float, limit: int) -> list[int]:
         """Mailboxes that changed since their last checkpoint, which was before that time."""
         rows = await self._read(

@@ -64,6 +64,7 @@ class Rebuilder:
         self._nodes = nodes
         self._index = index
         self._progress = progress
+        self._commits = 0  # transactions that the lost index had committed, as far as the nodes know
 
     async def run(self) -> Rebuilt:
         """Reads every node and fills the index. Raises Trouble."""
@@ -77,6 +78,7 @@ class Rebuilder:
             if commit is None:
                 unreadable += 1
                 continue
+            self._commits = max(self._commits, commit.mark)
             names = tuple(node.id for node in nodes)
             sha256 = bytes.fromhex(commit.sha256)
             targets = [target for target in commit.targets if self._counts(key, commit, target, states)]
@@ -102,26 +104,25 @@ class Rebuilder:
         for node in self._nodes:
             end = await node.end()
             await self._index.set_node(node.id, node.incarnation, end.segment, end.offset)
+        await self._index.set_commits(self._commits)
         await self._index.caught_up()
         self._world.log.event(Event.RECONCILED, messages=len(restored), by="rebuild")
         return Rebuilt(len(states), len(restored), lost, rows, unreadable)
 
     async def _checkpoints(self) -> dict[bytes, CheckpointBody]:
         found: dict[bytes, list[CheckpointBody]] = {}
-        mark = 0
         for node in self._nodes:
             after = b""
             while page := await node.checkpoints(after, _PAGE):
                 for name, _, octets in page:
                     if name == MARK_NAME:
-                        mark = max(mark, int(octets))
+                        self._commits = max(self._commits, int(octets))
                         continue
                     try:
                         found.setdefault(name, []).append(decode(octets))
                     except (msgspec.DecodeError, zstandard.ZstdError) as error:
                         self._world.log.event(Event.NODE_DAMAGE, node=node.id, error=str(error))
                 after = page[-1][0]
-        await self._index.set_mark(mark)
         return {name: state for name, bodies in found.items() if (state := merge(bodies)) is not None}
 
     async def _holders(self) -> dict[bytes, list[StorageNode]]:

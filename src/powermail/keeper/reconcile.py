@@ -3,9 +3,15 @@
 One rule: above a node's watermark, a committed record that the index has never seen is mail and is entered; below it,
 what the index does not know was deleted. So a front end that died between receipts and index commit loses nothing (F42),
 and an old disk that comes back brings nothing back (F16, P8).
+
+Every commit record carries how many transactions the index had committed then. An index that counts fewer has lost some, to a
+backup or a stale standby (F26, F28): the epoch rises, readers wait until every log was walked, and what a tombstone stands for
+is deleted again.
 """
 
 from __future__ import annotations
+
+from collections import deque
 
 import msgspec
 
@@ -32,11 +38,13 @@ class Reconciler:
         self._index = index
         self.held: dict[str, int] = {}  # deletions that wait for the operator, by node (P9)
         self.confirmed: dict[str, None] = {}  # nodes whose mass deletion the operator has confirmed
+        self._revised: dict[str, None] = {}  # nodes whose tombstones were looked at since the epoch rose
 
     async def admit(self, node: StorageNode) -> None:
         """Compares a node that was just opened with what the index remembers of it. Raises Trouble."""
         rows = {row.id: row for row in await self._index.node_rows()}
         row = rows.get(node.id)
+        await self._check_commits(node, row)
         if row is not None:
             node.block(row.blocked)
         if row is None:
@@ -48,7 +56,6 @@ class Reconciler:
         elif await node.end() < Position(row.segment, row.offset):
             await self._rolled_back(node, row)
         await self._index.set_node_flags(node.id, None, 0.0)
-        await self._check_mark(node)
 
     async def _rolled_back(self, node: StorageNode, row: NodeRow) -> None:
         """An old state of the disk is back: what the index does not know was deleted meanwhile."""
@@ -87,34 +94,72 @@ class Reconciler:
         if dropped:
             self._world.log.event(Event.NODE_DAMAGE, node=node.id, missing_copies=dropped)
 
-    async def _check_mark(self, node: StorageNode) -> None:
-        """The node remembers a later commit mark than the index has: the index lost commits (F26, F28)."""
+    async def _check_commits(self, node: StorageNode, row: NodeRow | None) -> None:
+        """The node has seen more transactions of the index than the index has: it lost commits (F26, F28)."""
+        seen = 0
         for name, _, body in await node.checkpoints(b"", 1):
-            if name == MARK_NAME and int(body) > await self._index.mark():
-                await self._index.set_mark(int(body))
-                epoch = await self._index.raise_epoch()
-                self._world.log.event(Event.EPOCH_RAISED, epoch=epoch, node=node.id)
+            if name == MARK_NAME:
+                seen = int(body)
+        newest: deque[bytes] = deque(maxlen=limits.COMMITS_LOOKED_AT)
+        position = Position(row.segment, row.offset) if row is not None and row.incarnation == node.incarnation else START
+        while True:
+            found, following = await node.scan(position, limits.RECONCILE_BATCH, 0.0, False)
+            newest.extend(item.key for item in found)
+            if following == position:
+                break
+            position = following
+        for key in newest:
+            try:
+                seen = max(seen, _decode(await node.read_commit(key)).mark)
+            except (CopyMissing, CopyDamaged, msgspec.DecodeError):
+                continue  # scrub and repair will see to it
+        if seen > self._index.commits:
+            await self._index.set_commits(seen)
+            epoch = await self._index.raise_epoch()
+            self._revised.clear()
+            self._world.log.event(Event.EPOCH_RAISED, epoch=epoch, node=node.id)
+
+    async def settle(self) -> None:
+        """One pass while no delivery is under way, at start and stop: everything durable is entered, however young."""
+        await self._pass(0.0)
 
     async def step(self) -> float:
         """One pass over all nodes."""
+        await self._pass(0.0 if self._index.catching_up else limits.RECONCILE_GRACE_S)
+        return limits.RECONCILE_INTERVAL_S
+
+    async def _pass(self, age_s: float) -> None:
         entered = 0
-        complete = True
+        walked: dict[str, None] = {}
         rows = {row.id: row for row in await self._index.node_rows()}
         for node in self._cluster.admitted():
             row = rows.get(node.id)
-            if row is not None and row.incarnation == node.incarnation:
-                entered += await self._walk(node, Position(row.segment, row.offset))
-            else:
-                complete = False
+            if row is None or row.incarnation != node.incarnation:
+                continue
+            entered += await self._walk(node, Position(row.segment, row.offset), age_s)
+            if self._index.catching_up and node.id not in self._revised:
+                await self._revise(node)
+                self._revised[node.id] = None
+            walked[node.id] = None
         if entered:
             self._world.log.event(Event.RECONCILED, messages=entered)
-        if self._index.catching_up and complete and len(self._cluster.admitted()) == len(self._cluster.nodes):
-            await self._index.caught_up()
-        return limits.RECONCILE_INTERVAL_S
+        missing = {node.group for node in self._cluster.nodes.values() if node.id not in walked}
+        if self._index.catching_up and len(missing) < self._cluster.copies_required:
+            await self._index.caught_up()  # every message has a copy on a node that was walked
 
-    async def _walk(self, node: StorageNode, position: Position) -> int:
+    async def _revise(self, node: StorageNode) -> None:
+        """Deletes again what was deleted in commits that the index lost: the node's tombstones are the record of it (P8)."""
+        after, gone = b"", 0
+        while keys := await self._index.copies_on(node.id, after, limits.RECONCILE_BATCH):
+            after = keys[-1]
+            buried = [key for key, dead in zip(keys, await node.deleted(keys), strict=True) if dead]
+            if buried:
+                gone += await self._index.forget_messages(buried)
+        if gone:
+            self._world.log.event(Event.COLLECTED, node=node.id, messages=gone, by="tombstones")
+
+    async def _walk(self, node: StorageNode, position: Position, age_s: float) -> int:
         entered = 0
-        age_s = 0.0 if self._index.catching_up else limits.RECONCILE_GRACE_S
         while True:
             found, following = await node.scan(position, limits.RECONCILE_BATCH, age_s, False)
             for key in await self._index.note_copies(node.id, [item.key for item in found]):
@@ -132,7 +177,7 @@ class Reconciler:
         except (CopyDamaged, msgspec.DecodeError) as error:
             self._world.log.event(Event.COPY_BAD, key=key, node=node.id, error=str(error))
             return False
-        new = await self._index.deliver(Delivery(key, commit, (node.id,)))
+        new = await self._index.deliver(Delivery(key, commit, (node.id,), late=True))
         if new:
             self._world.counters.add("keeper.reconciled")
             self._world.log.event(

@@ -37,4 +37,5 @@ class Commit(Struct, frozen=True, omit_defaults=True):
     body: str = ""  # 7BIT, 8BITMIME or BINARYMIME as declared
     smtputf8: bool = False
     hops: int = 0
+    mark: int = 0  # how many transactions the index had committed when this was written: fewer later means it lost some
     extra: dict[str, Any] = field(default_factory=dict)  # fields of newer versions, kept as they are (P19)

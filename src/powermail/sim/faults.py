@@ -23,6 +23,9 @@ class Site(Protocol):
     def let_go(self) -> None:
         """Closes what a killed process had open."""
 
+    def forget_deletions(self, since: float) -> None:
+        """Deletions since then may be undone: they were only in what a backup does not have."""
+
     async def restart(self, pause_s: float) -> None:
         """Starts a new process after a kill."""
 
@@ -158,8 +161,10 @@ class Faults:
     async def _old_index(self) -> None:
         machine = self._site.machine
         machine.snapshot_index()
+        backup_at = asyncio.get_running_loop().time()
         await asyncio.sleep(self._chance.uniform(1.0, 10.0))
         machine.kill()
         self._site.let_go()
         machine.restore_index()
+        self._site.forget_deletions(backup_at)
         await self._site.restart(self._chance.uniform(0.1, 2.0))

@@ -152,6 +152,12 @@ class Simulation:
         if dead is not None:
             dead.abandon()
 
+    def forget_deletions(self, since: float) -> None:
+        """A backup of the index does not have them."""
+        acked = self._fleet.history.expunged_acked
+        for which in [which for which, at in acked.items() if at >= since]:
+            del acked[which]
+
     async def operation(self, name: str, **arguments: object) -> object:
         """An operator's command; None while it cannot be done."""
 

@@ -143,6 +143,9 @@ class StorageNode(Protocol):
     async def has(self, keys: Sequence[bytes]) -> list[bool]:
         """Which keys are committed messages here."""
 
+    async def deleted(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which keys have a tombstone here: the record of a deletion, not mere absence."""
+
     async def verify(self, key: bytes) -> None:
         """Reads and checks a whole copy. Raises CopyMissing, CopyDamaged, NodeTrouble."""
 

@@ -368,6 +368,9 @@ class LocalNode:
     async def has(self, keys: Sequence[bytes]) -> list[bool]:
         return await self._call(self._opened().has, keys)
 
+    async def deleted(self, keys: Sequence[bytes]) -> list[bool]:
+        return await self._call(self._opened().deleted, keys)
+
     async def verify(self, key: bytes) -> None:
         await self._call(self._opened().verify, key)
 

@@ -573,7 +573,13 @@ class SegmentStore:
 
     def has(self, keys: Sequence[bytes]) -> list[bool]:
         """Which are live here."""
-        return [(entry := self._keys.find(key)) is not None and entry.state == ki.LIVE for key in keys]
+        entries = self._keys.find_many(keys)
+        return [(entry := entries.get(key)) is not None and entry.state == ki.LIVE for key in keys]
+
+    def deleted(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which have a tombstone here."""
+        entries = self._keys.find_many(keys)
+        return [(entry := entries.get(key)) is not None and entry.state in (ki.DELETED, ki.FORGOTTEN) for key in keys]
 
     def verify(self, key: bytes) -> None:
         """Checks every record of a copy."""
