@@ -65,15 +65,10 @@ def facts(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _all(seeds: range, seconds: float, jobs: int) -> Iterator[Outcome]:
-    if jobs == 1:
-        for seed in seeds:
-            yield one(seed, seconds, (seed - seeds[0]) % _TWICE_EVERY == 0)
-        return
-    with ProcessPoolExecutor(jobs, max_tasks_per_child=None) as pool:
-        waiting = [pool.submit(one, seed, seconds, (seed - seeds[0]) % _TWICE_EVERY == 0) for seed in seeds]
-        for done in as_completed(waiting):
-            yield done.result()
+def _all(pool: ProcessPoolExecutor, seeds: range, seconds: float) -> Iterator[Outcome]:
+    waiting = [pool.submit(one, seed, seconds, (seed - seeds[0]) % _TWICE_EVERY == 0) for seed in seeds]
+    for done in as_completed(waiting):
+        yield done.result()
 
 
 async def simulation(arguments: Namespace) -> int:
@@ -82,16 +77,19 @@ async def simulation(arguments: Namespace) -> int:
     meter = show.Meter("seeds", enabled=not arguments.json)
     results: list[dict[str, Any]] = []
     failed = 0
-    for number, outcome in enumerate(_all(seeds, arguments.seconds, arguments.jobs), 1):
-        results.append(facts(outcome))
-        await meter.progress(number, len(seeds))
-        if arguments.trace:
-            with open(arguments.trace, "w", encoding="utf-8") as file:
-                file.write("\n".join(outcome.trace) + "\n")
-        if outcome.problems:
-            failed += 1
-            least = shortest(outcome.seed, arguments.seconds) if arguments.shrink else arguments.seconds
-            sys.stderr.write(_failure(outcome, least))
+    with ProcessPoolExecutor(arguments.jobs) as pool:  # a simulation is an event loop of its own: never within this one
+        for number, outcome in enumerate(_all(pool, seeds, arguments.seconds), 1):
+            results.append(facts(outcome))
+            await meter.progress(number, len(seeds))
+            if arguments.trace:
+                with open(arguments.trace, "w", encoding="utf-8") as file:
+                    file.write("\n".join(outcome.trace) + "\n")
+            if outcome.problems:
+                failed += 1
+                least = arguments.seconds
+                if arguments.shrink:
+                    least = pool.submit(shortest, outcome.seed, least).result()
+                sys.stderr.write(_failure(outcome, least))
     meter.close()
     results.sort(key=lambda result: int(result["seed"]))
     if arguments.json:
