@@ -43,8 +43,10 @@ class Recipients:
             if found.loop:
                 return st.ALIAS_LOOP
             if not found.known:
-                if relay is None or not address.domain:
-                    return st.UNKNOWN_RECIPIENT
+                if not address.domain or await self._resolver.directory.serves(address.domain):
+                    return st.UNKNOWN_RECIPIENT  # never sent on: it would come back to us (P12)
+                if relay is None:
+                    return st.RELAY_DENIED
                 target = Target(destination=address.text, recipient=address.text, notify=notify, orcpt=orcpt)
                 self._remote.setdefault(address.canonical, (target, None))
                 self.accepted.append(address.text)
@@ -78,7 +80,7 @@ class Recipients:
     async def add_return(self, address: Address) -> Status:
         """Takes the address a bounce goes to: a mailbox of ours, or wherever the message came from."""
         status = await self.add(address, "", "", None)
-        if status is not st.UNKNOWN_RECIPIENT:
+        if status is not st.RELAY_DENIED:
             return status
         self._remote.setdefault(address.canonical, (Target(destination=address.text, recipient=address.text), None))
         self.accepted.append(address.text)

@@ -86,6 +86,8 @@ class Authenticator:
                 self._logged_in(client, account, door)
                 await self._upgrade(account, password)
                 return account
+            if pw.split_scheme(account.password)[0] != "argon2id":  # as long as for an unknown user (U07)
+                await self._matches(pw.DUMMY, password or "x")
         else:
             await self._matches(pw.DUMMY, password or "x")
         await self._fail(client, name, door)

@@ -30,6 +30,9 @@ class Directory(Protocol):
     async def find(self, address: str) -> Account | None:
         """The row of exactly this address. Raises DirectoryTrouble when it cannot be asked."""
 
+    async def serves(self, domain: str) -> bool:
+        """True if some address of this domain exists: its unknown users get another answer than strangers' mail (P12)."""
+
 
 class Writable(Directory, Protocol):
     """A backend that the command line may change."""

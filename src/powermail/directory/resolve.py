@@ -41,6 +41,7 @@ class DirectoryCache:
         self._ttl_s = ttl_s
         self._stale_s = stale_s
         self._known: OrderedDict[str, tuple[float, Account | None]] = OrderedDict()
+        self._domains: OrderedDict[str, tuple[float, bool]] = OrderedDict()
         self.away = False
 
     async def find(self, address: str) -> Account | None:
@@ -64,13 +65,28 @@ class DirectoryCache:
             self._known.popitem(last=False)
         return account
 
+    async def serves(self, domain: str) -> bool:
+        """True if the domain has addresses here. Raises DirectoryTrouble."""
+        now = self._clock.monotonic()
+        cached = self._domains.get(domain)
+        if cached is not None and now - cached[0] < self._ttl_s:
+            return cached[1]
+        served = await self._backend.serves(domain)
+        self._domains[domain] = (now, served)
+        self._domains.move_to_end(domain)
+        if len(self._domains) > limits.DIRECTORY_CACHE_MAX:
+            self._domains.popitem(last=False)
+        return served
+
     def forget(self, address: str) -> None:
         """An address changed: the next look asks the backend."""
         self._known.pop(address, None)
+        self._domains.pop(address.rpartition("@")[2], None)
 
     def clear(self) -> None:
         """Forgets all."""
         self._known.clear()
+        self._domains.clear()
 
 
 class Resolver:

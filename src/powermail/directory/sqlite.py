@@ -29,6 +29,9 @@ CREATE TABLE IF NOT EXISTS accounts (
     send_per_hour INTEGER NOT NULL DEFAULT 0        -- 0: the configured default
 )
 """
+# No table of domains is needed; this answers whether one is ours. The text is exact but for quoted local parts with an @.
+_DOMAIN = "substr(address, instr(address, '@') + 1)"
+_DOMAINS = f"CREATE INDEX IF NOT EXISTS accounts_domain ON accounts({_DOMAIN} COLLATE NOCASE)"
 _COLUMNS = "id, address, password, quota_octets, forward, keep_copy, enabled, send_per_hour"
 
 
@@ -83,6 +86,7 @@ class SqliteDirectory:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.execute(SCHEMA)
+        self._db.execute(_DOMAINS)
 
     async def close(self) -> None:
         """Closes the file."""
@@ -111,6 +115,14 @@ class SqliteDirectory:
     async def find(self, address: str) -> Account | None:
         found = await self._run(self._select, "WHERE address = ?", (address,))
         return found[0] if found else None
+
+    async def serves(self, domain: str) -> bool:
+        return await self._run(self._serves, domain)
+
+    def _serves(self, domain: str) -> bool:
+        assert self._db is not None
+        row = self._db.execute(f"SELECT 1 FROM accounts WHERE {_DOMAIN} = ? COLLATE NOCASE LIMIT 1", (domain,)).fetchone()
+        return row is not None
 
     async def add(self, accounts: Sequence[Account]) -> int:
         return await self._run(self._add, [check_account(account) for account in accounts])

@@ -30,7 +30,7 @@ _SOURCE_ROUTE = re.compile(rf"@{_LABEL}(?:\.{_LABEL})*(?:,@{_LABEL}(?:\.{_LABEL}
 _PLAIN_PATH = re.compile(
     r"<([A-Za-z0-9+_\-]+(?:\.[A-Za-z0-9+_\-]+)*)@((?:[A-Za-z0-9](?:[A-Za-z0-9\-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,63})>"
 )
-_CONTROL = re.compile("[\x00-\x1f\x7f\u0080-\u009f\u2028\u2029\ud800-\udfff]")
+_CONTROL = re.compile("[\x00-\x1f\x7f\u0080-\u009f\u2028\u2029\ud800-\udfff\ufffd]")  # U+FFFD: was not UTF-8
 
 
 class AddressError(ValueError):

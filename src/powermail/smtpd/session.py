@@ -375,7 +375,7 @@ class SmtpSession:
             return st.RATE_LIMITED
         relay = self._account if self._service.remote_route else None
         status = await self._recipients.add(address, rcpt.notify, rcpt.orcpt, relay)
-        if status is st.UNKNOWN_RECIPIENT and self._account is not None and not self._service.remote_route:
+        if status is st.RELAY_DENIED and self._account is not None:
             return st.NO_REMOTE_ROUTE
         return status
 
