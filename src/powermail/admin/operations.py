@@ -115,6 +115,7 @@ class Operations:
                     "group": node.group,
                     "priority": node.priority,
                     "state": stat.state,
+                    "slow": self._cluster.is_slow(node.id),
                     "reason": stat.reason,
                     "messages": stat.messages,
                     "log_octets": stat.log_octets,

@@ -75,7 +75,9 @@ GROUPS_MAX: Final = 256
 NODE_PROBE_INTERVAL_S: Final = 1.0
 NODE_PROBE_TIMEOUT_S: Final = 10.0  # F14: fenced within this
 NODE_RECEIPT_TIMEOUT_S: Final = 4.0  # P20: a blip is at most 5 s; then the next node in placement order
-NODE_READ_TIMEOUT_S: Final = 10.0
+NODE_READ_TIMEOUT_S: Final = 4.0  # P20: then another copy is read
+NODE_SLOW_S: Final = 0.25  # a write or probe that takes longer makes a node the last choice (P20)
+NODE_SLOW_REMEMBERED_S: Final = 10.0  # for so long after the last sign of it
 NODE_PRESENCE_CHECK_S: Final = 0.05  # how long a node may write before it looks whether its directory is still there
 PLACEMENT_LOOK_S: Final = 0.05  # how old the figures of nodes may be by which a message is placed
 PLACEMENT_DRAWS: Final = 16  # placements drawn by the same figures, then taken in turn
@@ -85,6 +87,7 @@ READ_AHEAD_OCTETS_MAX: Final = 256 * KIB  # and what they hold of memory for one
 
 # -- index and directory ------------------------------------------------------------------------------------------
 INDEX_GATHER_S: Final = 0.003  # how long a transaction waits for deliveries that are on their way
+INDEX_BUSY_TIMEOUT_S: Final = 5.0  # how long a statement waits for another process that has the database locked
 INDEX_BATCH_MAX: Final = 256  # deliveries entered in one transaction
 INDEX_WAIT_S_DEFAULT: Final = 5.0
 INDEX_PAGE_ROWS: Final = 2000  # rows fetched at a time when listing
@@ -137,5 +140,6 @@ assert CHUNK_OCTETS * CHUNKS_MAX > 4 * 1024 * MIB, "the largest configurable mes
 assert REPLICATE_HELD_OCTETS_MAX >= 2 * CHUNK_OCTETS
 assert RECORD_BODY_OCTETS_MAX > CHUNK_OCTETS + 1024
 assert NODE_RECEIPT_TIMEOUT_S < INDEX_WAIT_S_DEFAULT
+assert NODE_SLOW_S < NODE_READ_TIMEOUT_S < 5.0, "P20: a blip is at most 5 s"
 assert SMTP_COMMAND_LINE_OCTETS_MAX > PATH_OCTETS_MAX + ENVID_OCTETS_MAX + ORCPT_OCTETS_MAX + 512
 assert RECONCILE_INTERVAL_S + RECONCILE_GRACE_S < 60.0, "section 6: in the index within a minute"

@@ -107,7 +107,7 @@ def nodes(found: list[dict[str, Any]]) -> None:
     for name in ("node", "group", "priority", "state", "messages", "live", "log", "free", "damaged", "owed", "probe"):
         table.add_column(name)
     for row in found:
-        state = row["state"] + (f" ({row['reason']})" if row["reason"] else "")
+        state = row["state"] + (f" ({row['reason']})" if row["reason"] else "") + (" slow" if row["slow"] else "")
         table.add_row(
             row["id"], row["group"], str(row["priority"]), state, str(row["messages"]), size(row["live_octets"]),
             size(row["log_octets"]), size(row["free_octets"]), str(row["damaged"]), str(row["deletions_waiting"]),

@@ -32,6 +32,7 @@ class Cluster:
         self._candidates: list[Candidate] = []
         self._looked_at = float("-inf")
         self._enough = False
+        self._slow_until: dict[str, float] = {}
         self._orders: list[list[StorageNode]] = []  # placements drawn for these figures
         self._drawn = 0
         self.receipts = Patience(limits.NODE_RECEIPT_TIMEOUT_S)
@@ -97,12 +98,27 @@ class Cluster:
         self._looked_at = now
         self._orders.clear()
         self._takers = [n for n in self.nodes.values() if n.state is NodeState.READ_WRITE and n.id in self._admitted]
-        self._candidates = [
-            Candidate(node.id, node.group, node.priority, stat.free_octets, stat.waiting_octets)
-            for node, stat in ((node, node.stat()) for node in self._takers)
-        ]
+        self._candidates = []
+        for node in self._takers:
+            stat = node.stat()
+            if stat.write_s >= limits.NODE_SLOW_S:
+                self.note_slow(node.id)
+            self._candidates.append(
+                Candidate(node.id, node.group, node.priority, stat.free_octets, stat.waiting_octets, self.is_slow(node.id))
+            )
         self._enough = len({node.group for node in self._takers}) >= self.copies_required
         return self._candidates
+
+    def note_slow(self, node: str) -> None:
+        """A write, read or probe took too long there: for a while the node is used last (P20)."""
+        if not self.is_slow(node):
+            self._world.counters.add("cluster.slow")
+            self._world.log.event(Event.NODE_STATE, node=node, state="slow")
+        self._slow_until[node] = self._world.clock.monotonic() + limits.NODE_SLOW_REMEMBERED_S
+
+    def is_slow(self, node: str) -> bool:
+        """True while a node is used last."""
+        return self._world.clock.monotonic() < self._slow_until.get(node, 0.0)
 
     async def check_health(self) -> float:
         """One round of probes; tries to open what is away. Returns the pause to the next round."""
@@ -116,7 +132,10 @@ class Cluster:
                 self._looked_at = float("-inf")
                 await node.open()
             elif node.state is not NodeState.CLOSED:
+                self._look()
                 await node.probe()
+                if node.stat().probe_s >= limits.NODE_SLOW_S:
+                    self.note_slow(node.id)
             if node.id not in self._admitted and self._admit is not None and node.state not in _AWAY:
                 await self._admit(node)
                 self._admitted[node.id] = None

@@ -64,6 +64,7 @@ class Fetcher:
         readable = self._cluster.readable()
         believed = [node for node in readable if node.id in nodes]
         self._world.entropy.shuffle(believed)
+        believed.sort(key=lambda node: self._cluster.is_slow(node.id))
         return believed + [node for node in readable if node.id not in nodes]
 
     async def _try(self, key: bytes, nodes: Sequence[str], read: Callable[[StorageNode], Awaitable[T]]) -> T:
@@ -78,7 +79,10 @@ class Fetcher:
                     self._world.counters.add("cluster.bad_copies")
                     self._world.log.event(Event.COPY_BAD, key=key, node=node.id, error=str(error))
                     await self._bad_copy(key, node.id, str(error))
-            except (Trouble, TimeoutError) as error:
+            except TimeoutError:
+                trouble.append(f"{node.id}: no answer in time")
+                self._cluster.note_slow(node.id)
+            except Trouble as error:
                 trouble.append(f"{node.id}: {error}")
         raise MessageUnreadable(f"no good copy of {key.hex()}: {'; '.join(trouble) or 'no node is there'}")
 
@@ -111,6 +115,7 @@ class Fetcher:
         """
         nodes = [node for node in self._cluster.readable() if node.state is not NodeState.FAILED]
         self._world.entropy.shuffle(nodes)
+        nodes.sort(key=lambda node: self._cluster.is_slow(node.id))
         plan: dict[str, list[bytes]] = {}
         for key, believed in wanted.items():
             for node in nodes:

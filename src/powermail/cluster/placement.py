@@ -1,7 +1,8 @@
 """Owns placement: which nodes take a message. A pure function of the nodes' figures and one random number.
 
 Rules: never two nodes of one group; lower priority first across all groups, so a spare takes nothing while regular nodes
-suffice (the original's defect 5); within a priority by policy. The rest of the order is who steps in when one fails.
+suffice (the original's defect 5), and a slow node nothing while quick ones do (P20); within a priority by policy. The rest of
+the order is who steps in when one fails.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ class Candidate(NamedTuple):
     priority: int
     free_octets: int
     waiting_octets: int
+    slow: bool = False
 
 
 def place(candidates: Sequence[Candidate], required: int, policy: str, draws: Sequence[float]) -> list[str]:
@@ -41,11 +43,13 @@ def place(candidates: Sequence[Candidate], required: int, policy: str, draws: Se
     return chosen + [node for _, node in sorted(rest)]
 
 
-def _rank(candidate: Candidate, draw: float, policy: str) -> tuple[int, float]:
-    """Sort key: weighted random sampling by free space (Efraimidis and Spirakis: draw ** (1/weight), largest first)."""
+def _rank(candidate: Candidate, draw: float, policy: str) -> tuple[bool, int, float]:
+    """Sort key: slow nodes last, then by priority, then by policy. By free space it is weighted random sampling (Efraimidis and
+    Spirakis: draw ** (1/weight), largest first).
+    """
     if policy == "spread-disk":
         weight = max(1.0, candidate.free_octets / 2**20)
-        return candidate.priority, -(max(draw, 1e-12) ** (1.0 / weight))
+        return candidate.slow, candidate.priority, -(max(draw, 1e-12) ** (1.0 / weight))
     if policy == "spread-load":
-        return candidate.priority, candidate.waiting_octets + draw
-    return candidate.priority, draw
+        return candidate.slow, candidate.priority, candidate.waiting_octets + draw
+    return candidate.slow, candidate.priority, draw

@@ -40,7 +40,9 @@ _MAILBOX = "id, account, name, uidvalidity, uid_next, modseq, messages, octets"
 
 def connect(path: str, write: bool) -> sqlite3.Connection:
     """Opens the file as this program needs it. Raises sqlite3.Error."""
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=512, timeout=5)
+    connection = sqlite3.connect(
+        path, isolation_level=None, check_same_thread=False, cached_statements=512, timeout=limits.INDEX_BUSY_TIMEOUT_S
+    )
     if write:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")

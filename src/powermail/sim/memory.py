@@ -36,7 +36,7 @@ class MemoryNode:
 
     def stat(self) -> NodeStat:
         octets = sum(len(c.stored) for _, chunks in self._live.values() for c in chunks.values())
-        return NodeStat(self._state.value, "", 1 << 40, 1 << 40, octets, octets, 1, len(self._live), 0, 0, 0.0)
+        return NodeStat(self._state.value, "", 1 << 40, 1 << 40, octets, octets, 1, len(self._live), 0, 0, 0.0, 0.0)
 
     async def open(self) -> None:
         if self._state is NodeState.CLOSED:

@@ -76,6 +76,7 @@ class NodeStat(Struct, frozen=True):
     damaged: int
     waiting_octets: int
     probe_s: float
+    write_s: float  # how long the write under way has taken so far, or the longest since the last probe took
 
 
 class StorageNode(Protocol):

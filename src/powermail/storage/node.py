@@ -59,6 +59,9 @@ class LocalNode:
         self._free_octets = 0
         self._total_octets = 0
         self._probe_s = 0.0
+        self._writing = False
+        self._wrote_at = 0.0  # when the last write was handed to the lane
+        self._write_s = 0.0
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -150,6 +153,7 @@ class LocalNode:
             damaged=store.damaged if store else 0,
             waiting_octets=self._waiting_octets,
             probe_s=self._probe_s,
+            write_s=max(self._write_s, self._world.clock.monotonic() - self._wrote_at if self._writing else 0.0),
         )
 
     def block(self, blocked: bool) -> None:
@@ -176,6 +180,7 @@ class LocalNode:
             self._went_away(error)
             raise NodeTrouble(f"node {self.id}: {error}") from error
         self._probe_s = self._world.clock.monotonic() - began
+        self._write_s = 0.0
         if self._state is NodeState.FAILED and not store.failed:
             self._set(NodeState.READ_WRITE, "")
         self._check_space()
@@ -257,6 +262,7 @@ class LocalNode:
             self._busy = False
             return
         self._busy = True
+        self._writing, self._wrote_at = True, self._world.clock.monotonic()
         written = self._waiting_octets
         writable = self._state is NodeState.READ_WRITE
         done = self._write_lane.run(store.write, [operation for operation, _ in batch], writable)
@@ -269,7 +275,8 @@ class LocalNode:
         store: SegmentStore,
         result: asyncio.Future[list[Exception | None]],
     ) -> None:
-        self._busy = False
+        self._busy = self._writing = False
+        self._write_s = max(self._write_s, self._world.clock.monotonic() - self._wrote_at)
         self._waiting_octets -= octets
         self._room.set()
         error = result.exception()
