@@ -5,7 +5,7 @@ DATA ?= data
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test demo bench lint clean system-packages
+.PHONY: run test demo bench lint clean system-packages planted fuzz
 
 run: $(VENV)/.core
 	@exec $(BIN)/powermail serve --init --data $(DATA)
@@ -44,3 +44,13 @@ bench: $(VENV)/.core
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
+
+planted: $(VENV)/.test system-packages
+	$(BIN)/python -m tests.planted
+
+$(VENV)/.fuzz: requirements/fuzz.txt $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/fuzz.txt
+	@touch $@
+
+fuzz: $(VENV)/.fuzz
+	$(BIN)/python -m tests.fuzz

@@ -18,6 +18,7 @@ from powermail.storage.contract import Chunk
 from powermail.storage.identity import make_store
 from powermail.storage.keyindex import SqliteKeyIndex
 from powermail.storage.store import Operation, Options, SegmentStore
+from tests.planted.__main__ import Planted, plant, planted, tree
 
 SOURCES = sorted(Path("src").rglob("*.py"))
 DOCUMENTS = [*sorted(Path("docs").rglob("*.md")), *(Path(name) for name in ("README.md", "CHANGES.md", "CONTRIBUTING.md"))]
@@ -101,3 +102,11 @@ def test_rescue_script_turns_segments_into_maildir(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (message,) = (output / "7" / "new").iterdir()
     assert message.read_bytes() == octets
+
+
+@pytest.mark.parametrize("bug", planted(), ids=lambda bug: bug.path.stem)
+def test_planted_bugs_can_still_be_planted(bug: Planted, tmp_path: Path) -> None:
+    """`make planted` tries whether they are caught; that takes minutes."""
+    tree(tmp_path)
+    plant(bug, tmp_path)
+    assert all(Path(word).exists() for word in bug.harness if word.startswith("tests/"))

@@ -5,6 +5,7 @@ The command line calls them on a running server through the control socket, or o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -25,6 +26,10 @@ from powermail.storage.contract import NodeState
 
 Progress = Callable[[int, int], Awaitable[None]]
 _PAGE = 1000
+
+
+async def _unseen(done: int, total: int) -> None:
+    """Nobody looks."""
 
 
 class Operations:
@@ -50,6 +55,7 @@ class Operations:
         reconciler: Reconciler,
         workers: list[Worker],
         connections: Callable[[], dict[str, int]],
+        hash_password: Callable[[str], Awaitable[str]],
     ) -> None:
         self._world = world
         self._cluster = cluster
@@ -62,14 +68,17 @@ class Operations:
         self._reconciler = reconciler
         self._workers = workers
         self._connections = connections
+        self._hash = hash_password
+        self._progress: Progress = _unseen
 
     async def call(self, name: str, arguments: dict[str, Any], progress: Progress) -> Any:
         """Runs one operation. Raises OperatorError, Trouble."""
         if name not in self.NAMES:
             raise OperatorError(f"unknown operation {name!r}")
-        self._progress = progress
+        mine = copy.copy(self)  # several may run at once, each with its own meter
+        mine._progress = progress
         try:
-            return await getattr(self, name)(**arguments)
+            return await getattr(mine, name)(**arguments)
         except TypeError as error:
             raise OperatorError(f"{name}: {error}") from error
 
@@ -303,7 +312,7 @@ class Operations:
         self, address: str, password: str, quota_octets: int, forward: list[str], keep_copy: bool
     ) -> dict[str, Any]:
         """Makes a mailbox or a forward."""
-        stored = pw.hash_password(password) if password and not password.startswith("{") else password
+        stored = await self._hash(password) if password and not password.startswith("{") else password
         await self._directory.add([Account("", address, stored, quota_octets, tuple(forward), keep_copy)])
         self._resolver.directory.clear()
         return await self.account_show(address)
@@ -334,7 +343,7 @@ class Operations:
             raise OperatorError(f"unknown column {sorted(unknown)[0]!r}")
         password = changes.get("password", "")
         if password and not password.startswith("{"):
-            changes["password"] = pw.hash_password(password)
+            changes["password"] = await self._hash(password)
         if "forward" in changes:
             changes["forward"] = tuple(changes["forward"])
         await self._directory.update(account._replace(**changes))

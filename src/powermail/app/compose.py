@@ -172,6 +172,7 @@ class PowerMail:
             self.reconciler,
             self.workers,
             lambda: {door.name: door.connections for door in self._doors},
+            self._authenticator.hash,
         )
 
     def _srs_keys(self) -> list[bytes]:

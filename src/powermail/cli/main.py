@@ -9,7 +9,8 @@ import getpass
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from itertools import chain, islice
 from typing import Any
 
 import msgspec
@@ -27,6 +28,7 @@ from powermail.cli import show
 from powermail.directory import password as pw
 
 Arguments = argparse.Namespace
+_IMPORT_ROWS = 2000  # rows of one transaction; as JSON they fit in one line of the control socket
 
 
 def run(work: Coroutine[Any, Any, int]) -> int:
@@ -43,21 +45,32 @@ def run(work: Coroutine[Any, Any, int]) -> int:
 
 async def operate(arguments: Arguments, call: str, **values: Any) -> Any:
     """Calls an operation on the running server, or on the installation opened for this one call."""
+    return (await operate_all(arguments, call, [values]))[0]
+
+
+async def operate_all(arguments: Arguments, call: str, requests: Iterable[dict[str, Any]]) -> list[Any]:
+    """The same for many calls, one after the other; a stopped installation is opened once for all."""
     data = arguments.data.rstrip("/")
     meter = show.Meter(call, enabled=not arguments.json)
+    left = iter(requests)
+    results: list[Any] = []
+    request: dict[str, Any] | None = None
     try:
-        return await ask(f"{data}/{CONTROL_NAME}", call, values, meter.progress)
+        for request in left:
+            results.append(await ask(f"{data}/{CONTROL_NAME}", call, request, meter.progress))
     except NotRunning:
-        pass
+        assert request is not None
+        settings = load_file(f"{data}/{SETTINGS_NAME}", arguments.set)
+        powermail = PowerMail(system_world(NullLog()), settings, data, _die)
+        try:
+            await powermail.start(doors=False, workers=False)
+            for values in chain([request], left):
+                results.append(await powermail.operations.call(call, values, meter.progress))
+        finally:
+            await powermail.stop()
     finally:
         meter.close()
-    settings = load_file(f"{data}/{SETTINGS_NAME}", arguments.set)
-    powermail = PowerMail(system_world(NullLog()), settings, data, _die)
-    try:
-        await powermail.start(doors=False, workers=False)
-        return await powermail.operations.call(call, values, meter.progress)
-    finally:
-        await powermail.stop()
+    return results
 
 
 def _die(error: BaseException) -> None:
@@ -221,17 +234,22 @@ async def do_account_add(arguments: Arguments) -> int:
 
 async def do_account_import(arguments: Arguments) -> int:
     """Reads JSON lines of {address, password, quota_octets, forward, keep_copy} from a file or standard input."""
-    total, batch = 0, []
     with open(arguments.file, encoding="utf-8") if arguments.file != "-" else sys.stdin as file:
-        for line in file:
-            batch.append(msgspec.json.decode(line, type=dict[str, Any]))
-            if len(batch) == 2000:
-                total += await operate(arguments, "account_import", rows=batch)
-                batch = []
-    if batch:
-        total += await operate(arguments, "account_import", rows=batch)
+        total = sum(await operate_all(arguments, "account_import", _batches(file)))
     _print(arguments, {"added": total}, show.record)
     return 0
+
+
+def _batches(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    decode = msgspec.json.Decoder(dict[str, Any]).decode
+    rows = (line for line in lines if line.strip())
+    number = 1
+    while part := list(islice(rows, _IMPORT_ROWS)):
+        try:
+            yield {"rows": [decode(line) for line in part]}
+        except msgspec.DecodeError as error:
+            raise OperatorError(f"lines {number} to {number + len(part) - 1}: {error}; those before are added") from error
+        number += len(part)
 
 
 async def do_account_set(arguments: Arguments) -> int:

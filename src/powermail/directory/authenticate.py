@@ -106,12 +106,16 @@ class Authenticator:
     async def _upgrade(self, account: Account, password: str) -> None:
         if self._writable is None or not pw.is_old(account.password):
             return
-        stored = await self._lanes[0].run(pw.hash_password, password)
+        stored = await self.hash(password)
         try:
             await self._writable.update(account._replace(password=stored))
             self._resolver.directory.forget(account.address)
         except Exception as error:  # noqa: BLE001  the login stands; the old hash stays for another day
             self._world.log.event(Event.TROUBLE, error=str(error))
+
+    async def hash(self, password: str) -> str:
+        """A new stored form, made off the event loop."""
+        return await self._lanes[0].run(pw.hash_password, password)
 
     async def apop(self, client: str, name: str, banner: str, digest: str) -> Account | None:
         """APOP (RFC 1939 §7): only for {plain} passwords. Raises as `plain`."""

@@ -125,10 +125,11 @@ class SqliteDirectory:
         return row is not None
 
     async def add(self, accounts: Sequence[Account]) -> int:
-        return await self._run(self._add, [check_account(account) for account in accounts])
+        return await self._run(self._add, accounts)
 
-    def _add(self, accounts: list[Account]) -> int:
+    def _add(self, accounts: Sequence[Account]) -> int:
         assert self._db is not None
+        accounts = [check_account(account) for account in accounts]
         self._db.execute("BEGIN IMMEDIATE")
         try:
             self._db.executemany(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from powermail.base import limits
 
 _REPLY = re.compile(rb"([2-5][0-9][0-9])([ -]?)(.*)", re.DOTALL)
-_ENHANCED = re.compile(r"([245]\.\d{1,3}\.\d{1,3})(?: |$)")
+_ENHANCED = re.compile(r"([245]\.[0-9]{1,3}\.[0-9]{1,3})(?: |$)")
 
 
 class ReplyError(Exception):
