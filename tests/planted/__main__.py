@@ -56,33 +56,37 @@ def plant(bug: Planted, target: Path) -> None:
     subprocess.run(["git", "apply", "--whitespace=nowarn", str(bug.path.resolve())], cwd=target, check=True)
 
 
-def caught(bug: Planted) -> tuple[bool, float]:
-    """True if the tests named in the patch fail; and how long that took."""
+def caught(bug: Planted | None, harness: list[str]) -> tuple[bool, float]:
+    """True if the tests of `harness` fail with the bug in the tree; and how long that took."""
     with tempfile.TemporaryDirectory(prefix="powermail-planted-") as name:
         target = Path(name)
         tree(target)
-        plant(bug, target)
+        if bug is not None:
+            plant(bug, target)
         began = time.monotonic()
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "-p", "no:cacheprovider", *bug.harness],
+            [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "-p", "no:cacheprovider", *harness],
             cwd=target,
-            env={**os.environ, "PYTHONPATH": str(target / "src"), "POWERMAIL_TEST_SEED_BLOCKS": "2"},
+            env={**os.environ, "PYTHONPATH": str(target / "src"), "PM_TEST_SEED_BLOCKS": "2"},
             capture_output=True,
             text=True,
             check=False,
         )
         failed = re.search(r"^(FAILED|ERROR) tests\S+::", done.stdout, re.MULTILINE) is not None
         if done.returncode and not failed:
-            sys.exit(f"{bug.path.name}: pytest did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+            sys.exit(f"pytest did not run: {harness}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         return failed, time.monotonic() - began
 
 
 def main() -> int:
     """Tries all, or those whose names begin with an argument; 1 if one was not caught."""
     bugs = [bug for bug in planted() if not sys.argv[1:] or bug.path.name.startswith(tuple(sys.argv[1:]))]
+    files = sorted({word for bug in bugs for word in bug.harness if word.startswith("tests/")})
+    if caught(None, files)[0]:
+        sys.exit("the tests fail without any bug: mend that first")
     missed = 0
     for number, bug in enumerate(bugs, 1):
-        good, seconds = caught(bug)
+        good, seconds = caught(bug, bug.harness)
         missed += not good
         print(
             f"{number}/{len(bugs)} {'caught' if good else 'MISSED'} in {seconds:5.1f} s  {bug.path.stem}: {bug.what}",

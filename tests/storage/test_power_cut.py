@@ -21,7 +21,7 @@ from tests.storage.support import CLUSTER, body, commit, key
 
 SHUTDOWN = 0x8004587D
 WITHOUT_LOG_FLUSH = 2
-CUTS = int(os.environ.get("POWERMAIL_TEST_CUTS", "10"))
+CUTS = int(os.environ.get("PM_TEST_CUTS", "10"))
 OPTIONS = Options(256 * 1024, 0)
 
 

@@ -127,6 +127,62 @@ def test_a_body_that_looks_like_a_record_is_not_one() -> None:
     assert open_store(disk).live_keys(b"", 10) == [key(2)]
 
 
+def test_a_sender_who_knows_the_format_cannot_write_a_record() -> None:
+    """M14: the checksum covers a salt that nobody outside knows. The mail holds records right for the place where it lies."""
+    disk = fresh_disk()
+    store = open_store(disk)
+    store.write([commit(1)])
+    codec = rec.Codec(bytes(32))
+    number, start = store.end()
+    place = start + rec.HEADER_OCTETS + 16
+    forged = b"".join(codec.pack(rec.Record(rec.TOMBSTONE, 0, 0, key(1), b""), number, place))
+    store.write([Operation(rec.COMMIT, key(2), [Chunk(0, 0, bytes(16) + forged, 16 + len(forged))], b"{}", 1)])
+    segment = disk.content[disk.names[next(n for n in disk.names if n.endswith(".seg"))]]
+    assert bytes(segment[place : place + 4]) == rec.MAGIC
+    segment[start] ^= 0xFF  # now recovery looks for records inside the damage
+    again = open_store(disk)
+    assert again.has([key(1)]) == [True]
+
+
+def test_a_record_in_another_place_is_not_one() -> None:
+    """F8: the disk gives back a block of somewhere else."""
+    disk = fresh_disk()
+    store = open_store(disk)
+    start = store.end().offset or rec.SEGMENT_HEADER_OCTETS
+    store.write([commit(1)])
+    middle = store.end().offset
+    store.write([commit(1 + 7)])  # as long as the first
+    segment = disk.content[disk.names[next(n for n in disk.names if n.endswith(".seg"))]]
+    length = middle - start
+    segment[middle : middle + length] = segment[start:middle]
+    again = open_store(disk)
+    assert again.has([key(1), key(8)]) == [True, False]
+    with pytest.raises(CopyDamaged):
+        store.verify(key(8))
+
+
+def test_a_tombstone_stays_while_its_dead_record_lies_in_another_segment() -> None:
+    """P8: compaction of the tombstone's segment first, then the key index is lost: the message must not come back."""
+    disk = fresh_disk()
+    store = open_store(disk)
+    numbers = list(range(1, 12))
+    store.write([commit(n) for n in numbers])  # segment 1 stays mostly live
+    while store.end().segment < 3:
+        store.write([commit(len(numbers) + 1 + len(store.live_keys(b"", 1000)))])
+    tombstones_at = store.end().segment
+    fillers = list(range(500, 520))
+    assert store.write([Operation(rec.TOMBSTONE, key(2))]) == [None]
+    for n in fillers:
+        store.write([commit(n)])
+    store.write([Operation(rec.TOMBSTONE, key(n)) for n in fillers])
+    store.forget_tombstones([key(n) for n in fillers])
+    while store.compact(Position(1 << 40, 0)):
+        pass
+    assert tombstones_at not in store._sizes, "the segment with the tombstone was compacted"
+    assert 1 in store._sizes, "the segment with the dead record was not"
+    assert open_store(disk).has([key(2)]) == [False]
+
+
 def test_compaction_keeps_what_counts_and_frees_the_rest() -> None:
     disk = fresh_disk()
     store = open_store(disk)

@@ -355,8 +355,10 @@ async def test_kill_9_at_any_moment_loses_nothing_acknowledged(tmp_path: Path) -
     assert single == []
 
 
-async def test_the_index_is_rebuilt_from_the_nodes_alone(running: Running) -> None:
-    """P15, P8: every acknowledged message, UIDs as of the checkpoint, and what was deleted stays deleted."""
+@pytest.mark.parametrize("page", [1, 2, 2000])
+async def test_the_index_is_rebuilt_from_the_nodes_alone(running: Running, page: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """P15, P8, P16: every acknowledged message, UIDs as of the checkpoint, however many records that takes."""
+    monkeypatch.setattr(limits, "CHECKPOINT_PAGE_ROWS", page)
     await running.mailbox("ann@local.example")
     await running.mailbox("bob@local.example")
     await running.mailbox("fwd@local.example", password="", forward=["away@elsewhere.example"])
@@ -372,13 +374,10 @@ async def test_the_index_is_rebuilt_from_the_nodes_alone(running: Running) -> No
     assert await powermail.checkpointer.write_due(now) == 2
     await powermail.index.expunge(facts.id, [2, 3])
     # The delta is written long after the deliveries, so what it does not show was deleted.
-    data = await powermail.index.checkpoint_data(facts.id)
-    assert data is not None
-    assert data.expunged == [2, 3]
-    from powermail.keeper.checkpoint import checkpoint_name, encode
-
-    for node in powermail.cluster.nodes.values():
-        await node.put_checkpoint(checkpoint_name(account.id, "INBOX"), data.number, encode(data, now + 3600))
+    plan = await powermail.index.checkpoint_plan(facts.id)
+    assert plan is not None
+    assert await powermail.index.checkpoint_expunged(plan, 0, 10) == [2, 3]
+    assert await powermail.checkpointer.write(plan, now + 3600)
     before = await powermail.index.entries(facts.id, 0, 1 << 32, 100)
     await powermail.stop(0.5)
     for suffix in ("", "-wal", "-shm"):

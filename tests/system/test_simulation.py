@@ -11,7 +11,7 @@ import pytest
 
 from powermail.sim.run import simulate
 
-BLOCKS = int(os.environ.get("POWERMAIL_TEST_SEED_BLOCKS", "10"))
+BLOCKS = int(os.environ.get("PM_TEST_SEED_BLOCKS", "10"))
 PER_BLOCK = 10
 ONCE_FAILED = (3, 4, 7, 11, 12, 502)  # seeds that found a bug; replayed for ever
 

@@ -204,3 +204,9 @@ def test_catch_all_addresses() -> None:
     assert parse_canonical("*@Example.ORG") == "*@example.org"
     with pytest.raises(AddressError):
         parse_canonical("*@")
+
+
+def test_the_variable_that_names_the_data_directory_is_not_a_setting() -> None:
+    assert load("", {"POWERMAIL_DATA_DIRECTORY": "/var/lib/powermail"}).hostname == "localhost"
+    with pytest.raises(OperatorError, match="unknown setting"):
+        load("", {"POWERMAIL_DATA_DIRECTORI": "x"})

@@ -124,6 +124,7 @@ REPAIR_BATCH: Final = 64
 REPAIR_AFTER_S_DEFAULT: Final = 300.0  # shorter absences (a reboot) are not repaired around
 COLLECT_BATCH: Final = 1000
 COLLECT_MASS_MAX: Final = 10_000  # P9: more deletes than this in one pass need the operator
+CHECKPOINT_PAGE_ROWS: Final = 2000  # entries in one record: what is held in memory, however large the mailbox
 CHECKPOINT_INTERVAL_S: Final = 900.0
 SCRUB_OCTETS_PER_S: Final = 20 * MIB
 COMPACT_DEAD_FRACTION: Final = 0.5

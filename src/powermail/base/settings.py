@@ -201,6 +201,9 @@ def known_keys() -> dict[str, Any]:
     return keys
 
 
+DATA_VARIABLE = "POWERMAIL_DATA_DIRECTORY"  # where the settings file is: not a setting
+
+
 def _parse_scalar(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
@@ -248,7 +251,7 @@ def load(text: str, environment: Mapping[str, str], overrides: Sequence[str] = (
         raise OperatorError(f"{origin}: {error}") from error
     _unknown_in(tree)
     for name, value in sorted(environment.items()):
-        if name.startswith("POWERMAIL_"):
+        if name.startswith("POWERMAIL_") and name != DATA_VARIABLE:
             _overlay(tree, name.removeprefix("POWERMAIL_").lower().replace("__", "."), value, name)
     for override in overrides:
         dotted, separator, value = override.partition("=")

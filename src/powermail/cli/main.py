@@ -22,7 +22,7 @@ from powermail.app.compose import PowerMail, inside
 from powermail.app.setup import SETTINGS_NAME, FirstMailbox, discard, initialise, shared_disks
 from powermail.base.errors import OperatorError, PowerMailError
 from powermail.base.log import Event, NullLog, StreamLog
-from powermail.base.settings import Settings, load_file, reference_page
+from powermail.base.settings import DATA_VARIABLE, Settings, load_file, reference_page
 from powermail.base.world import World, system_world
 from powermail.cli import show
 from powermail.directory import password as pw
@@ -410,7 +410,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="powermail", description="Redundant mail: receive, store, forward, read.")
     top.add_argument("--version", action="version", version=f"powermail {__version__}")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--data", default=os.environ.get("POWERMAIL_DATA_DIRECTORY", "data"), help="data directory")
+    common.add_argument("--data", default=os.environ.get(DATA_VARIABLE, "data"), help="data directory")
     common.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides a setting")
     common.add_argument("--json", action="store_true", help="print JSON")
     words = top.add_subparsers(required=True, metavar="COMMAND")

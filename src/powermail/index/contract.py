@@ -98,14 +98,13 @@ class Release(NamedTuple):
     dead: int
 
 
-class CheckpointData(NamedTuple):
-    """What changed in a mailbox since its last checkpoint."""
+class CheckpointPlan(NamedTuple):
+    """A checkpoint to be written: what changed above `since_modseq`, or with 0 the whole mailbox under the other name."""
 
     mailbox: MailboxFacts
     since_modseq: int
-    number: int
-    entries: list[EntryFacts]
-    expunged: list[int]
+    number: int  # of its first record
+    side: int  # a whole checkpoint takes the other of two names, so that the old one counts until it is complete
 
 
 class RestoredMessage(NamedTuple):
@@ -245,11 +244,17 @@ class Index(Protocol):
     async def checkpoint_due(self, before: float, limit: int) -> list[int]:
         """Mailboxes that changed since their last checkpoint."""
 
-    async def checkpoint_data(self, mailbox: int) -> CheckpointData | None:
-        """What must be written."""
+    async def checkpoint_plan(self, mailbox: int) -> CheckpointPlan | None:
+        """What must be written: a delta, or all when the deltas outweigh the mailbox."""
 
-    async def checkpoint_done(self, data: CheckpointData, at: float) -> None:
-        """The checkpoint is on R nodes."""
+    async def checkpoint_entries(self, plan: CheckpointPlan, after_uid: int, limit: int) -> list[EntryFacts]:
+        """Some of its entries, in order of UID; newer states of them are fine, the next delta has them too."""
+
+    async def checkpoint_expunged(self, plan: CheckpointPlan, after_uid: int, limit: int) -> list[int]:
+        """Some of its expunged UIDs, in order."""
+
+    async def checkpoint_done(self, plan: CheckpointPlan, records: int, rows: int, at: float) -> None:
+        """All its records are on R nodes."""
 
     async def restore_mailbox(
         self, facts: MailboxFacts, entries: Sequence[EntryFacts], held: Mapping[bytes, tuple[int, bytes, tuple[str, ...]]]

@@ -17,7 +17,8 @@ TABLES = (
     " name TEXT NOT NULL, uidvalidity INTEGER NOT NULL, uid_next INTEGER NOT NULL, modseq INTEGER NOT NULL,"
     " epoch INTEGER NOT NULL, messages INTEGER NOT NULL, octets INTEGER NOT NULL,"
     " checkpoint_modseq INTEGER NOT NULL DEFAULT 0, checkpoint_number INTEGER NOT NULL DEFAULT 0,"
-    " checkpoint_at REAL NOT NULL DEFAULT 0, checkpoint_rows INTEGER NOT NULL DEFAULT 0, UNIQUE (account, name))",
+    " checkpoint_at REAL NOT NULL DEFAULT 0, checkpoint_rows INTEGER NOT NULL DEFAULT 0,"
+    " checkpoint_side INTEGER NOT NULL DEFAULT 0, UNIQUE (account, name))",
     "CREATE TABLE IF NOT EXISTS entries (mailbox INTEGER NOT NULL, uid INTEGER NOT NULL, key BLOB NOT NULL,"
     " flags INTEGER NOT NULL, modseq INTEGER NOT NULL, octets INTEGER NOT NULL, received_at REAL NOT NULL,"
     " PRIMARY KEY (mailbox, uid)) WITHOUT ROWID",

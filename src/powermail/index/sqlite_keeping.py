@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any
 
-from powermail.index.contract import CheckpointData, EntryFacts, MailboxFacts, MessageFacts, NodeRow
+from powermail.index.contract import CheckpointPlan, EntryFacts, MailboxFacts, MessageFacts, NodeRow
 from powermail.index.rows import Placements, in_list
 
 _PART = 500
@@ -250,47 +250,55 @@ class KeepingStatements:
         )
         return [row[0] for row in rows]
 
-    async def checkpoint_data(self, mailbox: int) -> CheckpointData | None:
+    async def checkpoint_plan(self, mailbox: int) -> CheckpointPlan | None:
         """What must be written: a delta, or all when the deltas outweigh the mailbox."""
-        data: CheckpointData | None = await self._read(self._checkpoint_data, mailbox)
-        return data
+        plan: CheckpointPlan | None = await self._read(self._checkpoint_plan, mailbox)
+        return plan
 
-    def _checkpoint_data(self, mailbox: int) -> CheckpointData | None:
-        db = self._reader
-        db.execute("BEGIN")
-        try:
-            row = db.execute(
-                "SELECT id, account, name, uidvalidity, uid_next, modseq, messages, octets, checkpoint_modseq,"
-                " checkpoint_number, checkpoint_rows FROM mailboxes WHERE id = ?",
-                (mailbox,),
-            ).fetchone()
-            if row is None:
-                return None
-            facts = MailboxFacts(*row[:8])
-            since, number, rows = row[8:]
-            whole = since == 0 or rows > facts.messages + 1000
-            since, number = (0, 0) if whole else (since, number)
-            entries = db.execute(
-                "SELECT uid, key, flags, modseq, octets, received_at FROM entries WHERE mailbox = ? AND modseq > ?",
-                (mailbox, since),
+    def _checkpoint_plan(self, mailbox: int) -> CheckpointPlan | None:
+        row = self._reader.execute(
+            "SELECT id, account, name, uidvalidity, uid_next, modseq, messages, octets, checkpoint_modseq,"
+            " checkpoint_number, checkpoint_rows, checkpoint_side FROM mailboxes WHERE id = ?",
+            (mailbox,),
+        ).fetchone()
+        if row is None:
+            return None
+        facts = MailboxFacts(*row[:8])
+        since, number, rows, side = row[8:]
+        if since == 0 or rows > facts.messages + 1000:
+            return CheckpointPlan(facts, 0, 0, 1 - side)
+        return CheckpointPlan(facts, since, number, side)
+
+    async def checkpoint_entries(self, plan: CheckpointPlan, after_uid: int, limit: int) -> list[EntryFacts]:
+        """Some of its entries, in order of UID."""
+        rows = await self._read(
+            lambda: self._reader.execute(
+                "SELECT uid, key, flags, modseq, octets, received_at FROM entries"
+                " WHERE mailbox = ? AND uid > ? AND modseq > ? ORDER BY uid LIMIT ?",
+                (plan.mailbox.id, after_uid, plan.since_modseq, limit),
             ).fetchall()
-            expunged = (
-                []
-                if whole
-                else db.execute("SELECT uid FROM expunged WHERE mailbox = ? AND modseq > ?", (mailbox, since)).fetchall()
-            )
-        finally:
-            db.execute("COMMIT")
-        return CheckpointData(facts, since, number, [EntryFacts(*e) for e in entries], [uid for (uid,) in expunged])
+        )
+        return [EntryFacts(*row) for row in rows]
 
-    async def checkpoint_done(self, data: CheckpointData, at: float) -> None:
-        """The checkpoint is on R nodes."""
-        rows = len(data.entries) + len(data.expunged)
+    async def checkpoint_expunged(self, plan: CheckpointPlan, after_uid: int, limit: int) -> list[int]:
+        """Some of its expunged UIDs, in order; a whole checkpoint needs none."""
+        if not plan.since_modseq:
+            return []
+        rows = await self._read(
+            lambda: self._reader.execute(
+                "SELECT uid FROM expunged WHERE mailbox = ? AND uid > ? AND modseq > ? ORDER BY uid LIMIT ?",
+                (plan.mailbox.id, after_uid, plan.since_modseq, limit),
+            ).fetchall()
+        )
+        return [row[0] for row in rows]
+
+    async def checkpoint_done(self, plan: CheckpointPlan, records: int, rows: int, at: float) -> None:
+        """All its records are on R nodes."""
         await self._write(
             lambda: self._db.execute(
-                "UPDATE mailboxes SET checkpoint_modseq = ?, checkpoint_number = ?, checkpoint_at = ?,"
+                "UPDATE mailboxes SET checkpoint_modseq = ?, checkpoint_number = ?, checkpoint_at = ?, checkpoint_side = ?,"
                 " checkpoint_rows = CASE WHEN ? = 0 THEN 0 ELSE checkpoint_rows + ? END WHERE id = ?",
-                (data.mailbox.modseq, data.number + 1, at, data.since_modseq, rows, data.mailbox.id),
+                (plan.mailbox.modseq, plan.number + records, at, plan.side, plan.since_modseq, rows, plan.mailbox.id),
             )
         )
 

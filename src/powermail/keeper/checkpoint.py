@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import msgspec
 import zstandard
@@ -10,14 +11,18 @@ from msgspec import Struct
 
 from powermail.base import limits
 from powermail.base.errors import NodeTrouble
+from powermail.base.log import Event
 from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
-from powermail.index.contract import CheckpointData, Index
+from powermail.index.contract import CheckpointPlan, EntryFacts, Index
 from powermail.keeper.reconcile import MARK_NAME
 
 
 class CheckpointBody(Struct):
-    """One checkpoint: a whole mailbox (`since` 0) or what changed after MODSEQ `since`."""
+    """One record of a checkpoint: part of a whole mailbox (`since` 0) or of what changed after MODSEQ `since`.
+
+    The parts of one checkpoint have `since` and `modseq` in common; it counts when part 0 to the `last` one are there.
+    """
 
     account: str
     name: str
@@ -26,21 +31,34 @@ class CheckpointBody(Struct):
     modseq: int
     since: int
     at: float
+    part: int
+    last: bool
     entries: list[tuple[int, str, int, int, int, float]]  # uid, key in hex, flags, modseq, octets, received_at
     expunged: list[int]
 
 
-def checkpoint_name(account: str, name: str) -> bytes:
-    """The 16 octets a mailbox's checkpoints are filed under."""
-    return hashlib.sha256(f"{account}\0{name}".encode()).digest()[:16]
+def checkpoint_name(account: str, name: str, side: int) -> bytes:
+    """The 16 octets a mailbox's checkpoints are filed under; whole ones take the two sides in turn."""
+    return hashlib.sha256(f"{account}\0{name}\0{side}".encode()).digest()[:16]
 
 
-def encode(data: CheckpointData, at: float) -> bytes:
-    """A checkpoint as stored."""
-    box = data.mailbox
-    entries = [(e.uid, e.key.hex(), e.flags, e.modseq, e.octets, e.received_at) for e in data.entries]
+def encode(
+    plan: CheckpointPlan, part: int, last: bool, entries: Sequence[EntryFacts], expunged: Sequence[int], at: float
+) -> bytes:
+    """One record as stored."""
+    box = plan.mailbox
     body = CheckpointBody(
-        box.account, box.name, box.uidvalidity, box.uid_next, box.modseq, data.since_modseq, at, entries, data.expunged
+        account=box.account,
+        name=box.name,
+        uidvalidity=box.uidvalidity,
+        uid_next=box.uid_next,
+        modseq=box.modseq,
+        since=plan.since_modseq,
+        at=at,
+        part=part,
+        last=last,
+        entries=[(e.uid, e.key.hex(), e.flags, e.modseq, e.octets, e.received_at) for e in entries],
+        expunged=list(expunged),
     )
     return zstandard.ZstdCompressor(level=3).compress(msgspec.json.encode(body))
 
@@ -72,24 +90,35 @@ class Checkpointer:
         """Checkpoints mailboxes whose last one was before that time; how many were written."""
         written = 0
         for mailbox in await self._index.checkpoint_due(before, 50):
-            data = await self._index.checkpoint_data(mailbox)
-            if data is None:
-                continue
-            at = self._world.clock.now()
-            name = checkpoint_name(data.mailbox.account, data.mailbox.name)
-            body = encode(data, at)
-            receipts = 0
-            for node in self._cluster.place():
-                try:
-                    await node.put_checkpoint(name, data.number, body)
-                except NodeTrouble:
-                    continue
-                receipts += 1
-                if receipts == self._cluster.copies_required:
-                    await self._index.checkpoint_done(data, at)
-                    written += 1
-                    break
+            plan = await self._index.checkpoint_plan(mailbox)
+            if plan is not None and await self.write(plan, self._world.clock.now()):
+                written += 1
         return written
+
+    async def write(self, plan: CheckpointPlan, at: float) -> bool:
+        """Writes one checkpoint, record by record, to R nodes. False if they cannot be had."""
+        nodes = self._cluster.place()[: self._cluster.copies_required]
+        name = checkpoint_name(plan.mailbox.account, plan.mailbox.name, plan.side)
+        limit = limits.CHECKPOINT_PAGE_ROWS
+        part = rows = after_entry = after_expunged = 0
+        more = True
+        while more:
+            entries = await self._index.checkpoint_entries(plan, after_entry, limit)
+            expunged = await self._index.checkpoint_expunged(plan, after_expunged, limit)
+            more = len(entries) == limit or len(expunged) == limit
+            after_entry = entries[-1].uid if entries else limits.UID_MAX
+            after_expunged = expunged[-1] if expunged else limits.UID_MAX
+            body = encode(plan, part, not more, entries, expunged, at)
+            try:
+                for node in nodes:
+                    await node.put_checkpoint(name, plan.number + part, body)
+            except NodeTrouble as error:
+                self._world.log.event(Event.TROUBLE, worker="checkpoint", error=str(error))
+                return False
+            part += 1
+            rows += len(entries) + len(expunged)
+        await self._index.checkpoint_done(plan, part, rows, at)
+        return True
 
     async def mark(self) -> None:
         """Writes the commit mark to every node that takes it."""

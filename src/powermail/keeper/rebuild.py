@@ -17,13 +17,14 @@ from powermail.base.errors import CopyDamaged, CopyMissing
 from powermail.base.log import Event
 from powermail.base.world import World
 from powermail.index.contract import EntryFacts, Index, MailboxFacts, RestoredMessage
-from powermail.keeper.checkpoint import CheckpointBody, checkpoint_name, decode
+from powermail.keeper.checkpoint import CheckpointBody, decode
 from powermail.keeper.reconcile import MARK_NAME
 from powermail.mail.envelope import Commit, Target
 from powermail.storage.contract import StorageNode
 
 _decode_commit = msgspec.json.Decoder(Commit).decode
 _PAGE = 500
+_NAMES = 20  # mailboxes whose checkpoints are read at once
 _DOUBT_S = 120.0  # a delivery this close to a checkpoint may not be in it yet
 
 
@@ -37,14 +38,35 @@ class Rebuilt(NamedTuple):
     unreadable: int
 
 
+Box = tuple[str, str]  # account and name of a mailbox
+
+
+def _complete(bodies: Sequence[CheckpointBody]) -> list[CheckpointBody]:
+    """The checkpoints of which every part is there, each as one."""
+    parts: dict[tuple[int, int, int], dict[int, CheckpointBody]] = {}
+    for body in bodies:
+        parts.setdefault((body.uidvalidity, body.since, body.modseq), {})[body.part] = body
+    found = []
+    for known in parts.values():
+        ends = [number for number, body in known.items() if body.last]
+        if not ends or any(number not in known for number in range(min(ends) + 1)):
+            continue
+        one = [known[number] for number in range(min(ends) + 1)]
+        entries = [entry for body in one for entry in body.entries]
+        expunged = [uid for body in one for uid in body.expunged]
+        found.append(msgspec.structs.replace(one[0], entries=entries, expunged=expunged, last=True))
+    return found
+
+
 def merge(bodies: Sequence[CheckpointBody]) -> CheckpointBody | None:
     """The state that a whole checkpoint and the deltas behind it describe; None without a whole one."""
-    wholes = [body for body in bodies if body.since == 0]
+    complete = _complete(bodies)
+    wholes = [body for body in complete if body.since == 0]
     if not wholes:
         return None
     state = max(wholes, key=lambda body: (body.modseq, body.at))
     entries = {entry[0]: entry for entry in state.entries}
-    for delta in sorted((body for body in bodies if body.since > 0), key=lambda body: body.modseq):
+    for delta in sorted((body for body in complete if body.since > 0), key=lambda body: body.modseq):
         if delta.since != state.modseq or delta.uidvalidity != state.uidvalidity:
             continue
         for uid in delta.expunged:
@@ -71,6 +93,7 @@ class Rebuilder:
         await self._index.raise_epoch()
         states = await self._checkpoints()
         holders = await self._holders()
+        shown = {box: {entry[1] for entry in state.entries} for box, state in states.items()}
         restored: dict[bytes, RestoredMessage] = {}
         unreadable = 0
         for number, (key, nodes) in enumerate(sorted(holders.items())):
@@ -81,7 +104,7 @@ class Rebuilder:
             self._commits = max(self._commits, commit.mark)
             names = tuple(node.id for node in nodes)
             sha256 = bytes.fromhex(commit.sha256)
-            targets = [target for target in commit.targets if self._counts(key, commit, target, states)]
+            targets = [target for target in commit.targets if self._counts(key, commit, target, states, shown)]
             restored[key] = RestoredMessage(key, commit, sha256, names, targets)
             if number % 100 == 0:
                 await self._progress(number, len(holders))
@@ -109,21 +132,22 @@ class Rebuilder:
         self._world.log.event(Event.RECONCILED, messages=len(restored), by="rebuild")
         return Rebuilt(len(states), len(restored), lost, rows, unreadable)
 
-    async def _checkpoints(self) -> dict[bytes, CheckpointBody]:
-        found: dict[bytes, list[CheckpointBody]] = {}
+    async def _checkpoints(self) -> dict[Box, CheckpointBody]:
+        found: dict[Box, list[CheckpointBody]] = {}
         for node in self._nodes:
             after = b""
-            while page := await node.checkpoints(after, _PAGE):
+            while page := await node.checkpoints(after, _NAMES):
                 for name, _, octets in page:
                     if name == MARK_NAME:
                         self._commits = max(self._commits, int(octets))
                         continue
                     try:
-                        found.setdefault(name, []).append(decode(octets))
+                        body = decode(octets)
+                        found.setdefault((body.account, body.name), []).append(body)
                     except (msgspec.DecodeError, zstandard.ZstdError) as error:
                         self._world.log.event(Event.NODE_DAMAGE, node=node.id, error=str(error))
                 after = page[-1][0]
-        return {name: state for name, bodies in found.items() if (state := merge(bodies)) is not None}
+        return {box: state for box, bodies in found.items() if (state := merge(bodies)) is not None}
 
     async def _holders(self) -> dict[bytes, list[StorageNode]]:
         holders: dict[bytes, list[StorageNode]] = {}
@@ -144,13 +168,16 @@ class Rebuilder:
         return None
 
     @staticmethod
-    def _counts(key: bytes, commit: Commit, target: Target, states: dict[bytes, CheckpointBody]) -> bool:
+    def _counts(
+        key: bytes, commit: Commit, target: Target, states: dict[Box, CheckpointBody], shown: dict[Box, set[str]]
+    ) -> bool:
         """True if this target must be entered beside what the checkpoints say."""
         if target.destination:
             return True
-        state = states.get(checkpoint_name(target.account, target.mailbox))
+        box = (target.account, target.mailbox)
+        state = states.get(box)
         if state is None:
             return True
-        if any(entry[1] == key.hex() for entry in state.entries):
+        if key.hex() in shown[box]:
             return False
         return commit.received_at > state.at - _DOUBT_S

@@ -56,22 +56,31 @@ class Maildrop:
         self._last = 0
 
     async def load(self) -> None:
-        """Takes the snapshot: 24 octets a message. Raises IndexTrouble: never a short listing (P7)."""
+        """Takes the whole snapshot: 28 octets a message. Raises IndexTrouble: never a short listing (P7)."""
+        while await self.load_page():
+            pass
+
+    async def load_page(self) -> bool:
+        """Takes some more of the snapshot; False when all is there. Raises IndexTrouble."""
         if self._loaded or self._facts is None:
-            return
-        after = 0
-        while True:
-            rows = await self._drops.index.entries(self._facts.id, after, self._facts.uid_next, limits.INDEX_PAGE_ROWS)
-            for row in rows:
-                self._uids.append(row.uid)
-                self._sizes.append(row.octets)
-                self._keys += row.key
-            if len(rows) < limits.INDEX_PAGE_ROWS:
-                break
-            after = rows[-1].uid
+            return False
+        after = self._uids[-1] if self._uids else 0
+        rows = await self._drops.index.entries(self._facts.id, after, self._facts.uid_next, limits.INDEX_PAGE_ROWS)
+        for row in rows:
+            self._uids.append(row.uid)
+            self._sizes.append(row.octets)
+            self._keys += row.key
+        if len(rows) == limits.INDEX_PAGE_ROWS:
+            return True
         self.count = len(self._uids)
         self.octets = sum(self._sizes)
         self._loaded = True
+        return False
+
+    @property
+    def listed(self) -> int:
+        """How many messages of the snapshot have been taken so far."""
+        return len(self._uids)
 
     def get(self, number: int) -> Listed | None:
         """A message that exists and is not marked deleted."""

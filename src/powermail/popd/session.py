@@ -315,19 +315,29 @@ class PopSession:
         return await self._listing(arguments, lambda listed: listed.unique_id)
 
     async def _listing(self, arguments: list[str], show: Callable[..., str]) -> bool:
-        drop = await self._maildrop()
+        assert self._drop is not None
+        drop = self._drop
         if arguments:
+            await drop.load()
             number = pop3.parse_number(arguments[0], 1)
             listed = drop.get(number) if number is not None else None
             if listed is None:
                 return self._missing()
             self._reply(pop3.ok(f"{listed.number} {show(listed)}"))
             return True
+        more = await drop.load_page()
         self._reply(pop3.ok("%d messages, %d octets" % drop.totals()))
-        for number in range(1, drop.count + 1):
-            listed = drop.get(number)
-            if listed is not None:
-                await self._push(f"{number} {show(listed)}\r\n".encode())
+        number = 0
+        while more or number < drop.listed:
+            while number < drop.listed:
+                number += 1
+                listed = drop.get(number)
+                if listed is not None:
+                    await self._push(f"{number} {show(listed)}\r\n".encode())
+            try:
+                more = await drop.load_page()
+            except Trouble:
+                return False  # in the middle: only closing says that it is not all (P7)
         self._reply(b".\r\n")
         return True
 
