@@ -33,6 +33,7 @@ class Cluster:
         self._looked_at = float("-inf")
         self._enough = False
         self._slow_until: dict[str, float] = {}
+        self._checking = {node.id: asyncio.Lock() for node in nodes}
         self._orders: list[list[StorageNode]] = []  # placements drawn for these figures
         self._drawn = 0
         self.receipts = Patience(limits.NODE_RECEIPT_TIMEOUT_S)
@@ -126,6 +127,10 @@ class Cluster:
         return limits.NODE_PROBE_INTERVAL_S
 
     async def _check(self, node: StorageNode) -> None:
+        async with self._checking[node.id]:  # one at a time: two would admit a node by turns
+            await self._check_now(node)
+
+    async def _check_now(self, node: StorageNode) -> None:
         try:
             if node.state in (NodeState.MISSING, NodeState.OPENING):
                 self._admitted.pop(node.id, None)

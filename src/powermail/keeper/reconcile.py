@@ -77,7 +77,6 @@ class Reconciler:
             raise NodeTrouble(f"{len(unknown)} deletions wait for `powermail node confirm {node.id}`")
         await self._index.order_deletions(node.id, unknown)
         self.confirmed.pop(node.id, None)
-        self.held.pop(node.id, None)
         incarnation = await node.new_incarnation()
         end = await node.end()
         await self._index.set_node(node.id, incarnation, end.segment, end.offset)
