@@ -45,6 +45,7 @@ from powermail.smtpd.session import SmtpSession
 from powermail.smtpd.session import refuse as refuse_smtp
 from powermail.storage.keyindex import KeyIndex, SqliteKeyIndex
 from powermail.storage.node import LocalNode
+from powermail.storage.segments import OPEN_MAX_DEFAULT
 from powermail.storage.store import Options
 
 
@@ -118,7 +119,8 @@ class PowerMail:
 
     def _nodes(self) -> list[LocalNode]:
         cluster = self.settings.cluster
-        options = Options(cluster.segment_octets, cluster.reserve_octets)
+        files = self.world.descriptors // limits.SEGMENTS_OPEN_SHARE // len(cluster.nodes)
+        options = Options(cluster.segment_octets, cluster.reserve_octets, max(4, min(OPEN_MAX_DEFAULT, files)))
         return [
             LocalNode(
                 self.world,
@@ -224,6 +226,17 @@ class PowerMail:
             await self.certificates_lane.run(self._certificates.reload)
         return 1.0
 
+    def _connections_max(self) -> tuple[int, int]:
+        """Caps of an SMTP door (there are three) and of POP3, as far as there are descriptors (X03)."""
+        smtp, pop = self.settings.smtp.connections_max, self.settings.pop.connections_max
+        wanted = 3 * smtp + pop
+        room = self.world.descriptors - self.world.descriptors // limits.SEGMENTS_OPEN_SHARE
+        room -= limits.DESCRIPTORS_RESERVED + self.settings.outbound.concurrency
+        if room >= wanted:
+            return smtp, pop
+        self.world.log.event(Event.TROUBLE, error=f"only {self.world.descriptors} open files are allowed: fewer connections")
+        return max(1, smtp * room // wanted), max(1, pop * room // wanted)
+
     async def _open_doors(self) -> None:
         settings, world = self.settings, self.world
         tls: ssl.SSLContext | None = None
@@ -248,6 +261,8 @@ class PowerMail:
         maildrops = Maildrops(self.index, self.fetcher, self._sessions)
         pop = PopService(world, settings.pop, settings.hostname, maildrops, self._authenticator, tls, settings.directory.apop)
 
+        smtp_max, pop_max = self._connections_max()
+
         def smtp_door(kind: Kind) -> Door:
             return Door(
                 world,
@@ -255,7 +270,7 @@ class PowerMail:
                 self._sessions,
                 lambda connection: SmtpSession(smtp, kind, connection).run(),
                 refuse_smtp,
-                settings.smtp.connections_max,
+                smtp_max,
                 settings.smtp.connections_per_address_max,
             )
 
@@ -265,7 +280,7 @@ class PowerMail:
             self._sessions,
             lambda connection: PopSession(pop, connection).run(),
             refuse_pop,
-            settings.pop.connections_max,
+            pop_max,
             settings.pop.connections_per_address_max,
         )
         mail, submission, local = smtp_door(Kind.SMTP), smtp_door(Kind.SUBMISSION), smtp_door(Kind.LMTP)

@@ -52,6 +52,7 @@ AUTH_ACCOUNT_FAILURES_PER_MINUTE_MAX: Final = 30  # adds delay only: no lock-out
 AUTH_DELAY_MAX_S: Final = 5.0
 AUTH_TRACKED_MAX: Final = 100_000  # addresses and accounts remembered
 AUTH_CACHE_MAX: Final = 50_000
+SESSION_RECHECK_S: Final = 10.0  # how long an open session goes on before its account is looked at again
 AUTH_CACHE_TTL_S: Final = 60.0  # an old password is dead everywhere within this
 PASSWORD_OCTETS_MAX: Final = 1024  # refused before hashing
 PASSWORD_CHECKS_WAITING_MAX: Final = 64  # argon2 holds 64 MiB each while it runs
@@ -132,6 +133,8 @@ COMPACT_DEAD_FRACTION: Final = 0.5
 # -- process ------------------------------------------------------------------------------------------------------
 CONNECTIONS_MAX_DEFAULT: Final = 2000
 CONNECTIONS_PER_ADDRESS_MAX_DEFAULT: Final = 100
+DESCRIPTORS_RESERVED: Final = 96  # for databases, the log, control, and what is accepted only to be refused
+SEGMENTS_OPEN_SHARE: Final = 4  # a quarter of all descriptors may be segments of nodes
 CONTROL_LINE_OCTETS_MAX: Final = 1 * MIB
 LOG_LINES_WAITING_MAX: Final = 20_000
 LOG_FIELD_CHARS_MAX: Final = 512

@@ -7,6 +7,7 @@ the protocol's duty, this room only swaps the transport.
 from __future__ import annotations
 
 import asyncio
+import resource
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -108,6 +109,15 @@ class SocketNetwork:
         if upgraded is None:
             raise ConnectionResetError("the connection ended during the TLS handshake")
         return upgraded
+
+
+def descriptors() -> int:
+    """How many files and sockets this process may have open, raised to what the system allows it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return soft if soft != resource.RLIM_INFINITY else 1 << 20
 
 
 def parse_host_port(text: str) -> tuple[str, int]:

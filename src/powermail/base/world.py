@@ -11,7 +11,7 @@ from powermail.base.disk import Disk, SystemDisk
 from powermail.base.entropy import Entropy, KeySource, SystemEntropy
 from powermail.base.lane import Lane, ThreadLane
 from powermail.base.log import Log
-from powermail.base.net import Network, SocketNetwork
+from powermail.base.net import Network, SocketNetwork, descriptors
 
 
 @dataclass
@@ -25,6 +25,7 @@ class World:
     lane: Callable[[str], Lane]
     log: Log
     simulated: bool = False
+    descriptors: int = 1 << 20  # files and sockets that may be open
     counters: Counters = field(default_factory=Counters)
     keys: KeySource = field(init=False)
 
@@ -34,4 +35,4 @@ class World:
 
 def system_world(log: Log) -> World:
     """The machine's own clock, disks, sockets, randomness and threads."""
-    return World(SystemClock(), SystemDisk(), SocketNetwork(), SystemEntropy(), ThreadLane, log)
+    return World(SystemClock(), SystemDisk(), SocketNetwork(), SystemEntropy(), ThreadLane, log, descriptors=descriptors())

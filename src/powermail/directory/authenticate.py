@@ -84,8 +84,7 @@ class Authenticator:
                 while len(self._right) > limits.AUTH_CACHE_MAX:
                     self._right.popitem(last=False)
                 self._logged_in(client, account, door)
-                await self._upgrade(account, password)
-                return account
+                return await self._upgrade(account, password)
             if pw.split_scheme(account.password)[0] != "argon2id":  # as long as for an unknown user (U07)
                 await self._matches(pw.DUMMY, password or "x")
         else:
@@ -103,15 +102,29 @@ class Authenticator:
         self._world.log.event(Event.LOGIN_FAILED, door=door, client=client, name=name)
         await asyncio.sleep(self._limiter.delay_s(client))
 
-    async def _upgrade(self, account: Account, password: str) -> None:
+    async def _upgrade(self, account: Account, password: str) -> Account:
+        """The account as it is in the directory now."""
         if self._writable is None or not pw.is_old(account.password):
-            return
-        stored = await self.hash(password)
+            return account
+        fresh = account._replace(password=await self.hash(password))
         try:
-            await self._writable.update(account._replace(password=stored))
+            await self._writable.update(fresh)
             self._resolver.directory.forget(account.address)
         except Exception as error:  # noqa: BLE001  the login stands; the old hash stays for another day
             self._world.log.event(Event.TROUBLE, error=str(error))
+            return account
+        return fresh
+
+    async def still_valid(self, account: Account) -> bool:
+        """False once the account was deleted, disabled or given another password: its open sessions end (U14).
+
+        As old as the directory's cache at most; an account that cannot be looked up now stays valid.
+        """
+        try:
+            now = await self._resolver.directory.find(account.address)
+        except Trouble:
+            return True
+        return now is not None and now.enabled and (now.id, now.password) == (account.id, account.password)
 
     async def hash(self, password: str) -> str:
         """A new stored form, made off the event loop."""

@@ -48,6 +48,7 @@ TOO_MANY_CONNECTIONS: Final = Status(421, "4.7.0", "Too many connections, try ag
 TIMED_OUT: Final = Status(421, "4.4.2", "Timeout")
 TOO_MANY_ERRORS: Final = Status(421, "4.7.0", "Too many errors")
 TOO_MANY_TRANSACTIONS: Final = Status(421, "4.7.0", "Too many transactions on this connection")
+ACCOUNT_CHANGED: Final = Status(421, "4.7.0", "The account was changed, log in again")
 TOO_SLOW: Final = Status(421, "4.4.2", "Data arrives too slowly")
 NOT_REDUNDANT: Final = Status(451, "4.3.0", "Cannot store redundantly now, try again later")
 STORAGE_TROUBLE: Final = Status(451, "4.3.0", "Storage trouble, try again later")

@@ -64,6 +64,8 @@ class PopSession:
         self._user = ""
         self._errors = 0
         self._drop: Maildrop | None = None
+        self._account: Account | None = None
+        self._checked_at = 0.0
         self._banner = ""
         self._began = connection.door.monotonic()
         self._commands: dict[str, Callable[[list[str]], Awaitable[bool]]] = {
@@ -166,6 +168,9 @@ class PopSession:
         if len(line) + 2 > limits.POP3_COMMAND_LINE_OCTETS_MAX and line[:5].upper() not in (b"AUTH ", b"PASS "):
             return self._error("line too long")
         command = pop3.parse_command(line)
+        if self._account is not None and not await self._still_valid(self._account):
+            self._reply(pop3.err("the account was changed, log in again", "AUTH"))
+            return False  # without UPDATE: nothing is deleted
         problem = pop3.check_command(command, self._state)
         if problem is not None:
             return self._error(problem)
@@ -175,6 +180,13 @@ class PopSession:
             self._service.world.counters.add("popd.trouble")
             self._reply(_TROUBLE)
             return True
+
+    async def _still_valid(self, account: Account) -> bool:
+        now = self._connection.door.monotonic()
+        if now - self._checked_at < limits.SESSION_RECHECK_S:
+            return True
+        self._checked_at = now
+        return await self._service.authenticator.still_valid(account)
 
     def _error(self, text: str) -> bool:
         self._errors += 1
@@ -288,6 +300,7 @@ class PopSession:
             self._reply(pop3.err("another session has this maildrop", "IN-USE"))
             return True
         self._state = State.TRANSACTION
+        self._account, self._checked_at = account, self._connection.door.monotonic()
         self._service.world.counters.add("popd.logins")
         self._reply(pop3.ok("%d messages, %d octets" % self._drop.totals()))
         return True

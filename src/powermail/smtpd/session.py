@@ -117,6 +117,8 @@ class SmtpSession:
             await self._connection.flush()
             left = deadline - self._connection.door.monotonic()
             self._buffer.feed(await self._connection.receive(max(0.001, left)))
+            if self._state is State.START and self._buffer.peek(2) == b"\x16\x03":
+                raise BareLineEnd(b"\x16\x03")  # a TLS handshake has no line end to wait for
 
     async def _command(self) -> bool:
         """One command. False ends the session."""
@@ -295,6 +297,9 @@ class SmtpSession:
             return self._error(st.NEEDS_AUTH)
         if self._transactions >= limits.SMTP_TRANSACTIONS_MAX:
             self._reply(st.TOO_MANY_TRANSACTIONS)
+            return False
+        if self._account is not None and not await self._service.authenticator.still_valid(self._account):
+            self._reply(st.ACCOUNT_CHANGED)
             return False
         mail = smtp.parse_mail(argument)
         if isinstance(mail, Status):

@@ -10,16 +10,17 @@ from powermail.base.lane import guard
 from powermail.storage import record as rec
 from powermail.storage.keyindex import Place
 
-OPEN_MAX = 256
+OPEN_MAX_DEFAULT = 256
 
 
 class Segments:
     """The files below `segments/`. Reads may come from two lanes at once, writes from one."""
 
-    def __init__(self, disk: Disk, path: str, codec: rec.Codec) -> None:
+    def __init__(self, disk: Disk, path: str, codec: rec.Codec, open_max: int = OPEN_MAX_DEFAULT) -> None:
         self._disk = disk
         self._path = f"{path}/segments"
         self._codec = codec
+        self._open_max = open_max
         self._files: dict[int, File] = {}
         self._pinned: dict[int, int] = {}
         self._guard = guard()
@@ -67,7 +68,7 @@ class Segments:
         with self._guard:
             file = self._files.get(number)
             if file is None:
-                if len(self._files) >= OPEN_MAX:
+                if len(self._files) >= self._open_max:
                     self._close_some()
                 file = self._files[number] = self._disk.open(self.name(number))
             self._pinned[number] = self._pinned.get(number, 0) + 1
@@ -85,7 +86,7 @@ class Segments:
                     file.close()
 
     def _close_some(self) -> None:
-        for number in list(self._files)[: OPEN_MAX // 4]:
+        for number in list(self._files)[: max(1, self._open_max // 4)]:
             if not self._pinned.get(number):
                 self._files.pop(number).close()
 

@@ -27,7 +27,7 @@ from powermail.storage import record as rec
 from powermail.storage.contract import START, Chunk, Position, Scanned, Whole
 from powermail.storage.identity import Identity, read_identity, write_identity
 from powermail.storage.keyindex import NOWHERE, Entry, KeyIndex, Place
-from powermail.storage.segments import Segments
+from powermail.storage.segments import OPEN_MAX_DEFAULT, Segments
 
 _RECENT_MAX: Final = 200_000
 _SCAN_WINDOW_OCTETS: Final = 4 * limits.MIB
@@ -70,6 +70,7 @@ class Options(NamedTuple):
 
     segment_octets: int = limits.SEGMENT_OCTETS_DEFAULT
     reserve_octets: int = limits.NODE_RESERVE_OCTETS_DEFAULT
+    open_segments: int = OPEN_MAX_DEFAULT
 
 
 class SegmentStore:
@@ -94,7 +95,7 @@ class SegmentStore:
         self._options = options
         self._monotonic = monotonic
         self._codec = rec.Codec(bytes.fromhex(identity.salt))
-        self._segments = Segments(disk, path, self._codec)
+        self._segments = Segments(disk, path, self._codec, options.open_segments)
         self._make_keys = make_keys
         self._keys = self._open_keys()
         self._live: dict[int, int] = {}
