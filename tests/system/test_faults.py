@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import os
 import random
@@ -84,6 +85,28 @@ async def test_original_defect_2_a_failed_commit_leaves_no_second_copy(running: 
     assert sorted(await running.read("ann@local.example")) == sorted(sent)
     assert nodes[0].state is NodeState.FAILED
     running.problems_expected = True
+
+
+async def test_what_was_answered_451_is_never_seen(running: Running) -> None:
+    """P4, R10: one node had committed when the others failed; it is told to abort, and reconcile finds no mail there."""
+    await running.mailbox("ann@local.example")
+    healthy, *others = running.powermail.cluster.nodes.values()
+    for node in others:
+        node._store._flush = _broken_disk  # type: ignore[attr-defined]
+    reply = await running.send(["ann@local.example"], b"S: ghost\r\n\r\nx")
+    assert reply.startswith("451")
+    assert healthy.stat().messages == 0
+    await running.powermail.reconciler.settle()
+    assert await running.read("ann@local.example") == []
+    await running.powermail.stop(0.5)
+    running.powermail = await start(running.data)
+    assert await running.read("ann@local.example") == []
+    sent = await fill(running, 3)
+    assert await running.read("ann@local.example") == sent
+
+
+def _broken_disk(*arguments: object, **more: object) -> None:
+    raise OSError(errno.EIO, "injected")
 
 
 async def test_original_defect_7_nothing_vanishes_from_a_listing_and_too_few_groups_refuse(running: Running) -> None:
