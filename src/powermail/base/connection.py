@@ -15,7 +15,7 @@ from powermail.base.log import Event
 from powermail.base.tasks import Tasks
 from powermail.base.world import World
 
-_PAUSE_OCTETS = 512 * limits.KIB
+_PAUSE_OCTETS = 256 * limits.KIB
 
 
 class Gone(Exception):

@@ -59,7 +59,7 @@ PASSWORD_CHECKS_WAITING_MAX: Final = 64  # argon2 holds 64 MiB each while it run
 
 # -- messages and storage -----------------------------------------------------------------------------------------
 CHUNK_OCTETS: Final = 256 * KIB  # unit of streaming, compression and checksumming
-REPLICATE_HELD_OCTETS_MAX: Final = 1 * MIB  # body held for re-sending; beyond it is read back from a node
+REPLICATE_HELD_OCTETS_MAX: Final = 512 * KIB  # body held for re-sending; beyond it is read back from a node
 CHUNKS_MAX: Final = 65_535
 RECORD_BODY_OCTETS_MAX: Final = 16 * MIB
 SEGMENT_OCTETS_DEFAULT: Final = 64 * MIB
