@@ -91,10 +91,14 @@ async def test_what_was_answered_451_is_never_seen(running: Running) -> None:
     """P4, R10: one node had committed when the others failed; it is told to abort, and reconcile finds no mail there."""
     await running.mailbox("ann@local.example")
     healthy, *others = running.powermail.cluster.nodes.values()
+    client = await running.connect()
+    await client.ask("EHLO x")
+    await client.ask("MAIL FROM:<a@b.cc>")
+    await client.ask("RCPT TO:<ann@local.example>")
+    assert (await client.ask("DATA")).startswith("354")
     for node in others:
         node._store._flush = _broken_disk  # type: ignore[attr-defined]
-    reply = await running.send(["ann@local.example"], b"S: ghost\r\n\r\nx")
-    assert reply.startswith("451")
+    assert (await client.ask(b"S: ghost\r\n\r\nx\r\n.\r\n")).startswith("451")
     assert healthy.stat().messages == 0
     await running.powermail.reconciler.settle()
     assert await running.read("ann@local.example") == []
