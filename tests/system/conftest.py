@@ -142,13 +142,11 @@ class PopClient(Client):
 
     async def multiline(self) -> bytes:
         """A dot-ended response, un-stuffed."""
-        lines: list[bytes] = []
-        while True:
-            async with asyncio.timeout(20):
-                line = await self.reader.readline()
-            if line == b".\r\n":
-                return b"".join(lines)
-            lines.append(line[1:] if line.startswith(b".") else line)
+        octets = b"\r\n"  # the end mark may be the first line
+        async with asyncio.timeout(20):
+            while not octets.endswith(b"\r\n.\r\n"):
+                octets += await self.reader.readuntil(b".\r\n")
+        return octets[:-3].replace(b"\r\n.", b"\r\n")[2:]
 
     async def start_tls_pop(self) -> None:
         assert (await self.ask_pop("STLS")).startswith("+OK")

@@ -137,7 +137,7 @@ async def test_original_defect_3_deleted_stays_deleted_when_an_old_disk_returns(
     old = await fill(running, 20)
     node = running.data / "nodes" / "a"
     await running.powermail.stop(0.5)
-    shutil.copytree(node, running.data / "yesterday")
+    await asyncio.to_thread(shutil.copytree, node, running.data / "yesterday")
     running.powermail = await start(running.data)
     powermail = running.powermail
     while (await powermail.reconciler.step()) and (await powermail.index.node_rows())[0].segment == 0:
@@ -153,7 +153,7 @@ async def test_original_defect_3_deleted_stays_deleted_when_an_old_disk_returns(
     powermail.index.catching_up = True
     await powermail.reconciler.step()
     await powermail.stop(0.5)
-    shutil.rmtree(node)
+    await asyncio.to_thread(shutil.rmtree, node)
     os.rename(running.data / "yesterday", node)
     if mass:
         monkeypatch.setattr(limits, "COLLECT_MASS_MAX", 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import re
 import subprocess
 import sys
@@ -110,3 +111,10 @@ def test_planted_bugs_can_still_be_planted(bug: Planted, tmp_path: Path) -> None
     tree(tmp_path)
     plant(bug, tmp_path)
     assert all(Path(word).exists() for word in bug.harness if word.startswith("tests/"))
+
+
+async def test_a_blocked_event_loop_would_be_noticed() -> None:
+    """The watch of `tests/conftest.py` is on."""
+    handle = asyncio.Handle
+    assert handle._run.__name__ == "timed"
+    assert handle._run.__module__ == "tests.conftest"

@@ -281,7 +281,7 @@ async def do_account_list(arguments: Arguments) -> int:
     found: list[Any] = []
     after = ""
     while page := await operate(arguments, "account_list", after=after, limit=1000):
-        found += page
+        found += [row for row in page if row["forward"] or not arguments.forwards]
         after = page[-1]["address"]
     _print(arguments, found, show.rows)
     return 0
@@ -473,7 +473,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("address")
     secret(made)
     command(account, "delete", do_account_delete, "remove a mailbox or forward").add_argument("address")
-    command(account, "list", do_account_list, "all mailboxes and forwards")
+    command(account, "list", do_account_list, "all mailboxes and forwards", forwards=False)
     command(account, "show", do_account_show, "one mailbox or forward").add_argument("address")
 
     forward = group("forward", "forwards")
@@ -483,7 +483,7 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument("destination", nargs="+")
         made.add_argument("--keep-copy", action="store_true")
     command(forward, "delete", do_account_delete, "remove a forward").add_argument("address")
-    command(forward, "list", do_account_list, "all mailboxes and forwards")
+    command(forward, "list", do_account_list, "all forwards", forwards=True)
 
     node = group("node", "storage nodes")
     command(node, "list", do_node_list, "all nodes")

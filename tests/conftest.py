@@ -1,0 +1,29 @@
+"""Every test watches the event loop: a step that blocks it fails the test (X06)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+
+import pytest
+
+BLOCKED_S = 0.25  # CPU of one step; the promise is 50 ms, the rest is for slow machines and the tests' own work
+
+
+@pytest.fixture(autouse=True)
+def nothing_blocks_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Times every step that an asyncio loop runs: its own CPU, and CPU or waiting of what it calls."""
+    run = asyncio.Handle._run
+    slow: list[str] = []
+
+    def timed(handle: asyncio.Handle) -> None:
+        cpu, wall = time.thread_time(), time.monotonic()
+        run(handle)
+        cpu, wall = time.thread_time() - cpu, time.monotonic() - wall
+        if cpu > BLOCKED_S or wall > 8 * BLOCKED_S:
+            slow.append(f"{cpu:.2f} s CPU, {wall:.2f} s in all: {handle!r}")
+
+    monkeypatch.setattr(asyncio.Handle, "_run", timed)
+    yield
+    assert not slow, "the event loop was blocked: " + "; ".join(slow[:3])
