@@ -144,6 +144,8 @@ def _dots(pieces: list[bytes]) -> tuple[bytes, bytes, bool]:
         body, behind, done = reader.feed(piece)
         message += body
         following += behind
+    if done and reader.plain:
+        assert stuff(message) == message + b".\r\n", "what is called plain can be sent as it is"
     return message, following, done
 
 

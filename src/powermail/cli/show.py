@@ -145,13 +145,15 @@ def findings(result: dict[str, Any]) -> None:
 def first_mailbox(data: str, first: FirstMailbox) -> None:
     """What `init` says, once."""
     _console.print(f"made {data} with three storage nodes and two copies of each message", markup=False)
-    _console.print(f"first mailbox  {first.address}\npassword       {first.password}   (shown only now)", markup=False)
+    _console.print(
+        f"first mailbox  {first.address}\npassword       {first.password}   (shown only now)", markup=False, soft_wrap=True
+    )
 
 
 def try_it(ports: dict[str, int], shared: list[list[str]], copies: int, first: FirstMailbox | None, hostname: str) -> None:
     """The welcome: where it listens and what to paste."""
     listening = ", ".join(f"{name} {port}" for name, port in ports.items())
-    _console.print(f"PowerMail is ready: {listening}", markup=False)
+    _console.print(f"PowerMail is ready: {listening}", markup=False, soft_wrap=True)
     for names in shared:
         _console.print(
             f"note: nodes {', '.join(names)} share one disk. {copies} copies protect from damage there, not from its loss.",
@@ -161,7 +163,9 @@ def try_it(ports: dict[str, int], shared: list[list[str]], copies: int, first: F
     address = first.address if first else f"postmaster@{hostname}"
     password = first.password if first else "PASSWORD"
     if first:
-        _console.print(f"first mailbox: {first.address}  password: {first.password}  (shown only now)", markup=False)
+        _console.print(
+            f"first mailbox: {first.address}  password: {first.password}  (shown only now)", markup=False, soft_wrap=True
+        )
     _console.print("try it now, in another terminal:", markup=False)
     _console.print(
         f"  printf 'From: me@example.org\\r\\nSubject: hello\\r\\n\\r\\nIt works.\\r\\n' | curl -sS "

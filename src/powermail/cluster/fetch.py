@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 import zstandard
@@ -19,12 +19,20 @@ from powermail.base.errors import CopyDamaged, CopyMissing, MessageUnreadable, T
 from powermail.base.log import Event
 from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
-from powermail.mail.envelope import Commit
+from powermail.mail.envelope import Commit, CommitForm
 from powermail.storage.contract import COMPRESSED, Chunk, NodeState, StorageNode, Whole
 
 T = TypeVar("T")
 BadCopy = Callable[[bytes, str, str], Awaitable[None]]
 _decode = msgspec.json.Decoder(Commit).decode
+_decode_form = msgspec.json.Decoder(CommitForm).decode
+
+
+class Small(NamedTuple):
+    """A whole small message; `plain` as its commit record says."""
+
+    octets: bytes
+    plain: bool
 
 
 class Unpacker:
@@ -42,12 +50,13 @@ class Unpacker:
         except zstandard.ZstdError as error:
             raise CopyDamaged(f"chunk {chunk.number} does not decompress") from error
 
-    def whole(self, whole: Whole) -> bytes:
+    def whole(self, whole: Whole) -> Small:
         """A small message. Raises CopyDamaged when its chunks are not as its commit record says."""
         parts = [self.octets(chunk) for chunk in whole.chunks]
-        if [len(part) for part in parts] != _decode(whole.commit).sizes:
+        form = _decode_form(whole.commit)
+        if [len(part) for part in parts] != form.sizes:
             raise CopyDamaged("chunks of another size than the commit record says")
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return Small(parts[0] if len(parts) == 1 else b"".join(parts), form.plain)
 
 
 class Fetcher:
@@ -109,7 +118,7 @@ class Fetcher:
 
             yield await self._try(key, nodes, read)
 
-    async def read_small(self, wanted: Mapping[bytes, Sequence[str]]) -> dict[bytes, bytes]:
+    async def read_small(self, wanted: Mapping[bytes, Sequence[str]]) -> dict[bytes, Small]:
         """Whole small messages (key to the nodes believed to hold it), many at once. What is left out is not small, or in
         trouble: `commit` and `chunks` say which, and read from another copy.
         """
@@ -122,7 +131,7 @@ class Fetcher:
                 if node.id in believed:
                     plan.setdefault(node.id, []).append(key)
                     break
-        found: dict[bytes, bytes] = {}
+        found: dict[bytes, Small] = {}
         for name, keys in plan.items():
             try:
                 async with asyncio.timeout(limits.NODE_READ_TIMEOUT_S):

@@ -111,6 +111,7 @@ class Transaction:
         self.replication = service.replication()
         self.key = self.replication.key
         self.octets = 0
+        self.plain = False  # what was written has only CRLF line ends and no line that begins with a dot
         self.header = b""  # known when its end, or as much as is looked at, has come
         self._service = service
         self._sender = sender
@@ -186,6 +187,7 @@ class Transaction:
             body=sender.body,
             smtputf8=sender.smtputf8,
             hops=self._hops,
+            plain=self.plain,
             mark=self._service.index.commits,
         )
 

@@ -37,5 +37,13 @@ class Commit(Struct, frozen=True, omit_defaults=True):
     body: str = ""  # 7BIT, 8BITMIME or BINARYMIME as declared
     smtputf8: bool = False
     hops: int = 0
+    plain: bool = False  # every line ends in CRLF and none begins with a dot: it can be sent as it is (RFC 5321 §4.5.2)
     mark: int = 0  # how many transactions the index had committed when this was written: fewer later means it lost some
     extra: dict[str, Any] = field(default_factory=dict)  # fields of newer versions, kept as they are (P19)
+
+
+class CommitForm(Struct, frozen=True):
+    """What a reader of a small message needs of its commit record, and no more."""
+
+    sizes: list[int]
+    plain: bool = False

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from powermail.base import limits
 from powermail.base.errors import IndexTrouble
 from powermail.base.tasks import Tasks
-from powermail.cluster.fetch import Fetcher
+from powermail.cluster.fetch import Fetcher, Small
 from powermail.index.contract import Index, MailboxFacts
 
 _KEY_OCTETS = 16
@@ -51,7 +51,7 @@ class Maildrop:
         self._sizes = array("Q")
         self._keys = bytearray()
         self._deleted: dict[int, None] = {}
-        self._ahead: dict[int, bytes] = {}
+        self._ahead: dict[int, Small] = {}
         self._reading: asyncio.Task[None] | None = None
         self._last = 0
 
@@ -102,25 +102,25 @@ class Maildrop:
         """RSET."""
         self._deleted.clear()
 
-    async def whole(self, number: int) -> bytes | None:
-        """A small message's octets; None if it must be taken piece by piece.
+    async def whole(self, number: int) -> Small | None:
+        """A small message; None if it must be taken piece by piece.
 
         Who asks for one message after the other finds the next ones read already, some while the last ones are sent.
         """
         if number not in self._ahead and self._reading is not None:
             await asyncio.wait([self._reading])
-        octets = self._ahead.pop(number, None)
-        if octets is None:
+        small = self._ahead.pop(number, None)
+        if small is None:
             in_turn = number == self._last + 1
             self._ahead.clear()
             await self._read_ahead(number, limits.READ_AHEAD_MESSAGES if in_turn else 1)
-            octets = self._ahead.pop(number, None)
+            small = self._ahead.pop(number, None)
         self._last = number
         if len(self._ahead) == limits.READ_AHEAD_MESSAGES // 2 and self._reading is None:
             work = self._read_ahead(max(self._ahead) + 1, limits.READ_AHEAD_MESSAGES // 2)
             self._reading = self._drops.tasks.start(work, "read-ahead")
             self._reading.add_done_callback(self._have_read)
-        return octets
+        return small
 
     def _have_read(self, _: asyncio.Task[None]) -> None:
         self._reading = None
@@ -128,7 +128,7 @@ class Maildrop:
     async def _read_ahead(self, first: int, count: int) -> None:
         """Takes up to `count` messages into `_ahead`, as far as they are small and there is room."""
         keys: dict[bytes, int] = {}
-        room = limits.READ_AHEAD_OCTETS_MAX - sum(map(len, self._ahead.values()))
+        room = limits.READ_AHEAD_OCTETS_MAX - sum(len(small.octets) for small in self._ahead.values())
         for number in range(first, min(first + count, self.count + 1)):
             room -= self._sizes[number - 1]
             if room < 0:
@@ -143,7 +143,7 @@ class Maildrop:
         except IndexTrouble:
             return  # whoever asks for one of them will see it
         found = await self._drops.fetcher.read_small({message.key: message.nodes for message in known})
-        self._ahead.update((keys[key], octets) for key, octets in found.items())
+        self._ahead.update((keys[key], small) for key, small in found.items())
 
     async def read(self, key: bytes) -> AsyncIterator[bytes]:
         """A message's octets in pieces. Raises MessageUnreadable."""

@@ -365,9 +365,14 @@ class PopSession:
         listed = drop.get(number) if number is not None else None
         if listed is None:
             return self._missing()
-        whole = await drop.whole(listed.number)
-        if whole is not None:
-            await self._push(b"+OK %d octets\r\n%b" % (len(whole), stuff(whole)))
+        small = await drop.whole(listed.number)
+        if small is not None:
+            self._reply(b"+OK %d octets\r\n" % len(small.octets))
+            if small.plain:
+                self._reply(small.octets)
+                await self._push(b".\r\n")
+            else:
+                await self._push(stuff(small.octets))
             return True
         writer = DotWriter()
         started = False

@@ -450,6 +450,7 @@ class SmtpSession:
                     return False
                 refusal = refusal or await self._store(transaction, body)
             stored = True
+            transaction.plain = reader.plain
         finally:
             if not stored:
                 transaction.cancel()

@@ -25,6 +25,7 @@ class DotReader:
         # The CRLF of the DATA command stands before the first line, so a message may be just ".CRLF".
         self._held = b"\r\n"
         self._first = True
+        self.plain = True  # so far every line ended in CRLF, and none begins with a dot
 
     def feed(self, octets: bytes) -> tuple[bytes, bytes, bool]:
         """Returns (message octets, octets behind the end, whether the end has come). After the end, feed no more."""
@@ -42,7 +43,9 @@ class DotReader:
             data = data[: len(data) - keep] if keep else data
         if b"\r\n." in data:
             data = data.replace(b"\r\n.", b"\r\n")
+            self.plain = False
         if data and has_bare_lf(data):
+            self.plain = False  # a line that begins with a dot may have come of it
             data = _BARE_LF.sub(b"\r\n", data)
         if self._first and data:
             self._first = False
