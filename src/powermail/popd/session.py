@@ -22,7 +22,7 @@ from powermail.wire import pop3, sasl
 from powermail.wire.buffer import BareLineEnd, InputBuffer, LineTooLong
 from powermail.wire.dot import DotWriter, stuff
 from powermail.wire.pop3 import State
-from powermail.wire.proxy import ProxyError, parse_proxy
+from powermail.wire.proxy import ProxyError, is_listed, parse_proxy
 
 _TROUBLE = pop3.err("try again later", "SYS/TEMP")
 _WRONG = pop3.err("invalid user name or password", "AUTH")
@@ -47,8 +47,7 @@ class PopService:
 
     def behind_proxy(self, client: str) -> bool:
         """True if connections from there must begin with a PROXY header."""
-        address = ipaddress.ip_address(client) if self.proxies else None
-        return any(address in network for network in self.proxies if address and network.version == address.version)
+        return is_listed(self.proxies, client)
 
 
 class PopSession:

@@ -16,6 +16,7 @@ from powermail.delivery.transaction import DeliveryService
 from powermail.directory.authenticate import Authenticator
 from powermail.directory.contract import Account
 from powermail.directory.resolve import Resolver
+from powermail.wire.proxy import is_listed
 
 
 class Kind(Enum):
@@ -71,14 +72,3 @@ class SmtpService:
     def behind_proxy(self, client: str) -> bool:
         """True if connections from there must begin with a PROXY header."""
         return is_listed(self.proxies, client)
-
-
-def is_listed(networks: list[ipaddress.IPv4Network | ipaddress.IPv6Network], client: str) -> bool:
-    """True if the address lies in one of the networks."""
-    if not networks:
-        return False
-    try:
-        address = ipaddress.ip_address(client)
-    except ValueError:
-        return False
-    return any(address in network for network in networks if network.version == address.version)

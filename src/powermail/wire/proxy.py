@@ -66,3 +66,14 @@ def _version_2(octets: bytes) -> tuple[tuple[str, int] | None, int] | None:
     if family == 0x21 and length >= 36:
         return (str(ipaddress.IPv6Address(body[:16])), struct.unpack_from(">H", body, 32)[0]), 16 + length
     return None, 16 + length
+
+
+def is_listed(networks: list[ipaddress.IPv4Network | ipaddress.IPv6Network], client: str) -> bool:
+    """True if the address lies in one of the networks."""
+    if not networks:
+        return False
+    try:
+        address = ipaddress.ip_address(client)
+    except ValueError:
+        return False
+    return any(address in network for network in networks if network.version == address.version)
