@@ -43,7 +43,7 @@ def write_for_ever(path: str, first: int) -> None:
         number += 3
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(120 + 3 * CUTS)
 def test_what_was_acknowledged_survives_real_power_cuts(tmp_path: Path) -> None:
     if os.geteuid() != 0 or not os.path.exists("/dev/loop-control"):
         pytest.skip("needs root and loop devices: real power cuts were NOT tried")
