@@ -17,7 +17,7 @@ import uvloop
 
 from bench import machine, pop
 from bench.incumbent import Incumbent, installed
-from bench.load import Plan, send
+from bench.load import MESSAGE_4K, Plan, send
 from bench.ours import MAILBOXES, PASSWORD, Server, mailbox
 
 System = Server | Incumbent
@@ -43,6 +43,18 @@ async def deliver(name: str, system: System, door: str, connections: int, messag
         flush=True,
     )
     return done / took
+
+
+async def written(server: Server) -> None:
+    """What one copy of a message takes in the log."""
+    octets, copies = await server.log_octets()
+    await send(Plan(server.ports["smtp"], _RECIPIENTS, 1000), 16)
+    octets, copies = (after - before for after, before in zip(await server.log_octets(), (octets, copies), strict=True))
+    print(
+        f"R={server.copies}: {octets / copies:.0f} octets in the log for each copy of a message of {len(MESSAGE_4K)},"
+        f" {octets / copies / len(MESSAGE_4K):.2f} times",
+        flush=True,
+    )
 
 
 async def many_recipients(name: str, system: System, recipients: int) -> None:
@@ -104,6 +116,7 @@ async def ours(copies: int, scale: int) -> dict[int, float]:
         await send(Plan(server.ports["smtp"], _RECIPIENTS, 2000), 16)  # warm: every mailbox has its row
         rates = {c: await deliver(name, server, "smtp", c, (60 if c == 1 else 1000) * scale) for c in (1, 32, 128)}
         await deliver(f"{name}, LMTP", server, "lmtp", 32, 1000 * scale)
+        await written(server)
         await many_recipients(name, server, MAILBOXES)
         await large(server)
         await read(name, server, 200 * scale, 200 * scale)

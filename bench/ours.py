@@ -71,6 +71,16 @@ class Server:
                         event = msgspec.json.decode(line)
                         self.ports[event["door"]] = int(event["address"].rpartition(":")[2])
 
+    async def log_octets(self) -> tuple[int, int]:
+        """(octets of records in all logs, copies of messages)."""
+        process = await asyncio.create_subprocess_exec(
+            *[sys.executable, "-m", "powermail", "node", "list", "--json", "--data", self.data],
+            stdout=asyncio.subprocess.PIPE,
+        )
+        output, _ = await process.communicate()
+        nodes = msgspec.json.decode(output)
+        return sum(node["log_octets"] for node in nodes), sum(node["messages"] for node in nodes)
+
     def roots(self) -> list[int]:
         """The processes that are measured."""
         return [self.process.pid]

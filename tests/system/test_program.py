@@ -92,3 +92,22 @@ def test_a_missing_node_is_degraded_and_never_made_silently(tmp_path: Path) -> N
     (data / "nodes" / "b").rename(data / "nodes" / "a")
     done = powermail("node", "list", "--data", str(data), "--json")
     assert "swapped or cloned" in json.loads(done.stdout)[0]["reason"]
+
+
+def test_secrets_that_everybody_may_read_are_refused(tmp_path: Path) -> None:
+    """X07, A20: what we make is ours alone, and a secret that is not is said."""
+    data = tmp_path / "data"
+    assert powermail("init", "--data", str(data)).returncode == 0
+    modes = {path.name: path.stat().st_mode & 0o077 for path in data.rglob("*")}
+    assert set(modes.values()) == {0}, modes
+    key = data / "tls" / "key.pem"
+    key.chmod(0o644)
+    assert "chmod o-rwx" in sentence(powermail("serve", "--data", str(data), *FREE))
+    key.chmod(0o600)
+    secret = data / "password"
+    secret.write_text("x")
+    secret.chmod(0o604)
+    words = ("--set", "outbound.smarthost=127.0.0.1:1", "--set", "outbound.smarthost_password_file=password")
+    assert "everybody may read it" in sentence(powermail("status", "--data", str(data), *words))
+    secret.chmod(0o600)
+    assert powermail("status", "--data", str(data), *words).returncode == 0

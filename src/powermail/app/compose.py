@@ -91,6 +91,7 @@ class PowerMail:
         if not settings.cluster.nodes:
             raise OperatorError("no [[cluster.nodes]] are configured; `powermail init` makes three")
         self._take_lock()
+        self._check_secrets()
         self.index = SqliteIndex(world, inside(self.data, settings.index.path))
         await self.index.open()
         if not self.index.cluster:
@@ -108,6 +109,15 @@ class PowerMail:
             self._start_workers()
         if doors:
             await self._open_doors()
+
+    def _check_secrets(self) -> None:
+        """Files that only we may read (X07)."""
+        names = [f"{self.data}/srs.keys", inside(self.data, self.settings.outbound.smarthost_password_file)]
+        if self._use_tls:
+            names.append(inside(self.data, self.settings.tls.key))
+        for name in names:
+            if not name.endswith("/") and self.world.disk.exists(name) and self.world.disk.mode(name) & 0o007:
+                raise OperatorError(f"{name} holds a secret and everybody may read it; run `chmod o-rwx {name}`")
 
     def _take_lock(self) -> None:
         try:

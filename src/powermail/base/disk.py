@@ -64,6 +64,9 @@ class Disk(Protocol):
     def mark(self, path: str) -> tuple[int, int]:
         """(device, inode) of a name: notices a swapped or unmounted directory. Raises OSError."""
 
+    def mode(self, path: str) -> int:
+        """Permission bits of a name. Raises OSError."""
+
     def open(self, path: str, create: bool = False, exclusive: bool = False) -> File:
         """Opens for reading and writing. Raises OSError."""
 
@@ -174,6 +177,9 @@ class SystemDisk:
     def mark(self, path: str) -> tuple[int, int]:
         status = os.stat(path)
         return status.st_dev, status.st_ino
+
+    def mode(self, path: str) -> int:
+        return os.stat(path).st_mode & 0o7777
 
     def open(self, path: str, create: bool = False, exclusive: bool = False) -> File:
         flags = os.O_RDWR | os.O_CLOEXEC

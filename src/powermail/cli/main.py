@@ -520,6 +520,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """The entry point; the exit status is 0, 1 (degraded) or 2 (mistake or trouble, said in one sentence)."""
     arguments = parser().parse_args(argv)
+    os.umask(0o077)  # what this program makes is nobody else's
     try:
         return run(arguments.work(arguments))
     except (OperatorError, PowerMailError) as error:

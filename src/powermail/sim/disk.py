@@ -148,6 +148,9 @@ class SimDisk:
             raise FileNotFoundError(errno.ENOENT, "no such file")
         return 1, self.names.get(path, self.directories.get(path, 0))
 
+    def mode(self, path: str) -> int:
+        return 0o600
+
     def open(self, path: str, create: bool = False, exclusive: bool = False) -> SimFile:
         inode = self.names.get(path)
         if inode is not None and exclusive:

@@ -103,6 +103,9 @@ class MachineDisk:
     def mark(self, path: str) -> tuple[int, int]:
         return self.part(path).mark(path)
 
+    def mode(self, path: str) -> int:
+        return self.part(path).mode(path)
+
     def open(self, path: str, create: bool = False, exclusive: bool = False) -> File:
         return self.part(path).open(path, create, exclusive)
 
