@@ -100,7 +100,7 @@ class Faults:
         machine.disk.parts[prefix].make_directory(prefix)
         machine.bases[prefix] = machine.disk.parts[prefix].clone()
         machine.disk.away.pop(prefix, None)
-        for _ in range(20):
+        for _ in range(120):  # refused while a write still hangs there: the operator tries again
             if await self._site.operation("node_replace", node=name) is not None:
                 break
             await asyncio.sleep(1.0)
