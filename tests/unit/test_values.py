@@ -71,7 +71,7 @@ def test_srs_there_and_back() -> None:
     assert again.reverse(parse(twice), 1e9).lower() == rewritten.lower()
 
 
-@pytest.mark.parametrize("change", ["forge", "cut", "expire"])
+@pytest.mark.parametrize("change", ["forge", "cut", "expire", "beyond ASCII"])
 def test_bad_srs_addresses_are_refused(change: str) -> None:
     rewriter = Rewriter("ours.example", [b"key"])
     address = parse(rewriter.forward("ann@sender.example", 1e9))
@@ -80,6 +80,8 @@ def test_bad_srs_addresses_are_refused(change: str) -> None:
         address = Address(address.local.replace("ann", "eve"), address.domain)
     elif change == "cut":
         address = Address(address.local[:16], address.domain)
+    elif change == "beyond ASCII":  # found by the fuzzer: comparing such text raised TypeError
+        address = Address("SRS0=\u067f\u067f=" + address.local[14:], address.domain)
     else:
         now += 30 * 86_400
     with pytest.raises(SrsError):
@@ -210,3 +212,8 @@ def test_the_variable_that_names_the_data_directory_is_not_a_setting() -> None:
     assert load("", {"POWERMAIL_DATA_DIRECTORY": "/var/lib/powermail"}).hostname == "localhost"
     with pytest.raises(OperatorError, match="unknown setting"):
         load("", {"POWERMAIL_DATA_DIRECTORI": "x"})
+
+
+def test_a_stored_password_beyond_ascii_admits_nobody_and_raises_nothing() -> None:
+    for scheme in ("md5", "plain", "bcrypt", "crypt", "argon2id", "scram-sha-256", ""):
+        assert not pw.matches(f"{{{scheme}}}ж\u067f", "secret"), scheme

@@ -35,7 +35,7 @@ class Rewriter:
         return base64.b32encode(digest).decode().lower()[:_HASH_CHARS]
 
     def _good(self, given: str, text: str) -> bool:
-        return any(hmac.compare_digest(self._hash(key, text), given.lower()) for key in self._keys)
+        return any(hmac.compare_digest(self._hash(key, text).encode(), given.lower().encode()) for key in self._keys)
 
     def forward(self, reverse_path: str, now: float) -> str:
         """The reverse-path for a forwarded message; <> stays <>. One that would be too long stays as it is."""

@@ -76,7 +76,7 @@ def matches(stored: str, password: str) -> bool:
         return _crypt_matches(rest, password)
     if scheme == "md5":
         digest = hashlib.md5(password.encode(), usedforsecurity=False).hexdigest()
-        return hmac.compare_digest(digest, rest.lower().strip())
+        return hmac.compare_digest(digest.encode(), rest.lower().strip().encode())
     if scheme == "plain":
         return hmac.compare_digest(rest.encode(), password.encode())
     if scheme == "scram-sha-256":
