@@ -88,6 +88,15 @@ def test_bad_srs_addresses_are_refused(change: str) -> None:
         rewriter.reverse(address, now)
 
 
+@pytest.mark.parametrize("sender", ["SRS1=@x.example", "SRS1=ab@x.example", "srs0=@x.example", "SRS0=a@x.example"])
+def test_a_sender_that_only_looks_rewritten_is_rewritten_like_any(sender: str) -> None:
+    """Found by the fuzzer: `SRS1=` without the rest raised IndexError in the middle of a delivery."""
+    rewriter = Rewriter("ours.example", [b"key"])
+    rewritten = parse(rewriter.forward(sender, 1e9))
+    assert rewriter.is_ours(rewritten)
+    assert rewriter.reverse(rewritten, 1e9).lower() == sender.lower()
+
+
 def test_srs_survives_a_case_change() -> None:
     rewriter = Rewriter("ours.example", [b"key"])
     address = parse(rewriter.forward("ann@sender.example", 1e9).lower())

@@ -48,7 +48,7 @@ class Rewriter:
         if address.domain == self.domain:
             return reverse_path
         kind = address.local[:5].upper()
-        if kind in ("SRS0=", "SRS1="):
+        if kind == "SRS0=" or (kind == "SRS1=" and address.local.count("=") >= 3):
             if kind == "SRS1=":
                 rest = address.local.split("=", 2)[2]
             else:

@@ -65,7 +65,7 @@ def matches(stored: str, password: str) -> bool:
     if not stored or not password:
         return False
     scheme, rest = split_scheme(stored)
-    if not rest:
+    if not rest or (scheme != "plain" and not rest.isascii()):
         return False
     if scheme in ("argon2id", "argon2i", "argon2d", "argon2"):
         try:
