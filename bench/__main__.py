@@ -1,8 +1,8 @@
-"""Measures delivery and reading beside the incumbent, in one run on one machine, and prints a table.
+"""Measures delivery and reading beside the incumbent, in one run on one machine, and prints medians and ratios.
 
-`python -m bench` takes some minutes; `--quick` a tenth of the messages; `--alone` leaves the incumbent out. Delivered means
-in the mailbox: for PowerMail when the 250 has come, for Postfix when its queue is empty and Dovecot has all. CPU is that of
-all processes of a system; the load generator takes its share of the same cores. What counts are the ratios.
+All systems run side by side and are measured by turns, in rounds. `--quick` sends fewer messages, `--alone` leaves the incumbent
+out. Delivered means in the mailbox: for PowerMail when the 250 has come, for Postfix when its queue is empty and Dovecot has
+all. CPU is that of all processes of a system; the load generator takes its share of the same cores. What counts are the ratios.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 import statistics
 import sys
 import time
+from typing import NamedTuple
 
 import uvloop
 
@@ -21,11 +22,23 @@ from bench.load import MESSAGE_4K, Plan, send
 from bench.ours import MAILBOXES, PASSWORD, Server, mailbox
 
 System = Server | Incumbent
+_INCUMBENT = "Postfix + Dovecot"
+_ROUNDS = 3
 _RECIPIENTS = [mailbox(number).encode() for number in range(MAILBOXES)]
 
 
-async def deliver(name: str, system: System, door: str, connections: int, messages: int) -> float:
-    """One row: messages from many connections into 1,000 mailboxes. Delivered messages a second."""
+class Row(NamedTuple):
+    """One run of one system."""
+
+    rate: float  # delivered messages a second
+    p99_ms: float  # of the final reply
+    cpu_s: float  # per 1,000 messages
+    writes: float  # of the disk, per message
+    octets: float
+
+
+async def deliver(system: System, door: str, connections: int, messages: int) -> Row:
+    """Messages from many connections into 1,000 mailboxes."""
     plan = Plan(system.ports[door], _RECIPIENTS, messages, lmtp=door == "lmtp")
     cpu, (writes, octets) = machine.cpu_s(system.roots()), machine.disk_writes("/tmp")
     began = time.perf_counter()
@@ -36,13 +49,18 @@ async def deliver(name: str, system: System, door: str, connections: int, messag
     done = len(plan.latencies)
     writes, octets = (after - before for after, before in zip(machine.disk_writes("/tmp"), (writes, octets), strict=True))
     p99 = statistics.quantiles(plan.latencies, n=100)[98] * 1000
+    return Row(done / took, p99, 1000 * (machine.cpu_s(system.roots()) - cpu) / done, writes / done, octets / done / 1000)
+
+
+def show(name: str, connections: int, rows: list[Row]) -> None:
+    """The medians of the rounds."""
+    middle = Row(*(statistics.median(values) for values in zip(*rows, strict=True)))
     print(
-        f"{name:<24} {connections:>4} connections {done / took:7.0f} delivered/s  p99 of the final reply {p99:6.1f} ms  "
-        f"CPU {1000 * (machine.cpu_s(system.roots()) - cpu) / done:5.2f} s per 1,000  "
-        f"disk {writes / done:5.1f} writes, {octets / done / 1000:5.1f} kB a message",
+        f"{name:<24} {connections:>4} connections {middle.rate:7.0f} delivered/s ({min(row.rate for row in rows):.0f} to"
+        f" {max(row.rate for row in rows):.0f})  p99 of the final reply {middle.p99_ms:6.1f} ms  CPU {middle.cpu_s:5.2f} s per"
+        f" 1,000  disk {middle.writes:5.1f} writes, {middle.octets:5.1f} kB a message",
         flush=True,
     )
-    return done / took
 
 
 async def written(server: Server) -> None:
@@ -107,60 +125,64 @@ async def read(name: str, system: System, messages: int, short: int) -> None:
     )
 
 
-async def ours(copies: int, scale: int) -> dict[int, float]:
-    """All rows of PowerMail."""
-    name = f"PowerMail R={copies}"
-    server = Server(copies)
-    await server.start()
-    try:
-        await send(Plan(server.ports["smtp"], _RECIPIENTS, 2000), 16)  # warm: every mailbox has its row
-        rates = {c: await deliver(name, server, "smtp", c, (60 if c == 1 else 1000) * scale) for c in (1, 32, 128)}
-        await deliver(f"{name}, LMTP", server, "lmtp", 32, 1000 * scale)
-        await written(server)
-        await many_recipients(name, server, MAILBOXES)
-        await large(server)
-        await read(name, server, 200 * scale, 200 * scale)
-        return rates
-    finally:
-        await server.stop()
-
-
-async def theirs(scale: int) -> dict[int, float]:
-    """All rows of the incumbent."""
-    system = Incumbent()
-    await system.start()
-    try:
-        await asyncio.sleep(1.0)
-        name = "Postfix + Dovecot"
-        rates = {c: await deliver(name, system, "smtp", c, (30 if c == 1 else 200) * scale) for c in (1, 32, 128)}
-        for connections in (32, 128):
-            await deliver("Dovecot LMTP alone", system, "lmtp", connections, 200 * scale)
-        await many_recipients(name, system, MAILBOXES)
-        await read(name, system, 200 * scale, 30 * scale)
-        return rates
-    finally:
-        await system.stop()
+async def deliveries(systems: dict[str, System], scale: int) -> None:
+    """All systems by turns, in rounds: what the machine does meanwhile hits each alike. Prints medians and ratios."""
+    for connections in (1, 32, 128):
+        rounds: dict[str, list[Row]] = {name: [] for name in systems}
+        for _ in range(_ROUNDS):
+            for name, system in systems.items():
+                ours = isinstance(system, Server)
+                share = (60 if ours else 30) if connections == 1 else (600 if ours else 120)
+                rounds[name].append(await deliver(system, "smtp", connections, share * scale))
+        for name, rows in rounds.items():
+            show(name, connections, rows)
+        theirs = rounds.get(_INCUMBENT)
+        for name, rows in rounds.items():
+            if theirs is not None and name != _INCUMBENT:
+                ratio = statistics.median(mine.rate / other.rate for mine, other in zip(rows, theirs, strict=True))
+                print(f"{name:<24} {connections:>4} connections: {ratio:.1f} times the incumbent", flush=True)
+    local: dict[str, list[Row]] = {name: [] for name in systems}
+    for _ in range(_ROUNDS):
+        for name, system in systems.items():
+            local[name].append(await deliver(system, "lmtp", 32, (600 if isinstance(system, Server) else 200) * scale))
+    for name, rows in local.items():
+        show("Dovecot alone, LMTP" if name == _INCUMBENT else f"{name}, LMTP", 32, rows)
 
 
 async def main(quick: bool, alone: bool) -> None:
-    """All systems, then the ratios."""
-    scale = 2 if quick else 10
-    single, double = await ours(1, scale), await ours(2, scale)
-    if alone:
-        return
-    if not installed():
-        sys.exit("bench: Postfix and Dovecot are not installed, or we are not root (bench/install-system-packages; --alone)")
-    other = await theirs(scale)
-    for connections, rate in other.items():
-        print(
-            f"{connections:>4} connections: {single[connections] / rate:.1f} times the incumbent with R=1, "
-            f"{double[connections] / rate:.1f} times with R=2"
-        )
+    """All systems side by side."""
+    scale = 2 if quick else 5
+    systems: dict[str, System] = {f"PowerMail R={copies}": Server(copies) for copies in (1, 2)}
+    if not alone:
+        if not installed():
+            sys.exit(
+                "bench: Postfix and Dovecot are not installed, or we are not root (bench/install-system-packages; --alone)"
+            )
+        systems[_INCUMBENT] = Incumbent()
+    try:
+        for system in systems.values():
+            await system.start()
+        await asyncio.sleep(1.0)
+        for system in systems.values():  # warm: every mailbox has its row
+            count = 2000 if isinstance(system, Server) else 200
+            await send(Plan(system.ports["smtp"], _RECIPIENTS, count), 16)
+            await system.delivered(count)
+        await deliveries(systems, scale)
+        for name, system in systems.items():
+            await many_recipients(name, system, MAILBOXES)
+            if isinstance(system, Server):
+                await written(system)
+                await large(system)
+        for name, system in systems.items():
+            await read(name, system, 400 * scale, (400 if isinstance(system, Server) else 60) * scale)
+    finally:
+        for system in systems.values():
+            await system.stop()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measures PowerMail beside Postfix and Dovecot.")
-    parser.add_argument("--quick", action="store_true", help="a fifth of the messages")
+    parser.add_argument("--quick", action="store_true", help="two fifths of the messages")
     parser.add_argument("--alone", action="store_true", help="without the incumbent")
     chosen = parser.parse_args()
     uvloop.run(main(chosen.quick, chosen.alone))
