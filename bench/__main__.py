@@ -1,8 +1,9 @@
 """Measures delivery and reading beside the incumbent, in one run on one machine, and prints medians and ratios.
 
 All systems run side by side and are measured by turns, in rounds. `--quick` sends fewer messages, `--alone` leaves the
-incumbent out. Delivered means in the mailbox: for PowerMail when the 250 has come, for Postfix when its queue is empty and Dovecot has
-all. CPU is that of all processes of a system; the load generator takes its share of the same cores. What counts are the ratios.
+incumbent out. Delivered means in the mailbox: for PowerMail when the 250 has come, for Postfix when its queue is empty and
+Dovecot has all. CPU is that of all processes of a system; the load generator takes its share of the same cores. What counts
+are the ratios.
 """
 
 from __future__ import annotations
