@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -27,6 +28,7 @@ from powermail.keeper.rebuild import merge
 from powermail.keeper.reconcile import MARK_NAME
 from powermail.mail.envelope import Commit, Target
 from powermail.storage.contract import START, NodeState
+from powermail.storage.store import SegmentStore
 from tests.system.conftest import DOORS, Running, start, without_trace
 
 
@@ -431,3 +433,28 @@ async def test_the_index_is_rebuilt_from_the_nodes_alone(running: Running, page:
     await fill(running, 1, 90)
     newest = (await running.powermail.index.entries(facts.id, 0, 1 << 32, 100))[-1]
     assert newest.uid > 1_000_000, "numbers jump after a rebuild (P10)"
+
+
+async def test_a_node_that_cannot_be_read_at_the_start_holds_nobody_up(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F11: its log cannot be walked; the others serve, and it is looked at again later."""
+    await running.mailbox("ann@local.example")
+    sent = await fill(running, 4)
+    await running.powermail.stop(0.5)
+    scan = SegmentStore.scan
+
+    def broken(store: SegmentStore, *arguments: Any) -> Any:
+        if store.identity.node == "a":
+            raise OSError(errno.EIO, "injected")
+        return scan(store, *arguments)
+
+    monkeypatch.setattr(SegmentStore, "scan", broken)
+    running.powermail = await start(running.data)
+    sent += await fill(running, 2, 50)
+    assert sorted(await running.read("ann@local.example")) == sorted(sent)
+    await running.powermail.cluster.check_health()
+    await running.powermail.reconciler.step()
+    monkeypatch.setattr(SegmentStore, "scan", scan)
+    await running.powermail.cluster.check_health()
+    assert [node.id for node in running.powermail.cluster.admitted()] == ["a", "b", "c"]

@@ -106,3 +106,14 @@ async def test_no_secret_is_logged_or_shown(running: Running) -> None:
     assert "tell-nobody" not in text
     assert "AGFubgB0" not in text
     assert "$argon2" not in text
+
+
+def test_an_account_guessed_at_from_many_addresses_answers_slowly() -> None:
+    """U05: the wrong answers of one account are delayed wherever they come from; nobody is locked out."""
+    limiter = FailureLimiter(Hand())
+    assert limiter.delay_s("203.0.113.1", "ann@local.example") < 1.0
+    for host in range(limits.AUTH_ACCOUNT_FAILURES_PER_MINUTE_MAX):
+        limiter.failed(f"198.18.{host * 8}.1", "ann@local.example")
+    assert limiter.delay_s("203.0.113.1", "ann@local.example") == limits.AUTH_DELAY_MAX_S
+    assert limiter.delay_s("203.0.113.1", "bob@local.example") < 1.0
+    assert not limiter.refused("203.0.113.1")

@@ -102,7 +102,7 @@ class PowerMail:
         self.fetcher = Fetcher(world, self.cluster, self.index.note_repair)
         self.reconciler = Reconciler(world, self.cluster, self.index)
         await self.cluster.start(self.reconciler.admit)
-        await self.reconciler.settle()
+        await self._settle()
         self._settled = True
         self._compose_services()
         if workers:
@@ -366,7 +366,7 @@ class PowerMail:
             self._lock.release()
 
     async def _settle(self) -> None:
-        """So that the next start finds nothing to do."""
+        """At the start, so that all that is durable is listed; at the end, so that the next start finds nothing to do."""
         try:
             await self.reconciler.settle()
         except Trouble as error:

@@ -25,7 +25,6 @@ DOMAIN_OCTETS_MAX: Final = 255  # RFC 5321 §4.5.3.1.2
 PATH_OCTETS_MAX: Final = 256  # RFC 5321 §4.5.3.1.3, angle brackets included
 ENVID_OCTETS_MAX: Final = 100  # RFC 3461 §4.4
 ORCPT_OCTETS_MAX: Final = 500  # RFC 3461 §4.2
-BODY_LINE_OCTETS_MAX: Final = 16 * MIB  # stored as received; RFC 5322 says 998, mail in the wild does not
 PROXY_HEADER_OCTETS_MAX: Final = 536  # PROXY protocol v1: 107; v2 as we accept it
 
 SMTP_COMMAND_TIMEOUT_S: Final = 300.0  # RFC 5321 §4.5.3.2.7
@@ -68,11 +67,6 @@ APPEND_WAITING_OCTETS_MAX: Final = 32 * MIB  # per node; appends wait at the doo
 APPEND_BATCH_RECORDS_MAX: Final = 1000  # buffers in one gathered write stay under IOV_MAX = 1024
 NODE_RESERVE_OCTETS_DEFAULT: Final = 64 * MIB  # kept for tombstones and compaction on a full disk
 NODE_RESUME_FACTOR: Final = 1.5  # a full node is writable again above reserve * this
-KEY_INDEX_CHECKPOINT_OCTETS: Final = 64 * MIB  # log tail that recovery may have to read
-KEY_INDEX_CHECKPOINT_RECORDS: Final = 50_000
-CHUNKS_UNCOMMITTED_TTL_S: Final = 3600.0  # a stream that never committed is forgotten
-NODES_MAX: Final = 1024
-GROUPS_MAX: Final = 256
 NODE_PROBE_INTERVAL_S: Final = 1.0
 NODE_PROBE_TIMEOUT_S: Final = 10.0  # F14: fenced within this
 NODE_RECEIPT_TIMEOUT_S: Final = 4.0  # P20: a blip is at most 5 s; then the next node in placement order
@@ -127,7 +121,6 @@ COLLECT_BATCH: Final = 1000
 COLLECT_MASS_MAX: Final = 10_000  # P9: more deletes than this in one pass need the operator
 CHECKPOINT_PAGE_ROWS: Final = 2000  # entries in one record: what is held in memory, however large the mailbox
 CHECKPOINT_INTERVAL_S: Final = 900.0
-SCRUB_OCTETS_PER_S: Final = 20 * MIB
 COMPACT_DEAD_FRACTION: Final = 0.5
 
 # -- process ------------------------------------------------------------------------------------------------------

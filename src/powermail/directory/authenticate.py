@@ -100,7 +100,7 @@ class Authenticator:
         self._limiter.failed(client, name.lower())
         self._world.counters.add("auth.failures")
         self._world.log.event(Event.LOGIN_FAILED, door=door, client=client, name=name)
-        await asyncio.sleep(self._limiter.delay_s(client))
+        await asyncio.sleep(self._limiter.delay_s(client, name.lower()))
 
     async def _upgrade(self, account: Account, password: str) -> Account:
         """The account as it is in the directory now."""

@@ -54,7 +54,9 @@ class FailureLimiter:
         while len(self._counts) > limits.AUTH_TRACKED_MAX:
             self._counts.popitem(last=False)
 
-    def delay_s(self, client: str) -> float:
+    def delay_s(self, client: str, account: str) -> float:
         """How long the answer to a wrong password waits; grows with the failures of this client."""
         in_minute = self._get(ranges(client)[0])[1]
+        if self._get(f"account {account[:255]}")[1] >= limits.AUTH_ACCOUNT_FAILURES_PER_MINUTE_MAX:
+            return limits.AUTH_DELAY_MAX_S  # guessed at from many addresses; who knows the password does not wait
         return min(limits.AUTH_DELAY_MAX_S, 0.25 * 2 ** min(in_minute, 6)) if in_minute else 0.25

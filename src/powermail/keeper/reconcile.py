@@ -136,10 +136,14 @@ class Reconciler:
             row = rows.get(node.id)
             if row is None or row.incarnation != node.incarnation:
                 continue
-            entered += await self._walk(node, Position(row.segment, row.offset), age_s)
-            if self._index.catching_up and node.id not in self._revised:
-                await self._revise(node)
-                self._revised[node.id] = None
+            try:
+                entered += await self._walk(node, Position(row.segment, row.offset), age_s)
+                if self._index.catching_up and node.id not in self._revised:
+                    await self._revise(node)
+                    self._revised[node.id] = None
+            except NodeTrouble as error:
+                self._world.log.event(Event.TROUBLE, worker="reconcile", node=node.id, error=str(error))
+                continue  # the others' logs are walked all the same (F11)
             walked[node.id] = None
         if entered:
             self._world.log.event(Event.RECONCILED, messages=entered)

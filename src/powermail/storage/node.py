@@ -356,6 +356,14 @@ class LocalNode:
     # -- reading ---------------------------------------------------------------------------------------------------
 
     async def _call(self, call: Callable[..., T], *args: Any) -> T:
+        """What concerns the whole node: an error of the disk is the node's trouble."""
+        try:
+            return await self._read_lane.run(call, *args)
+        except OSError as error:
+            raise NodeTrouble(f"node {self.id}: {error}") from error
+
+    async def _read(self, call: Callable[..., T], *args: Any) -> T:
+        """What concerns one copy: an error of the disk is that copy's, unless the disk is away."""
         try:
             return await self._read_lane.run(call, *args)
         except FileNotFoundError as error:
@@ -364,10 +372,10 @@ class LocalNode:
             raise CopyDamaged(f"node {self.id}: {error}") from error
 
     async def read_commit(self, key: bytes) -> bytes:
-        return await self._call(self._opened().read_commit, key)
+        return await self._read(self._opened().read_commit, key)
 
     async def read_chunk(self, key: bytes, number: int) -> Chunk:
-        return await self._call(self._opened().read_chunk, key, number)
+        return await self._read(self._opened().read_chunk, key, number)
 
     async def read_small(self, keys: Sequence[bytes]) -> list[Whole | None]:
         return await self._call(self._opened().read_small, keys)
@@ -379,7 +387,7 @@ class LocalNode:
         return await self._call(self._opened().deleted, keys)
 
     async def verify(self, key: bytes) -> None:
-        await self._call(self._opened().verify, key)
+        await self._read(self._opened().verify, key)
 
     async def discard(self, key: bytes) -> None:
         await self._write_lane.run(self._opened().discard, key)
