@@ -21,11 +21,12 @@ from bench import machine
 from bench.ours import Server
 from powermail.base.disk import SystemDisk
 from powermail.base.entropy import KeySource, SystemEntropy
-from powermail.storage import record as rec
-from powermail.storage.contract import Chunk
+from powermail.storage.contract import Chunk, Position
 from powermail.storage.identity import make_store
-from powermail.storage.keyindex import SqliteKeyIndex
-from powermail.storage.store import Operation, Options, SegmentStore
+from powermail.storage.log import record as rec
+from powermail.storage.log.keys import SqliteKeyIndex
+from powermail.storage.log.store import Options, SegmentStore
+from powermail.storage.log.write import Operation
 
 _CLUSTER = "00" * 16
 
@@ -105,7 +106,7 @@ def node(count: int) -> None:
             batch = [
                 Operation(rec.COMMIT, keys.next(), [Chunk(0, 0, body, 500)], commit, 1) for _ in range(min(200, count - start))
             ]
-            assert store.write(batch) == [None] * len(batch)
+            assert all(isinstance(outcome, Position) for outcome in store.write(batch))
             while store.due() and store.settle():
                 pass
         took = time.perf_counter() - began

@@ -9,13 +9,17 @@ OUTPUT/queue/. The format is described in disk.md; this script shares no code wi
 """
 
 import hashlib
+import itertools
 import json
 import os
 import struct
 import sys
 
 HEAD = struct.Struct("<4sBBHII16s")
-CHUNK, COMMIT, ABORT, TOMBSTONE = 1, 2, 3, 4
+PLACE = struct.Struct("<QQ")
+CHUNK, COMMIT, ABORT, TOMBSTONE, DROP = 1, 2, 3, 4, 6
+COMPRESSED, MOVED = 1, 2
+TRIES_MAX = 1000
 
 
 def decompress(octets):
@@ -26,12 +30,18 @@ def decompress(octets):
 
 
 def records(path):
-    """Yields (type, flags, number, key, body) of every valid record of a segment."""
+    """Yields (type, flags, number, key, body, place) of every valid record of a segment.
+
+    `place` is where the record was first written: compaction moves commits and notes it in their body (format 2).
+    """
     with open(path, "rb") as file:
         data = file.read()
+    if len(data) < 128:
+        print(f"{path}: too short for a segment, left out", file=sys.stderr)
+        return
     magic, version, _, segment, _, _, salt = struct.unpack_from("<8sIIQ16s16s32s", data)
-    if magic != b"PMSEGv1\n" or version != 1:
-        print(f"{path}: not a segment of format 1, left out", file=sys.stderr)
+    if magic != b"PMSEGv1\n" or version not in (1, 2):
+        print(f"{path}: not a segment of format 1 or 2, left out", file=sys.stderr)
         return
     position = 128
     while True:
@@ -41,43 +51,61 @@ def records(path):
         head = data[position : position + 32]
         _, kind, flags, _, length, number, key = HEAD.unpack(head)
         body = data[position + 48 : position + 48 + length]
-        place = struct.pack("<QQ", segment, position)
-        if (
-            position % 8 == 0
-            and hashlib.sha256(salt + place + head + body).digest()[:16] == data[position + 32 : position + 48]
-        ):
-            yield kind, flags, number, key, body
+        place = (segment, position)
+        checksum = hashlib.sha256(salt + PLACE.pack(*place) + head + body).digest()[:16]
+        if position % 8 == 0 and checksum == data[position + 32 : position + 48]:
+            if version == 2 and kind == COMMIT and flags & MOVED:
+                place, body = PLACE.unpack_from(body), body[16:]
+            yield kind, flags, number, key, body, place
             position += (48 + length + 7) & -8
         else:
             position += 1
 
 
-def main(output, nodes):
-    """Reads all nodes, writes all messages."""
+def read_nodes(nodes):
+    """(chunks, commits, dead) of all nodes: chunks in every form that was found, commits of copies that were not dropped."""
     chunks, commits, dead = {}, {}, set()
     for node in nodes:
         folder = os.path.join(node, "segments")
+        copies, drops = {}, set()
         for name in sorted(os.listdir(folder)):
             if not name.endswith(".seg"):
                 continue
-            for kind, flags, number, key, body in records(os.path.join(folder, name)):
+            for kind, flags, number, key, body, place in records(os.path.join(folder, name)):
                 if kind == CHUNK:
-                    chunks[key, number] = (flags, body)
+                    forms = chunks.setdefault((key, number), [])
+                    if (flags & COMPRESSED, body) not in forms:
+                        forms.append((flags & COMPRESSED, body))
                 elif kind == COMMIT:
-                    commits[key] = body
+                    copies[key, place] = body
                 elif kind in (ABORT, TOMBSTONE):
                     dead.add(key)
+                elif kind == DROP:
+                    drops.add((key, PLACE.unpack_from(body)))
+        commits.update({key: body for (key, place), body in sorted(copies.items()) if (key, place) not in drops})
+    return chunks, commits, dead
+
+
+def octets_of(key, commit, chunks):
+    """The message, or None when no forms of its chunks fit its SHA-256."""
+    forms = [chunks.get((key, number), []) for number in range(len(commit["sizes"]))]
+    for parts in itertools.islice(itertools.product(*forms), TRIES_MAX):
+        octets = b"".join(decompress(data) if compressed else data for compressed, data in parts)
+        if hashlib.sha256(octets).hexdigest() == commit["sha256"]:
+            return octets
+    return None
+
+
+def main(output, nodes):
+    """Reads all nodes, writes all messages."""
+    chunks, commits, dead = read_nodes(nodes)
     written = damaged = 0
     for key, body in sorted(commits.items()):
         if key in dead:
             continue
         commit = json.loads(body)
-        try:
-            parts = [chunks[key, number] for number in range(len(commit["sizes"]))]
-            octets = b"".join(decompress(data) if flags & 1 else data for flags, data in parts)
-        except KeyError:
-            octets = b""
-        if hashlib.sha256(octets).hexdigest() != commit["sha256"]:
+        octets = octets_of(key, commit, chunks)
+        if octets is None:
             damaged += 1
             print(f"{key.hex()}: no whole copy", file=sys.stderr)
             continue

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import msgspec
-import zstandard
 
 from powermail.base import limits
 from powermail.base.digest import hash_octets
@@ -18,13 +17,13 @@ from powermail.base.errors import OperatorError
 from powermail.base.settings import load
 from powermail.delivery.srs import Rewriter, SrsError
 from powermail.directory import password
-from powermail.keeper.checkpoint import decode as decode_checkpoint
+from powermail.keeper import checkpoint_form as form
 from powermail.mail import header
 from powermail.mail.address import AddressError, is_hello_name, parse, parse_canonical, parse_path
 from powermail.mail.dsn import is_xtext, printable
 from powermail.mail.envelope import Commit
 from powermail.mail.status import Status
-from powermail.storage import record as rec
+from powermail.storage.log import record as rec
 from powermail.wire import pop3, sasl, smtp
 from powermail.wire.buffer import BareLineEnd, InputBuffer, LineTooLong
 from powermail.wire.dot import DotReader, DotWriter, stuff
@@ -272,10 +271,17 @@ def stored_records(data: bytes) -> None:
         _commit(data)
     except msgspec.DecodeError:
         pass
-    try:
-        decode_checkpoint(data)
-    except (msgspec.DecodeError, zstandard.ZstdError):
-        pass
+    for read in (
+        lambda: form.decode_head(data),
+        lambda: form.decode_whole([data]),
+        lambda: form.decode_tail([data]),
+        lambda: form.decode_queue(data),
+        lambda: form.decode_first(data),
+    ):
+        try:
+            read()
+        except form.BadRecord:
+            continue
 
 
 def settings_files(data: bytes) -> None:

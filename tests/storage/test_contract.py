@@ -1,73 +1,19 @@
-"""What every storage node promises: on a real disk, on the simulated one, and in memory."""
+"""What every storage node promises, sentence by sentence, on a real disk, a simulated one, and in memory: its copies."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import AsyncIterator
-from pathlib import Path
+import asyncio
 
 import pytest
-import zstandard
 
-from powermail.base.disk import SystemDisk
-from powermail.base.errors import CopyDamaged, CopyMissing, NodeReadOnly, NodeTrouble
-from powermail.base.lane import Lane
-from powermail.base.log import MemoryLog
-from powermail.base.world import World, system_world
-from powermail.sim.disk import SimDisk
-from powermail.sim.lane import SimLane
-from powermail.sim.memory import MemoryNode
-from powermail.storage.contract import COMPRESSED, START, Chunk, NodeState, Position, StorageNode
-from powermail.storage.keyindex import KeyIndex, MemoryKeyIndex, SqliteKeyIndex
-from powermail.storage.node import LocalNode
-from tests.storage.support import CLUSTER, SMALL, key
+from powermail.base import limits
+from powermail.base.errors import CommitRefused, CopyDamaged, CopyMissing, NodeReadOnly, NodeTrouble
+from powermail.storage.contract import START, Held, Mark, NodeState, Origin, Position, Stamp, StorageNode
+from tests.storage.asks import NAME, NO_MARK, chunk, compact_all, fresh, held, put, refused, text, unknown
+from tests.storage.rigs import Rig, then_reopened, walk
+from tests.storage.support import key
 
-
-def simulated_world() -> World:
-    """A disk in memory and lanes without threads."""
-    world = system_world(MemoryLog())
-    world.disk = SimDisk()
-
-    def lane(name: str) -> Lane:
-        return SimLane(lambda: 0.0001, lambda: True)
-
-    world.lane = lane
-    return world
-
-
-def in_memory(path: str, store: bytes) -> KeyIndex:
-    """A key index that is thrown away."""
-    return MemoryKeyIndex()
-
-
-@pytest.fixture(params=["real disk", "simulated disk", "memory"])
-async def node(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[StorageNode]:
-    """An open, empty node of each kind."""
-    made: StorageNode
-    if request.param == "real disk":
-        assert isinstance(system_world(MemoryLog()).disk, SystemDisk)
-        made = LocalNode(system_world(MemoryLog()), CLUSTER, "a", str(tmp_path / "a"), "rack-a", 3, SMALL, SqliteKeyIndex)
-    elif request.param == "simulated disk":
-        made = LocalNode(simulated_world(), CLUSTER, "a", "a", "rack-a", 3, SMALL, in_memory)
-    else:
-        made = MemoryNode("a", "rack-a", 3)
-    await made.initialise()
-    await made.open()
-    yield made
-    await made.close()
-
-
-def chunk(number: int, octets: bytes, compressed: bool = False) -> Chunk:
-    """A chunk as the cluster makes it."""
-    if compressed:
-        return Chunk(number, COMPRESSED, zstandard.ZstdCompressor().compress(octets), len(octets))
-    return Chunk(number, 0, octets, len(octets))
-
-
-async def put(node: StorageNode, number: int, octets: bytes = b"octets") -> bytes:
-    """A small committed message; its key."""
-    await node.commit(key(number), [chunk(0, octets)], b'{"commit":%d}' % number, 1)
-    return key(number)
+# -- what it is ---------------------------------------------------------------------------------------------------
 
 
 async def test_it_says_who_it_is(node: StorageNode) -> None:
@@ -76,189 +22,363 @@ async def test_it_says_who_it_is(node: StorageNode) -> None:
     assert node.stat().state == "read-write"
     await node.open()  # fine if open
     await node.probe()
-
-
-async def test_a_committed_message_is_read_octet_for_octet(node: StorageNode) -> None:
-    octets = bytes(range(256)) * 20
-    await node.commit(key(1), [chunk(0, octets, compressed=True)], b"the record", 1)
-    assert await node.read_commit(key(1)) == b"the record"
-    assert await node.read_chunk(key(1), 0) == chunk(0, octets, compressed=True)
-    assert await node.has([key(1), key(2)]) == [True, False]
-    await node.verify(key(1))
-    assert node.stat().messages == 1
-
-
-async def test_a_stream_counts_from_its_commit_on(node: StorageNode) -> None:
-    await node.append(key(1), [chunk(0, b"first")])
-    assert (await node.read_chunk(key(1), 0)).stored == b"first"
-    assert await node.has([key(1)]) == [False]
-    with pytest.raises(CopyMissing):
-        await node.read_commit(key(1))
-    await node.append(key(1), [chunk(1, b"second")])
-    await node.commit(key(1), [chunk(2, b"third")], b"{}", 3)
-    assert [(await node.read_chunk(key(1), n)).stored for n in range(3)] == [b"first", b"second", b"third"]
-
-
-async def test_a_commit_without_all_chunks_is_refused(node: StorageNode) -> None:
-    await node.append(key(1), [chunk(0, b"first")])
-    with pytest.raises(NodeTrouble):
-        await node.commit(key(1), [chunk(2, b"third")], b"{}", 3)
-    assert await node.has([key(1)]) == [False]
-
-
-async def test_a_commit_is_idempotent_by_key(node: StorageNode) -> None:
-    """R08: other octets under a key that is there never take its place."""
-    await put(node, 1, b"the first")
-    await node.commit(key(1), [chunk(0, b"another")], b"another", 1)
-    assert (await node.read_chunk(key(1), 0)).stored == b"the first"
-    assert await node.read_commit(key(1)) == b'{"commit":1}'
-    assert node.stat().messages == 1
-
-
-@pytest.mark.parametrize("tombstone", [False, True])
-async def test_abort_and_deletion_are_final(node: StorageNode, tombstone: bool) -> None:
-    """R08, R10, P8: also when the message comes later."""
-    for number in (1, 2):
-        if number == 1:
-            await put(node, 1)
-        await (node.delete([key(number)]) if tombstone else node.abort(key(number)))
-        with pytest.raises(NodeTrouble):
-            await put(node, number)
-        with pytest.raises(NodeTrouble):
-            await node.append(key(number), [chunk(0, b"x")])
-        with pytest.raises(CopyMissing):
-            await node.read_commit(key(number))
-    assert await node.has([key(1), key(2)]) == [False, False]
-    assert await node.deleted([key(1), key(2), key(3)]) == [tombstone, tombstone, False]
-    assert await node.live_keys(b"", 10) == []
-    await node.delete([key(1)])
-    assert await node.deleted([key(1)]) == [True]
-
-
-async def test_small_messages_are_read_many_at_once(node: StorageNode) -> None:
-    for number in (1, 2, 3):
-        await put(node, number, b"octets %d" % number)
-    await node.append(key(5), [chunk(0, b"open")])
-    found = await node.read_small([key(3), key(9), key(1), key(5)])
-    assert found[1] is None and found[3] is None
-    assert found[0] is not None and found[0].commit == b'{"commit":3}'
-    assert found[2] is not None and found[2].chunks == [chunk(0, b"octets 1")]
-
-
-async def test_a_blocked_node_reads_and_deletes(node: StorageNode) -> None:
-    await put(node, 1)
-    await put(node, 2)
-    node.block(True)
-    assert node.state is NodeState.BLOCKED
-    with pytest.raises(NodeReadOnly):
-        await put(node, 3)
-    with pytest.raises(NodeReadOnly):
-        await node.put_checkpoint(b"x" * 16, 0, b"x")
-    assert (await node.read_chunk(key(1), 0)).stored == b"octets"
-    await node.delete([key(1)])
-    assert await node.has([key(1), key(2)]) == [False, True]
-    node.block(False)
-    await put(node, 3)
-
-
-async def test_scan_gives_each_message_once_in_the_order_of_the_log(node: StorageNode) -> None:
-    order = list(range(1, 41))
-    random.Random(1).shuffle(order)
-    for number in order:
-        await put(node, number)
-    await node.delete([key(order[5])])
-    wanted = [key(number) for number in order if number != order[5]]
-    for limit in (1, 7, 1000):
-        found: list[bytes] = []
-        position = START
-        while True:
-            items, following = await node.scan(position, limit, 0.0, False)
-            found += [item.key for item in items]
-            if following == position:
-                break
-            position = following
-        assert found == wanted
-    assert position <= await node.end()
-    await put(node, 100)
-    items, _ = await node.scan(position, 10, 0.0, False)
-    assert [item.key for item in items] == [key(100)]
-
-
-async def test_live_keys_come_in_order_and_in_pages(node: StorageNode) -> None:
-    for number in (5, 1, 4, 2, 3):
-        await put(node, number)
-    assert await node.live_keys(b"", 2) == [key(1), key(2)]
-    assert await node.live_keys(key(2), 10) == [key(3), key(4), key(5)]
-
-
-async def test_checkpoints_are_kept_by_name_and_number(node: StorageNode) -> None:
-    first, second = b"a" * 16, b"b" * 16
-    await node.put_checkpoint(second, 0, b"whole")
-    await node.put_checkpoint(first, 0, b"whole one")
-    await node.put_checkpoint(first, 1, b"delta")
-    assert await node.checkpoints(b"", 10) == [(first, 0, b"whole one"), (first, 1, b"delta"), (second, 0, b"whole")]
-    assert await node.checkpoints(first, 10) == [(second, 0, b"whole")]
-    await node.put_checkpoint(first, 0, b"whole again")
-    assert (await node.checkpoints(b"", 10))[0] == (first, 0, b"whole again")
-    assert len(await node.checkpoints(b"", 10)) == 2
-
-
-async def test_a_new_incarnation_is_another(node: StorageNode) -> None:
-    before = node.incarnation
-    assert await node.new_incarnation() == node.incarnation != before
-
-
-async def test_a_good_copy_is_never_discarded(node: StorageNode) -> None:
-    await put(node, 1)
-    await node.discard(key(1))
-    await node.discard(key(2))
-    assert await node.has([key(1)]) == [True]
-
-
-async def test_a_bad_copy_is_told_and_can_be_replaced(node: StorageNode, tmp_path: Path) -> None:
-    await put(node, 1, b"the octets of this message")
-    _damage(node, tmp_path)
-    with pytest.raises(CopyDamaged):
-        await node.verify(key(1))
-    assert await node.read_small([key(1)]) == [None]
-    await node.discard(key(1))
-    assert await node.has([key(1)]) == [False]
-    await put(node, 1, b"the octets of this message")
-    await node.verify(key(1))
-
-
-def _damage(node: StorageNode, tmp_path: Path) -> None:
-    if isinstance(node, MemoryNode):
-        node.damage(key(1))
-        return
-    assert isinstance(node, LocalNode)
-    if isinstance(node._world.disk, SimDisk):
-        (path,) = (name for name in node._world.disk.names if name.endswith(".seg"))
-        content = node._world.disk.content[node._world.disk.names[path]]
-        content[content.index(b"the octets")] ^= 1
-        return
-    (segment,) = (tmp_path / "a" / "segments").glob("*.seg")
-    octets = bytearray(segment.read_bytes())
-    octets[octets.index(b"the octets")] ^= 1
-    with segment.open("r+b") as file:
-        file.write(octets)
-
-
-async def test_compaction_frees_what_is_dead_and_keeps_the_rest(node: StorageNode) -> None:
-    for number in range(1, 400):
-        await put(node, number, b"x" * 1000)
-    await node.delete([key(number) for number in range(1, 400) if number % 10])
-    await node.forget_tombstones([key(number) for number in range(1, 400) if number % 10])
-    while await node.compact(Position(1 << 40, 0)):
-        pass
-    for number in range(10, 400, 10):
-        assert (await node.read_chunk(key(number), 0)).stored == b"x" * 1000
-    assert await node.has([key(1)]) == [False]
+    facts = await node.facts()
+    assert (facts.incarnation, facts.birth, facts.damaged, facts.mark) == (node.incarnation, START, False, NO_MARK)
+    assert facts.boots == (fresh(node).boot,)
 
 
 async def test_a_closed_node_says_so(node: StorageNode) -> None:
     await put(node, 1)
     await node.close()
-    assert node.state is NodeState.CLOSED
+    assert (node.state, node.incarnation, node.stamp()) == (NodeState.CLOSED, "", None)
     with pytest.raises(NodeTrouble):
         await node.read_commit(key(1))
+    with pytest.raises(NodeTrouble):
+        await node.has([key(1)])
+    await unknown(node, 2)
+    await node.close()  # fine if closed
+
+
+async def test_each_opening_adds_a_boot_to_the_chain(rig: Rig) -> None:
+    """Law 12: the chain tells an older disk from this one."""
+    chains = [(await rig.node.facts()).boots]
+    for _ in range(3):
+        node = await rig.reopen()
+        chains.append((await node.facts()).boots)
+        assert fresh(node).boot == chains[-1][-1]
+    assert [len(chain) for chain in chains] == [1, 2, 3, 4]
+    assert all(chains[3][: len(chain)] == chain for chain in chains)
+    assert len(set(chains[3])) == 4
+
+
+async def test_a_long_chain_of_boots_forgets_its_beginning(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "BOOTS_MAX", 3)
+    for _ in range(4):
+        await rig.reopen()
+    before = (await rig.node.facts()).boots
+    after = (await (await rig.reopen()).facts()).boots
+    assert len(before) == len(after) == 3 and after[:2] == before[1:]
+
+
+# -- receipts -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_committed_message_is_read_octet_for_octet(node: StorageNode) -> None:
+    octets = bytes(range(256)) * 20
+    await node.commit(key(1), [chunk(0, octets, compressed=True)], b"the record", 1, None, Origin.DELIVERY)
+    assert await node.read_commit(key(1)) == b"the record"
+    assert await node.read_chunk(key(1), 0) == chunk(0, octets, compressed=True)
+    assert await held(node, 1, 2) == ["live", "absent"]
+    assert node.stat().messages == 1
+
+
+async def test_a_receipt_names_node_incarnation_and_position(node: StorageNode) -> None:
+    """Law 1; the position is the same wherever it is told."""
+    receipt = await put(node, 1)
+    later = await put(node, 2)
+    assert (receipt.node, receipt.incarnation) == ("a", node.incarnation)
+    assert START < receipt.position < later.position < (await node.facts()).end
+    assert await node.verify(key(1)) == receipt.position
+    scan = await node.scan(START, 10, 0.0)
+    assert [(item.key, item.position) for item in scan.items] == [(key(1), receipt.position), (key(2), later.position)]
+    assert [(item.key, item.position) for item in await node.inventory(b"", 10)] == [
+        (key(1), receipt.position),
+        (key(2), later.position),
+    ]
+
+
+async def test_a_commit_of_a_live_key_answers_the_position_it_has(rig: Rig) -> None:
+    """Law 1, R08: other octets under a key that is there never take its place."""
+    first = await put(rig.node, 1, b"the first")
+    assert await put(rig.node, 1, b"another") == first
+    assert await put(rig.node, 1, b"another", origin=Origin.REPAIR) == first
+    node = await rig.reopen()
+    assert await put(node, 1, b"another") == first
+    assert (await node.read_chunk(key(1), 0)).stored == b"the first"
+    assert await walk(node) == [(key(1), Origin.DELIVERY)]
+
+
+async def test_two_commits_of_a_key_at_once_are_one(node: StorageNode) -> None:
+    first, second = await asyncio.gather(put(node, 1), put(node, 1))
+    assert first == second and node.stat().messages == 1
+
+
+async def test_a_stream_counts_from_its_commit_on(node: StorageNode) -> None:
+    await node.append(key(1), [chunk(0, b"first")])
+    assert (await node.read_chunk(key(1), 0)).stored == b"first"
+    assert await held(node, 1) == ["absent"]
+    assert await walk(node) == [] and await node.inventory(b"", 10) == []
+    with pytest.raises(CopyMissing):
+        await node.read_commit(key(1))
+    await node.append(key(1), [chunk(1, b"second")])
+    await node.commit(key(1), [chunk(2, b"third")], b"{}", 3, fresh(node), Origin.DELIVERY)
+    assert [(await node.read_chunk(key(1), n)).stored for n in range(3)] == [b"first", b"second", b"third"]
+    with pytest.raises(CopyMissing):
+        await node.read_chunk(key(1), 3)
+
+
+async def test_small_messages_are_read_many_at_once(node: StorageNode) -> None:
+    for number in (1, 2, 3):
+        await put(node, number)
+    await node.append(key(5), [chunk(0, b"open")])
+    found = await node.read_small([key(3), key(9), key(1), key(5)])
+    assert found[1] is None and found[3] is None
+    assert found[0] is not None and found[0].commit == b'{"commit":3}'
+    assert found[2] is not None and found[2].chunks == [chunk(0, text(1))]
+
+
+# -- the window (laws 2, 5) ---------------------------------------------------------------------------------------
+
+
+async def test_stamps_are_a_boot_and_the_nodes_own_clock(rig: Rig) -> None:
+    before = fresh(rig.node)
+    rig.ticks.now += 5.0
+    after = fresh(rig.node)
+    assert after.boot == before.boot and after.at == pytest.approx(before.at + 5.0)
+
+
+async def test_a_commit_within_the_window_is_taken(rig: Rig) -> None:
+    stamp = fresh(rig.node)
+    rig.ticks.now += limits.COMMIT_WINDOW_S - 0.1
+    await put(rig.node, 1, stamp=stamp)
+    await put(rig.node, 2, stamp=None, origin=Origin.REPAIR)
+
+
+async def test_a_stamp_that_is_too_old_is_refused(rig: Rig) -> None:
+    stamp = fresh(rig.node)
+    rig.ticks.now += limits.COMMIT_WINDOW_S + 0.1
+    await refused(rig.node, 1, stamp)
+    await put(rig.node, 1, stamp=fresh(rig.node))
+
+
+async def test_a_stamp_of_another_boot_is_refused(rig: Rig) -> None:
+    """A front end slept while the node was started anew."""
+    stamp = fresh(rig.node)
+    node = await rig.reopen()
+    await refused(node, 1, stamp)
+    await refused(node, 1, Stamp("00" * 8, fresh(node).at))
+
+
+async def test_a_stamp_older_than_one_that_was_named_is_refused(rig: Rig) -> None:
+    """Laws 2, 9, 11: without this a pause between check and append brings a forgotten message back."""
+    node = rig.node
+    old = fresh(node)
+    rig.ticks.now += 1.0
+    named = fresh(node)
+    await node.fence(named)
+    await refused(node, 1, old)
+    await put(node, 2, stamp=named)
+    rig.ticks.now += 1.0
+    await put(node, 3, stamp=fresh(node))
+    await node.fence(old)  # an older one lifts nothing
+    await refused(node, 4, old)
+
+
+async def test_a_fence_is_not_taken_back_by_a_stamp_of_another_boot(rig: Rig) -> None:
+    node = rig.node
+    foreign = fresh(node)
+    node = await rig.reopen()
+    old = fresh(node)
+    rig.ticks.now += 1.0
+    await node.fence(fresh(node))
+    await node.fence(foreign)
+    await refused(node, 1, old)
+
+
+async def test_a_fence_waits_for_every_append_that_passed_the_check(rig: Rig) -> None:
+    """Law 2: check, pause, scan, delete, forget, append: the message would be back."""
+    node = rig.node
+    await put(node, 1)
+    rig.hold()
+    under_way = asyncio.ensure_future(put(node, 2, stamp=fresh(node)))
+    await asyncio.sleep(0.01)
+    rig.ticks.now += 1.0
+    fence = asyncio.ensure_future(node.fence(fresh(node)))
+    done, _ = await asyncio.wait([fence], timeout=0.05)
+    assert not done, "it answered before the append was durable"
+    rig.release()
+    end = await fence
+    receipt = await under_way
+    assert receipt.position < end <= (await node.facts()).end
+    assert (key(2), Origin.DELIVERY) in await walk(node)
+
+
+async def test_late_but_here_and_late_but_dead_are_no_definite_refusals(rig: Rig) -> None:
+    """Law 5: "refused, but here" is no receipt and no refusal."""
+    stamp = fresh(rig.node)
+    await put(rig.node, 1)
+    await rig.node.delete([key(2)], NO_MARK, 0.0)
+    rig.ticks.now += limits.COMMIT_WINDOW_S + 1.0
+    await unknown(rig.node, 1, stamp)
+    await unknown(rig.node, 2, stamp)
+    assert await held(rig.node, 1, 2) == ["live", "dead"]
+
+
+async def test_a_refusal_is_decided_behind_all_earlier_asks_for_the_key(rig: Rig) -> None:
+    """Law 5: an earlier ask that is still being written must not be overtaken by "not here"."""
+    old = fresh(rig.node)
+    rig.ticks.now += limits.COMMIT_WINDOW_S + 1.0
+    rig.hold()
+    first = asyncio.ensure_future(put(rig.node, 1, stamp=fresh(rig.node)))
+    await asyncio.sleep(0.01)
+    second = asyncio.ensure_future(put(rig.node, 1, stamp=old))
+    await asyncio.sleep(0.01)
+    rig.release()
+    await first
+    with pytest.raises(NodeTrouble) as info:
+        await second
+    assert not isinstance(info.value, CommitRefused)
+    assert await held(rig.node, 1) == ["live"]
+
+
+async def test_a_commit_whose_chunks_are_missing_is_refused(node: StorageNode) -> None:
+    await node.append(key(1), [chunk(0, b"first")])
+    with pytest.raises(CommitRefused):
+        await node.commit(key(1), [chunk(2, b"third")], b"{}", 3, fresh(node), Origin.DELIVERY)
+    with pytest.raises(CommitRefused):
+        await node.commit(key(2), [], b"{}", 1, None, Origin.DELIVERY)
+    assert await held(node, 1, 2) == ["absent", "absent"]
+
+
+async def test_a_stream_that_is_let_go_leaves_nothing(rig: Rig) -> None:
+    """Law 5: CANCEL writes nothing."""
+    node = rig.node
+    await put(node, 1)
+    await node.append(key(2), [chunk(0, b"first")])
+    end = await node.fence(fresh(node))
+    await node.cancel(key(2))
+    await node.cancel(key(1))  # it was committed: it stays
+    await node.cancel(key(3))
+    assert (await node.facts()).end == end
+    assert await held(node, 1, 2) == ["live", "absent"]
+    with pytest.raises(CopyMissing):
+        await node.read_chunk(key(2), 0)
+    with pytest.raises(CommitRefused):
+        await node.commit(key(2), [chunk(1, b"second")], b"{}", 2, fresh(node), Origin.DELIVERY)
+    await put(node, 2, b"as a whole")
+    node = await rig.reopen()
+    assert (await node.read_chunk(key(2), 0)).stored == b"as a whole"
+
+
+# -- tombstones, drops (law 1) ------------------------------------------------------------------------------------
+
+
+async def test_a_tombstone_is_final_also_for_keys_it_never_had(rig: Rig) -> None:
+    """R08, R10, P8: also when the message comes later, and after a restart."""
+    await put(rig.node, 1)
+    await rig.node.append(key(3), [chunk(0, b"open")])
+    await rig.node.delete([key(1), key(2), key(3)], NO_MARK, 100.0)
+    async for node in then_reopened(rig):
+        for number in (1, 2, 3):
+            await unknown(node, number, fresh(node))
+            with pytest.raises(NodeTrouble):
+                await node.append(key(number), [chunk(0, b"x")])
+            with pytest.raises(CopyMissing):
+                await node.read_commit(key(number))
+        assert await held(node, 1, 2, 3, 4) == ["dead", "dead", "dead", "absent"]
+        assert {item.held for item in await node.inventory(b"", 10)} == {Held.DEAD}
+        await node.delete([key(1)], NO_MARK, 200.0)
+        assert await held(node, 1) == ["dead"]
+
+
+async def test_a_drop_removes_one_copy_and_says_nothing_about_the_key(rig: Rig) -> None:
+    first = await put(rig.node, 1)
+    await put(rig.node, 2)
+    await rig.node.drop([(key(1), first.position), (key(9), first.position)], NO_MARK)
+    assert await held(rig.node, 1, 2, 9) == ["absent", "live", "absent"]
+    with pytest.raises(CopyMissing):
+        await rig.node.verify(key(1))
+    node = await rig.reopen(lose_index=True)
+    assert await held(node, 1, 2) == ["absent", "live"]
+    second = await put(node, 1, b"again", origin=Origin.REPAIR)
+    assert second.position > first.position
+    await node.drop([(key(1), first.position)], NO_MARK)  # of the copy that is gone already
+    assert await held(node, 1) == ["live"]
+    node = await rig.reopen(lose_index=True)
+    assert (await node.read_chunk(key(1), 0)).stored == b"again"
+    assert await node.verify(key(1)) == second.position
+
+
+async def test_a_drop_of_another_position_removes_nothing(node: StorageNode) -> None:
+    first, second = await put(node, 1), await put(node, 2)
+    await node.drop([(key(1), second.position), (key(2), Position(0, 0))], NO_MARK)
+    assert await held(node, 1, 2) == ["live", "live"]
+    assert await node.verify(key(1)) == first.position
+
+
+async def test_a_drop_names_where_the_copy_was_first_written_also_after_it_moved(rig: Rig) -> None:
+    """Law 1: the index knows the receipt's position, whatever compaction did since."""
+    receipts = {number: await put(rig.node, number, text(number, 400)) for number in range(1, 41)}
+    moved = [number for number in receipts if not number % 5]
+    await rig.node.delete([key(number) for number in receipts if number % 5], NO_MARK, 0.0)
+    assert await compact_all(rig.node) > 0
+    origins = dict(await walk(rig.node))
+    assert [number for number in moved if origins[key(number)] is Origin.MOVED], "some were moved"
+    for number in moved:
+        assert await rig.node.verify(key(number)) == receipts[number].position
+        assert await put(rig.node, number) == receipts[number]
+    node = await rig.reopen(lose_index=True)
+    assert {item.key: item.position for item in await node.inventory(b"", 100) if item.held is Held.LIVE} == {
+        key(number): receipts[number].position for number in moved
+    }
+    await node.drop([(key(number), receipts[number].position) for number in moved[:4]], NO_MARK)
+    async for each in then_reopened(rig, True):
+        assert await held(each, *moved) == ["absent"] * 4 + ["live"] * (len(moved) - 4)
+
+
+async def test_a_good_copy_is_never_discarded(node: StorageNode) -> None:
+    await put(node, 1)
+    await node.delete([key(3)], NO_MARK, 0.0)
+    assert [await node.discard(key(number), NO_MARK) for number in (1, 2, 3)] == [Held.LIVE, Held.ABSENT, Held.DEAD]
+    assert await held(node, 1) == ["live"]
+
+
+async def test_a_bad_copy_is_told_dropped_and_replaced(rig: Rig) -> None:
+    first = await put(rig.node, 1)
+    await put(rig.node, 2)
+    await rig.damage(1)
+    with pytest.raises(CopyDamaged):
+        await rig.node.verify(key(1))
+    assert await rig.node.read_small([key(1)]) == [None]
+    assert await rig.node.discard(key(1), NO_MARK) is Held.ABSENT
+    with pytest.raises(CopyMissing):
+        await rig.node.verify(key(1))
+    second = await put(rig.node, 1, origin=Origin.REPAIR)
+    assert second.position > first.position
+    node = await rig.reopen()
+    assert await node.verify(key(1)) == second.position
+    assert await held(node, 2) == ["live"]
+
+
+async def test_what_damage_may_have_hidden_is_unknown(rig: Rig) -> None:
+    """Absence is never inferred."""
+    for number in (1, 2, 3):
+        await put(rig.node, number)
+    await rig.node.delete([key(3)], NO_MARK, 0.0)
+    await rig.lose(1)
+    assert await held(rig.node, 1, 2, 3, 9) == ["unknown", "live", "dead", "unknown"]
+    assert (await rig.node.facts()).damaged
+
+
+# -- blocked ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_blocked_node_reads_deletes_and_drops(node: StorageNode) -> None:
+    receipts = [await put(node, number) for number in (1, 2, 3)]
+    node.block(True)
+    assert node.state.value == "blocked"
+    await refused(node, 4, fresh(node))
+    with pytest.raises(NodeReadOnly):
+        await node.append(key(4), [chunk(0, b"x")])
+    with pytest.raises(NodeReadOnly):
+        await node.put_checkpoint(NAME, 0, b"x", NO_MARK)
+    assert await put(node, 3) == receipts[2], "it is here, and that is all it says"
+    assert (await node.read_chunk(key(1), 0)).stored == text(1)
+    await node.delete([key(1)], Mark(epoch=3), 0.0)
+    await node.drop([(key(2), receipts[1].position)], NO_MARK)
+    await node.put_mark(Mark(epoch=4))
+    assert (await node.facts()).mark.epoch == 4
+    assert await held(node, 1, 2, 3) == ["dead", "absent", "live"]
+    node.block(False)
+    assert node.state.value == "read-write"
+    await put(node, 4)

@@ -145,7 +145,7 @@ async def test_a_changed_account_ends_its_open_sessions(
     assert (await sender.ask("MAIL FROM:<ann@local.example>")).startswith("421")
     assert await reader.closed()
     assert await sender.closed()
-    assert (await running.powermail.index.totals())["entries"] == 1, "nothing was deleted"
+    assert (await running.powermail.core.index.totals())["entries"] == 1, "nothing was deleted"
 
 
 async def test_an_upgraded_password_does_not_end_its_own_session(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ async def test_an_upgraded_password_does_not_end_its_own_session(running: Runnin
     await running.mailbox("ann@local.example", password="{md5}5ebe2294ecd0e0f08eab7690d2a6ee69")
     reader = await running.log_in("ann@local.example")
     assert (await reader.ask_pop("STAT")).startswith("+OK")
-    account = await running.powermail.directory.find("ann@local.example")
+    account = await running.powermail.core.directory.find("ann@local.example")
     assert account is not None and account.password.startswith("{argon2id}")
     assert (await reader.ask_pop("QUIT")).startswith("+OK")
 
@@ -179,7 +179,7 @@ async def test_bad_destinations_are_refused_at_write(running: Running, destinati
 async def test_bad_destinations_in_the_table_are_refused_at_use(running: Running) -> None:
     """F01: a row written around our checks leads nowhere, and its neighbours still work."""
     await running.mailbox("ann@local.example")
-    db = running.powermail.directory._db
+    db = running.powermail.core.directory._db
     assert db is not None
     for address, forward in (("one", "a@b.example>\r\nX:y"), ("two", "ann@local.example bad@@x")):
         db.execute("INSERT INTO accounts (address, forward) VALUES (?, ?)", (f"{address}@local.example", forward))
@@ -215,18 +215,18 @@ async def test_old_tls_is_refused(running: Running) -> None:
         context.minimum_version, context.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
     context.set_ciphers("ALL:@SECLEVEL=0")
     with pytest.raises((ssl.SSLError, ConnectionError)):
-        await asyncio.open_connection("127.0.0.1", running.powermail.listening["pop3s"], ssl=context)
+        await asyncio.open_connection("127.0.0.1", running.powermail.front.listening["pop3s"], ssl=context)
 
 
 async def test_certificates_are_reloaded_and_a_bad_one_is_not(running: Running) -> None:
     """T12: a new pair is used for new connections; a missing, cut or mismatched one is refused and the old kept."""
-    certificates = running.powermail._certificates
+    certificates = running.powermail.front.certificates
     assert certificates is not None
     place = running.data / "tls"
 
     async def serving() -> bytes:
         reader, writer = await asyncio.open_connection(
-            "127.0.0.1", running.powermail.listening["pop3s"], ssl=_unverified(), server_hostname="localhost"
+            "127.0.0.1", running.powermail.front.listening["pop3s"], ssl=_unverified(), server_hostname="localhost"
         )
         octets = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
         writer.close()

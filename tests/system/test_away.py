@@ -16,6 +16,7 @@ from powermail.base import limits
 from powermail.base.log import MemoryLog
 from powermail.base.world import system_world
 from tests.system.conftest import PopClient, Running, start
+from tests.system.sick import WRITES
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ async def test_directory_away_known_recipients_are_accepted_and_nobody_is_called
     """P12, P14, U19, F27."""
     await impatient.mailbox("ann@local.example")
     assert (await impatient.send(["ann@local.example"], b"S: 1\r\n\r\n1")).startswith("250")
-    directory = impatient.powermail.directory
+    directory = impatient.powermail.core.directory
     assert directory._db is not None
     directory._db.close()
     await asyncio.sleep(0.1)
@@ -60,10 +61,10 @@ async def test_directory_away_known_recipients_are_accepted_and_nobody_is_called
 async def test_stale_answers_have_a_bound(impatient: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     await impatient.mailbox("ann@local.example")
     await impatient.send(["ann@local.example"], b"x")
-    cache = impatient.powermail.resolver.directory
+    cache = impatient.powermail.front.resolver.directory
     monkeypatch.setattr(cache, "_stale_s", 0.2)
-    assert impatient.powermail.directory._db is not None
-    impatient.powermail.directory._db.close()
+    assert impatient.powermail.core.directory._db is not None
+    impatient.powermail.core.directory._db.close()
     await asyncio.sleep(0.3)
     assert (await impatient.send(["ann@local.example"], b"x")).startswith("451 4.3.0")
 
@@ -84,30 +85,43 @@ async def test_index_locked_mail_is_accepted_and_appears_when_it_is_free(impatie
     await asyncio.sleep(limits.INDEX_BUSY_TIMEOUT_S + 0.5)  # its transaction gives up meanwhile
     other.execute("ROLLBACK")
     other.close()
-    await impatient.powermail.reconciler.settle()
+    await impatient.powermail.core.reconciler.settle()
     assert await impatient.read("ann@local.example") == [*first, late]
-    await impatient.powermail.reconciler.settle()
+    await impatient.powermail.core.reconciler.settle()
     assert await impatient.read("ann@local.example") == [*first, late], "once (P5)"
+
+
+async def test_a_bad_copy_that_cannot_be_noted_hides_no_good_one(impatient: Running) -> None:
+    """P3: one copy rots while the index is locked by somebody else; the other is read all the same."""
+    await impatient.mailbox("ann@local.example")
+    await impatient.operation("node_block", node="a", blocked=True)  # so that the copies lie on the others
+    sent = [b"S: %d\r\n\r\n%s\r\n" % (n, b"x" * 200) for n in range(2)]
+    for octets in sent:
+        assert (await impatient.send(["ann@local.example"], octets[:-2])).startswith("250")
+    (segment,) = (impatient.data / "nodes" / "b" / "segments").glob("*.seg")
+    with segment.open("r+b") as file:
+        rotten = bytearray(file.read())
+        for place in range(300, len(rotten), 61):
+            rotten[place] ^= 0xFF
+        file.seek(0)
+        file.write(rotten)
+    impatient.powermail.core.cluster.note_slow("c")  # so that the bad ones are tried first
+    other = sqlite3.connect(impatient.data / "index.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    try:
+        assert await impatient.read("ann@local.example") == sent
+        assert impatient.powermail.world.counters.get("cluster.bad_copies") >= 1
+        assert [line for line in impatient.lines("trouble") if "was not noted" in line]
+    finally:
+        other.execute("ROLLBACK")
+        other.close()
 
 
 async def test_a_slow_node_is_given_nothing_while_others_are_quick(running: Running) -> None:
     """P20, F13: one slow group costs its first message, not every one."""
     await running.mailbox("ann@local.example")
-    node = running.powermail.cluster.node("a")
-    store = node._store  # type: ignore[attr-defined]
-    write = store.write
-
-    def slow(*arguments: object) -> object:
-        time.sleep(1.0)
-        return write(*arguments)
-
-    probe = store.probe
-
-    def slow_probe() -> None:
-        time.sleep(0.4)
-        probe()
-
-    store.write, store.probe = slow, slow_probe
+    node = running.powermail.core.cluster.node("a")
+    slow = running.disk.slow(running.data / "nodes" / "a", 1.0, WRITES)
     took = []
     for number in range(30):
         began = time.monotonic()
@@ -116,7 +130,7 @@ async def test_a_slow_node_is_given_nothing_while_others_are_quick(running: Runn
     assert sum(one > 0.5 for one in took) <= 2, took
     status = await running.operation("status")
     assert isinstance(status, dict) and [row["id"] for row in status["nodes"] if row["slow"]] == ["a"]
-    store.write, store.probe = write, probe
+    running.disk.end(slow)
     await asyncio.sleep(limits.NODE_SLOW_REMEMBERED_S + 2.0)
     before = node.stat().messages
     for number in range(12):

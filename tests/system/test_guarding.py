@@ -60,7 +60,7 @@ def test_neighbours_share_a_wider_limit() -> None:
 
 async def test_wrong_passwords_count_across_doors(running: Running) -> None:
     await running.mailbox("ann@local.example")
-    authenticator = running.powermail._authenticator
+    authenticator = running.powermail.front.authenticator
     assert authenticator is not None
     for _ in range(limits.AUTH_FAILURES_PER_MINUTE_MAX[0]):
         authenticator._limiter.failed("203.0.113.9", "ann@local.example")

@@ -63,22 +63,22 @@ async def check(data: Path, acknowledged: set[int]) -> None:
     powermail = await start(data)
     running = Running(powermail, data)
     try:
-        account = await powermail.directory.find("postmaster@localhost")
+        account = await powermail.core.directory.find("postmaster@localhost")
         assert account is not None
-        facts = await powermail.index.find_mailbox(account.id, "INBOX")
-        entries = await powermail.index.entries(facts.id, 0, 1 << 32, 1000) if facts else []
+        facts = await powermail.core.index.find_mailbox(account.id, "INBOX")
+        entries = await powermail.core.index.entries(facts.id, 0, 1 << 32, 1000) if facts else []
         found = []
         for entry in entries:
-            known = await powermail.index.message(entry.key)
-            _, octets = await powermail.fetcher.read_all(entry.key, known.nodes if known else ())
+            known = await powermail.core.index.message(entry.key)
+            _, octets = await powermail.core.fetcher.read_all(entry.key, known.nodes if known else ())
             match = re.search(rb"\r\nS: (\d+)\r\n\r\nbody\r\n$", octets)
             assert match, octets
             found.append(int(match.group(1)))
         assert acknowledged <= set(found)
         assert len(found) == len(set(found))
         for _ in range(50):
-            await powermail.repairer.step()
-            await powermail.collector.step()
+            await powermail.keeping.repairer.step()
+            await running.each(powermail.keeping.collector.step)
         result = await running.operation("verify")
         assert isinstance(result, dict)
         assert result["problems"] == []
@@ -92,7 +92,7 @@ async def check(data: Path, acknowledged: set[int]) -> None:
     [
         ("fdatasync", "EIO", (8, 15)),
         ("pwritev2", "EIO", (2, 9)),
-        ("pwritev2", "ENOSPC", (5,)),
+        ("pwritev2", "ENOSPC", (9,)),
         ("pwrite64", "ENOSPC", (40, 75)),
     ],
 )

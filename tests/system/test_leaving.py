@@ -64,18 +64,18 @@ async def peer(running: Running) -> AsyncIterator[Peer]:
     """A peer that is the smarthost."""
     made = Peer()
     port = await made.start()
-    running.powermail.outbound._route = Route("127.0.0.1", port, "none", None, "", "")
+    running.powermail.front.outbound._route = Route("127.0.0.1", port, "none", None, "", "")
     await running.mailbox("ann@local.example")
     await running.mailbox("fwd@local.example", password="", forward=["away@elsewhere.example"])
     yield made
-    await running.powermail.outbound.stop()
+    await running.powermail.front.outbound.stop()
     made.server.close()
 
 
 async def push(running: Running) -> None:
     """Tries everything in the queue now."""
     await running.operation("queue_set", numbers=[], held=None, due=True)
-    await running.powermail.outbound.step()
+    await running.powermail.front.outbound.step()
 
 
 async def queue(running: Running) -> list[dict[str, object]]:
@@ -95,7 +95,7 @@ async def test_a_forward_arrives_with_its_octets_and_a_rewritten_sender(running:
     assert body.endswith(b"S: x\r\n\r\n.dot\r\nbare\r\ncr\r\n")
     assert await queue(running) == []
     for _ in range(20):
-        await running.powermail.collector.step()
+        await running.each(running.powermail.keeping.collector.step)
     status = await running.operation("status")
     assert isinstance(status, dict)
     assert status["totals"]["messages"] == 0

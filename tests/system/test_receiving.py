@@ -252,6 +252,6 @@ async def test_connections_per_address_are_capped(running: Running) -> None:
     cap = running.powermail.settings.smtp.connections_per_address_max
     for _ in range(cap):
         await running.connect()
-    reader, writer = await asyncio.open_connection("127.0.0.1", running.powermail.listening["smtp"])
+    reader, writer = await asyncio.open_connection("127.0.0.1", running.powermail.front.listening["smtp"])
     assert (await reader.readline()).startswith(b"421")
     writer.close()

@@ -7,10 +7,9 @@ import hashlib
 
 import msgspec
 
-from powermail.index.contract import Delivery
+from powermail.index.contract import Delivery, Outcome
 from powermail.mail.envelope import Commit, Target
-from powermail.storage.contract import Chunk
-from powermail.storage.node import LocalNode
+from powermail.storage.contract import Chunk, Origin
 from tests.system.conftest import Running
 
 
@@ -18,20 +17,22 @@ async def test_a_copy_with_other_octets_than_were_accepted_is_never_multiplied(r
     """Every record of it is good, yet it is not the message: only the SHA-256 of the whole tells."""
     await running.mailbox("ann@local.example")
     powermail = running.powermail
-    account = await powermail.directory.find("ann@local.example")
+    account = await powermail.core.directory.find("ann@local.example")
     assert account is not None
     octets, wrong = b"Return-Path: <>\r\nReceived: x\r\nS: right\r\n", b"Return-Path: <>\r\nReceived: x\r\nS: wrong\r\n"
     sha256 = hashlib.sha256(octets).hexdigest()
     commit = Commit(len(octets), sha256, [len(octets)], 1.0, "", [Target(account=account.id)])
-    record = powermail.delivery.world.keys.next()
+    record = powermail.front.delivery.world.keys.next()
+    receipts = []
     for name, body in (("a", wrong), ("b", octets)):
-        await powermail.cluster.node(name).commit(record, [Chunk(0, 0, body, len(body))], msgspec.json.encode(commit), 1)
-    assert await powermail.index.deliver(Delivery(record, commit, ("a", "b")))
-    powermail.cluster.copies_required = 3
+        node, chunks = powermail.core.cluster.node(name), [Chunk(0, 0, body, len(body))]
+        receipts.append(await node.commit(record, chunks, msgspec.json.encode(commit), 1, node.stamp(), Origin.DELIVERY))
+    assert await running.index.deliver(Delivery(record, commit, tuple(receipts))) is Outcome.ENTERED
+    powermail.core.cluster.copies_required = 3
     for _ in range(5):
-        await powermail.repairer.step()
-    powermail.cluster.copies_required = 2
-    copy = await powermail.cluster.node("c").read_chunk(record, 0)
+        await powermail.keeping.repairer.step()
+    powermail.core.cluster.copies_required = 2
+    copy = await powermail.core.cluster.node("c").read_chunk(record, 0)
     assert copy.stored == octets
     running.problems_expected = True  # the wrong copy is still on node a, and verify says so
     result = await running.operation("verify")
@@ -42,13 +43,8 @@ async def test_a_copy_with_other_octets_than_were_accepted_is_never_multiplied(r
 async def test_original_defect_4_a_failing_node_costs_no_try_while_a_spare_is_up(running: Running) -> None:
     """Whichever node fails at the commit, the next in placement order is given the message and the answer is 250."""
     await running.mailbox("ann@local.example")
-    node = running.powermail.cluster.node("b")
-    assert isinstance(node, LocalNode) and node._store is not None
-
-    def failing(*arguments: object, **more: object) -> None:
-        raise OSError(errno.EIO, "injected")
-
-    node._store._flush = failing  # type: ignore[method-assign]
+    node = running.powermail.core.cluster.node("b")
+    running.disk.fail(running.data / "nodes" / "b", errno.EIO, ("write", "sync"))
     sent = []
     for number in range(8):
         octets = b"S: %d\r\n\r\n" % number

@@ -5,53 +5,86 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import msgspec
 import pytest
 
 from powermail.sim.run import simulate
 
-BLOCKS = int(os.environ.get("PM_TEST_SEED_BLOCKS", "10"))
-PER_BLOCK = 10
-ONCE_FAILED = (3, 4, 7, 11, 12, 502, 2224)  # seeds that found something; replayed for ever
+BLOCKS = int(os.environ.get("PM_TEST_SEED_BLOCKS", "2"))
+PER_BLOCK = 6
+SECONDS = 25
+ONCE_FAILED = (101, 312, 10008)  # seeds that found something; replayed for ever
+
+# Faults, and the branches of the laws that two seeds of them must take: a simulation in which none of it happens shows nothing.
+BRANCHES = {
+    ("old-index", "hot-index"): ("law.10.marks", "law.11.epochs", "law.11.walks", "law.11.caught_up", "keeper.reconciled"),
+    ("disk-emptied", "disk-returned"): ("law.12.incarnations", "law.12.older", "keeper.repaired"),
+    ("index-away", "index-hung", "kill"): ("delivery.index_late", "keeper.reconciled", "law.9.rounds", "keeper.forgotten"),
+    ("rot", "read-error", "disk-away"): ("cluster.replaced", "law.13.wholes", "law.13.tails", "keeper.collected"),
+}
 
 
-def simulated(first: int, count: int) -> list[dict[str, object]]:
+def simulated(first: int, count: int, *only: str) -> list[dict[str, Any]]:
     """Runs the command as people do."""
+    words = ["--first", str(first), "--seeds", str(count), "--seconds", str(SECONDS), "--jobs", "1", "--json"]
     done = subprocess.run(
-        [sys.executable, "-m", "powermail", "sim", "--first", str(first), "--seeds", str(count), "--jobs", "1", "--json"],
+        [sys.executable, "-m", "powermail", "sim", *words, *(word for fault in only for word in ("--only", fault))],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    results: list[dict[str, object]] = msgspec.json.decode(done.stdout)
+    results: list[dict[str, Any]] = msgspec.json.decode(done.stdout)
     assert [result["seed"] for result in results] == list(range(first, first + count))
     return results
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("block", range(BLOCKS))
 def test_no_client_sees_what_it_must_not(block: int) -> None:
     results = simulated(block * PER_BLOCK, PER_BLOCK)
-    assert all(result["acked"] and result["listings"] and result["faults"] for result in results)
+    assert all(result["acked"] and result["listings"] and result["looks"] and result["faults"] for result in results)
+    laws = [result["laws"] for result in results]
+    for name in (
+        "law.13.wholes",
+        "keeper.collected",
+        "keeper.forgotten",
+        "law.10.marks",
+    ):  # the keepers did run between the faults
+        assert any(counted.get(name) for counted in laws), name
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("faults", BRANCHES, ids=" ".join)
+def test_the_branches_of_the_laws_are_taken(faults: tuple[str, ...]) -> None:
+    results = simulated(1, 2, *faults)
+    for name in BRANCHES[faults]:
+        assert sum(result["laws"].get(name, 0) for result in results), f"{name} never happened"
+
+
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", [seed for seed in ONCE_FAILED if seed >= BLOCKS * PER_BLOCK])
 def test_seeds_that_once_failed(seed: int) -> None:
     simulated(seed, 1)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_seed_repeats_in_another_process() -> None:
     first, again = simulated(77, 1)[0], simulated(77, 1)[0]
     assert first == again
     assert simulated(78, 1)[0]["trace"] != first["trace"]
 
 
+@pytest.mark.timeout(600)
 def test_a_shorter_run_is_the_beginning_of_a_longer_one() -> None:
     """What `powermail sim --shrink` stands on."""
-    short, long = simulate(5, 5.0), simulate(5, 40.0)
+    short, long = simulate(5, 5.0), simulate(5, 15.0)
     at = next(n for n, (a, b) in enumerate(zip(short.trace, long.trace, strict=False)) if a != b)
     assert float(long.trace[at].split()[0]) >= 1005.0
+
+
+def test_a_fault_that_does_not_exist_is_said() -> None:
+    outcome = simulate(1, 1.0, ("flood",))
+    assert "no fault is called 'flood'" in outcome.problems[0]

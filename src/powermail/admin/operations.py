@@ -10,19 +10,22 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from powermail.base import limits
-from powermail.base.errors import MessageUnreadable, OperatorError
+from powermail.base.errors import IndexTrouble, MessageUnreadable, NodeTrouble, OperatorError
 from powermail.base.tasks import Worker
 from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
-from powermail.cluster.fetch import Fetcher
 from powermail.directory import password as pw
 from powermail.directory.contract import Account, Writable
 from powermail.directory.resolve import Resolver
 from powermail.index.contract import EntryFacts, Index
-from powermail.keeper.reconcile import Reconciler
-from powermail.keeper.repair import Repairer, Scrubber
+from powermail.keeper.admission import Admission
+from powermail.keeper.checkpoint import write_purged
+from powermail.keeper.forget import Forgetter
+from powermail.keeper.repair import Repairer
+from powermail.keeper.scrub import Scrubber
 from powermail.mail.address import AddressError, parse_canonical
-from powermail.storage.contract import NodeState
+from powermail.message.opener import Opener
+from powermail.storage.contract import Held, NodeState
 
 Progress = Callable[[int, int], Awaitable[None]]
 _PAGE = 1000
@@ -38,7 +41,7 @@ class Operations:
     NAMES = (
         "status", "list_messages", "usage", "dir", "orphans", "purge", "where", "whatif", "verify",
         "account_add", "account_import", "account_set", "account_delete", "account_list", "account_show",
-        "node_list", "node_block", "node_scrub", "node_replace", "node_confirm",
+        "node_list", "node_block", "node_scrub", "node_replace", "node_confirm", "node_expel",
         "queue_list", "queue_show", "queue_set", "queue_delete",
     )  # fmt: skip
 
@@ -49,10 +52,11 @@ class Operations:
         index: Index,
         directory: Writable,
         resolver: Resolver,
-        fetcher: Fetcher,
+        opener: Opener,
         repairer: Repairer,
         scrubber: Scrubber,
-        reconciler: Reconciler,
+        forgetter: Forgetter,
+        admission: Admission,
         workers: list[Worker],
         connections: Callable[[], dict[str, int]],
         hash_password: Callable[[str], Awaitable[str]],
@@ -62,10 +66,11 @@ class Operations:
         self._index = index
         self._directory = directory
         self._resolver = resolver
-        self._fetcher = fetcher
+        self._opener = opener
         self._repairer = repairer
         self._scrubber = scrubber
-        self._reconciler = reconciler
+        self._forgetter = forgetter
+        self._admission = admission
         self._workers = workers
         self._connections = connections
         self._hash = hash_password
@@ -94,11 +99,19 @@ class Operations:
         if not self._cluster.takes_mail():
             degraded.append("mail is not accepted: too few groups are writable")
         degraded += [f"node {node['id']} is {node['state']}" for node in nodes if node["state"] != "read-write"]
+        troubles = {name: self._cluster.trouble(name) for name in self._cluster.nodes}
+        degraded += [
+            f"node {node['id']}: {troubles[node['id']]}"
+            for node in nodes
+            if node["state"] == "read-write" and troubles[node["id"]]
+        ]
         if thin[0]:
             degraded.append(f"{thin[0]} messages are not redundant")
         if self._index.catching_up:
             degraded.append("the index is catching up with the nodes")
-        degraded += [f"node {n}: {c} deletions wait for `node confirm`" for n, c in self._reconciler.held.items()]
+        degraded += [f"node {n}: {c} copies wait to be dropped: `node confirm {n}`" for n, c in self._admission.held.items()]
+        degraded += self._forgetter.alarms
+        degraded += [f"worker {worker.name}: {worker.trouble}" for worker in self._workers if worker.trouble]
         eta = round(self._repairer.left / self._repairer.rate, 1) if self._repairer.rate else None
         return {
             "degraded": degraded,
@@ -125,7 +138,7 @@ class Operations:
                     "priority": node.priority,
                     "state": stat.state,
                     "slow": self._cluster.is_slow(node.id),
-                    "reason": stat.reason,
+                    "reason": stat.reason or self._cluster.trouble(node.id),
                     "messages": stat.messages,
                     "log_octets": stat.log_octets,
                     "live_octets": stat.live_octets,
@@ -134,7 +147,7 @@ class Operations:
                     "total_octets": stat.total_octets,
                     "damaged": stat.damaged,
                     "probe_ms": round(stat.probe_s * 1000, 2),
-                    "deletions_waiting": await self._index.deletions_total(node.id),
+                    "owed": sum(await self._index.orders_total(node.id)),
                 }
             )
         return rows
@@ -226,8 +239,24 @@ class Operations:
             return {"account": owner, "messages": 0, "purged": False}
         if not confirm:
             return {"account": owner, "messages": rows[0][1], "octets": rows[0][2], "purged": False}
-        done = await self._index.drop_mailboxes(owner)
+        if rows[0][3]:  # it goes on receiving: its mail is expunged like any
+            return {"account": owner, "messages": await self._expunge_all(owner), "purged": True}
+        await write_purged(self._world, self._cluster, self._index, owner)  # law 13: durable before a row goes
+        await self._index.note_purged(owner)
+        done = await self._index.purge(owner)
         return {"account": owner, "messages": done.removed, "purged": True}
+
+    async def _expunge_all(self, account: str) -> int:
+        """Expunges all mail of an account that goes on."""
+        removed, after = 0, 0
+        while page := await self._index.mailboxes(after, _PAGE):
+            after = page[-1].id
+            for facts in page:
+                while facts.account == account and (
+                    entries := await self._index.entries(facts.id, 0, facts.uid_next, limits.INDEX_PAGE_ROWS)
+                ):
+                    removed += (await self._index.expunge(facts.id, [entry.uid for entry in entries])).removed
+        return removed
 
     async def where(self, key: str) -> dict[str, Any]:
         """Everything about one message: copies, recipients, checks."""
@@ -240,7 +269,7 @@ class Operations:
         known = await self._index.message(octets)
         copies = {}
         for node in self._cluster.readable():
-            if (await node.has([octets]))[0]:
+            if (await node.has([octets]))[0] is Held.LIVE:
                 try:
                     await node.verify(octets)
                     copies[node.id] = "good"
@@ -248,9 +277,9 @@ class Operations:
                     copies[node.id] = f"bad: {error}"
         recipients = []
         try:
-            commit = await self._fetcher.commit(octets, tuple(copies))
-            recipients = [target.recipient or target.account for target in commit.targets]
-        except MessageUnreadable:
+            message = await self._opener.open(octets)
+            recipients = [target.recipient or target.account for target in message.commit.targets]
+        except (MessageUnreadable, IndexTrouble):
             pass
         return {
             "key": key,
@@ -286,6 +315,7 @@ class Operations:
         totals = await self._index.totals()
         groups = self._cluster.groups()
         checked, after = 0, b""
+        silent: dict[str, None] = {}  # nodes that did not answer: their copies are not asked for one by one
         everything = {name: f"{group}/{name}" for name, group in groups.items()}
         while page := await self._index.under_copied(everything, 1 << 20, after, _PAGE):
             after = page[-1].key
@@ -293,11 +323,14 @@ class Operations:
                 good = set()
                 for name in message.nodes:
                     node = self._cluster.nodes.get(name)
-                    if node is None or node.state in (NodeState.MISSING, NodeState.OPENING):
+                    if node is None or name in silent or node.state in (NodeState.MISSING, NodeState.OPENING):
                         continue
                     try:
                         await node.verify(message.key)
                         good.add(groups[name])
+                    except NodeTrouble as error:
+                        silent[name] = None
+                        problems.append(f"node {name} does not answer, its copies were not checked: {error}")
                     except Exception as error:  # noqa: BLE001  each is a finding
                         problems.append(f"message {message.key.hex()} on node {name}: {error}")
                 if len(good) < self._cluster.copies_required:
@@ -395,14 +428,29 @@ class Operations:
         if target.state not in (NodeState.MISSING, NodeState.OPENING):
             raise OperatorError(f"node {node} is {target.state.value}: only a node whose disk is gone can be replaced")
         await target.initialise()
-        await self._cluster.check_health()
+        await self._cluster.watch(target)
         return {"id": node, "state": target.state.value}
 
     async def node_confirm(self, node: str) -> dict[str, Any]:
         """Confirms a held mass deletion on a node (P9)."""
         self._cluster.node(node)
-        self._reconciler.confirmed[node] = None
-        return {"id": node, "confirmed": self._reconciler.held.pop(node, 0)}
+        return {"id": node, "confirmed": self._admission.confirm(node)}
+
+    async def node_expel(self, node: str, confirm: bool) -> dict[str, Any]:
+        """Ends the membership of a node that will not come back: what it owes is forgotten, its disk never rejoins (law 9)."""
+        rows = {row.id: row for row in await self._index.node_rows()}
+        if node not in rows:
+            raise OperatorError(f"no node {node!r} is a member")
+        if node in self._cluster.nodes and self._cluster.nodes[node].state not in (NodeState.MISSING, NodeState.OPENING):
+            raise OperatorError(f"node {node} is here; only a node whose disk is gone, or that left the settings, is expelled")
+        left = {name: group for name, group in self._cluster.groups().items() if name != node}
+        lost = await self._index.under_copied_total(left, 1)
+        thin = await self._index.under_copied_total(left, self._cluster.copies_required)
+        risk = {"id": node, "unreadable": lost[0], "not_redundant": thin[0], "missing_since": rows[node].missing_since}
+        if not confirm:
+            return {**risk, "expelled": False}
+        await self._index.expel(node)
+        return {**risk, "expelled": True}
 
     # -- queue ------------------------------------------------------------------------------------------------------
 

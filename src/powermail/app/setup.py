@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import msgspec
 
 from powermail.base.clock import utc
 from powermail.base.errors import OperatorError
+from powermail.base.settings import Settings
 from powermail.base.tls import make_self_signed
 from powermail.base.world import World
 from powermail.directory import password as pw
@@ -70,9 +73,7 @@ async def _fill(world: World, path: str, hostname: str) -> FirstMailbox:
     disk = world.disk
     disk.replace_file(f"{path}/{SETTINGS_NAME}", settings_text(hostname).encode())
     cluster = world.entropy.octets(16).hex()
-    index = SqliteIndex(world, f"{path}/index.db")
-    await index.open(cluster)
-    await index.close()
+    await make_index(world, f"{path}/index.db", cluster)
     for name, _ in _NODES:
         make_store(disk, f"{path}/nodes/{name}", cluster, name, world.entropy)
     certificate, key = make_self_signed(hostname, utc(world.clock.now()))
@@ -85,6 +86,23 @@ async def _fill(world: World, path: str, hostname: str) -> FirstMailbox:
     await directory.add([Account("", first.address, pw.hash_password(first.password), 2**30)])
     await directory.close()
     return first
+
+
+async def make_index(world: World, path: str, cluster: str) -> None:
+    """Makes an empty index of a cluster."""
+    index = SqliteIndex(world, path)
+    await index.open(cluster)
+    await index.rest()
+    await index.close()
+
+
+def cluster_of_nodes(world: World, settings: Settings, data: str) -> str:
+    """The cluster that the nodes of the settings belong to, as their identities say. Raises OperatorError."""
+    for node in settings.cluster.nodes:
+        path = node.path if node.path.startswith("/") else f"{data}/{node.path}"
+        if world.disk.exists(f"{path}/identity"):
+            return str(msgspec.json.decode(world.disk.read_file(f"{path}/identity"), type=dict[str, Any])["cluster"])
+    raise OperatorError("no node has an identity: are the disks mounted?")
 
 
 def shared_disks(world: World, paths: dict[str, str]) -> list[list[str]]:

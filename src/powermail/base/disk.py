@@ -6,6 +6,7 @@ disk loses everything else in a crash. Calls block: they run in a lane, never on
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -68,7 +69,7 @@ class Disk(Protocol):
         """Permission bits of a name. Raises OSError."""
 
     def open(self, path: str, create: bool = False, exclusive: bool = False) -> File:
-        """Opens for reading and writing. Raises OSError."""
+        """Opens for reading and writing; on a read-only disk for reading: then writes fail. Raises OSError."""
 
     def read_file(self, path: str) -> bytes:
         """A whole small file. Raises OSError."""
@@ -106,7 +107,12 @@ class SystemFile:
         for buffer in buffers:
             total += len(buffer)
         # RWF_DSYNC: write and fdatasync of this range in one call.
-        written = os.pwritev(self._descriptor, buffers, offset, os.RWF_DSYNC if durable else 0)
+        try:
+            written = os.pwritev(self._descriptor, buffers, offset, os.RWF_DSYNC if durable else 0)
+        except OSError:
+            if durable:
+                self._distrust()
+            raise
         if written == total:
             return
         rest = memoryview(b"".join(buffers))[written:]
@@ -117,7 +123,7 @@ class SystemFile:
             written += count
             rest = rest[count:]
         if durable:
-            os.fdatasync(self._descriptor)
+            self.sync()
 
     def read(self, offset: int, octets: int) -> bytes:
         part = os.pread(self._descriptor, octets, offset)
@@ -134,7 +140,16 @@ class SystemFile:
         return b"".join(parts)
 
     def sync(self) -> None:
-        os.fdatasync(self._descriptor)
+        try:
+            os.fdatasync(self._descriptor)
+        except OSError:
+            self._distrust()
+            raise
+
+    def _distrust(self) -> None:
+        """After a failed fsync the kernel takes lost pages for clean: what is read next must come from the disk (P18)."""
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def allocate(self, octets: int) -> None:
         if octets > 0:
@@ -187,7 +202,12 @@ class SystemDisk:
             flags |= os.O_CREAT
         if exclusive:
             flags |= os.O_EXCL
-        return SystemFile(os.open(path, flags, 0o600))
+        try:
+            return SystemFile(os.open(path, flags, 0o600))
+        except OSError as error:
+            if error.errno != errno.EROFS or create or exclusive:
+                raise
+            return SystemFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
 
     def read_file(self, path: str) -> bytes:
         with open(path, "rb") as file:
@@ -227,7 +247,12 @@ class SystemDisk:
         return shutil.disk_usage(path).total
 
     def lock(self, path: str) -> Lock:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # a lock does not need to write
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -26,12 +26,20 @@ class NodeReadOnly(NodeTrouble):
     """The node serves reads and deletes but takes no new mail (full, blocked or failed)."""
 
 
+class CommitRefused(NodeReadOnly):
+    """A node refused a commit for good: the key is not here, has no tombstone, and nothing was written (law 5)."""
+
+
 class NotRedundant(Trouble):
     """Fewer than `copies_required` writable groups (P6)."""
 
 
 class IndexTrouble(Trouble):
     """The index did not answer or could not commit."""
+
+
+class IndexLost(IndexTrouble):
+    """The index turned out to have lost commits: nothing is numbered or listed until that was dealt with (laws 10, 11)."""
 
 
 class DirectoryTrouble(Trouble):

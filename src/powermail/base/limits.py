@@ -33,7 +33,7 @@ SMTP_DATA_RATE_GRACE_S: Final = 60.0  # how long a sender may be slow before the
 SMTP_DATA_RATE_OCTETS_PER_S_MIN: Final = 500  # after the grace; a modem manages more
 SUBMISSION_LOGIN_TIMEOUT_S: Final = 60.0
 TLS_HANDSHAKE_TIMEOUT_S: Final = 20.0
-DRAIN_TIMEOUT_S: Final = 20.0  # what is promised is finished within this after Ctrl-C
+DRAIN_TIMEOUT_S: Final = 30.0  # what is promised is finished within this after Ctrl-C: longer than a window and the index
 REPLY_WRITE_TIMEOUT_S: Final = 120.0  # a client that does not read
 
 # -- POP3 ---------------------------------------------------------------------------------------------------------
@@ -80,21 +80,40 @@ READ_SMALL_OCTETS_MAX: Final = 64 * KIB  # as stored; a message up to this is re
 READ_AHEAD_MESSAGES: Final = 64  # how many a reader that goes through a mailbox is ahead
 READ_AHEAD_OCTETS_MAX: Final = 256 * KIB  # and what they hold of memory for one session
 
+COMMIT_WINDOW_S: Final = 20.0  # law 2: a node refuses a commit whose stamp is older
+SPARE_MARGIN_S: Final = 2.0  # law 2: feeding a spare ends this long before its stamp is too old
+STAMP_AGE_MAX_S: Final = 20.0  # law 2: a node without a younger stamp takes no mail
+NODE_CALL_TIMEOUT_S: Final = 10.0  # law 14: every call to a node ends within this, but those that move much
+NODE_OPEN_WAIT_S: Final = 10.0  # how long a start waits for nodes; who is not open by then is opened while the others serve
+NODE_OPEN_TIMEOUT_S: Final = 600.0  # law 14: recovery may have to read the whole log; until then the node is away
+NODE_COMPACT_TIMEOUT_S: Final = 60.0  # law 14: a search for a segment worth rewriting reads several, in turns with others
+NODE_CLOSE_WAIT_S: Final = 5.0  # how long a stop waits for a node that hangs
+LANE_CLOSE_WAIT_S: Final = 1.0  # how long a stop waits for a thread whose work was not awaited, or hangs
+STREAM_ABANDONED_S: Final = 3600.0  # a stream that got no chunk for so long: twice what the slowest sender takes for one
+BOOTS_MAX: Final = 1000  # openings that a node's chain remembers (law 12)
+
 # -- index and directory ------------------------------------------------------------------------------------------
 INDEX_GATHER_S: Final = 0.003  # how long a transaction waits for deliveries that are on their way
 INDEX_BUSY_TIMEOUT_S: Final = 5.0  # how long a statement waits for another process that has the database locked
 INDEX_BATCH_MAX: Final = 256  # deliveries entered in one transaction
-INDEX_WAIT_S_DEFAULT: Final = 5.0
+INDEX_WAIT_S_DEFAULT: Final = 3.0  # P20: with a node's receipt a blip is at most 5 s; then reconcile enters it
 INDEX_PAGE_ROWS: Final = 2000  # rows fetched at a time when listing
 DIRECTORY_CACHE_MAX: Final = 100_000
 DIRECTORY_CACHE_TTL_S: Final = 30.0
 DIRECTORY_STALE_S: Final = 3600.0  # P14: served while the directory is away
 ALIAS_DEPTH_MAX: Final = 10
 FORWARD_DESTINATIONS_MAX: Final = 100
-EPOCH_JUMP: Final = 1_000_000  # how far UIDNEXT and HIGHESTMODSEQ leap when commits may be lost
-LATE_JUMP: Final = 1000  # the same for a message that reconcile enters: more than one lost transaction can have numbered
-COMMITS_LOOKED_AT: Final = 64  # newest commit records of a node, whose marks are compared with the index at its start
+INDEX_WAITING_MAX: Final = 4096  # deliveries that wait for a locked index; beyond it the nodes' records alone must do
+EPOCH_JUMP: Final = 1_000_000  # law 11: how far numbers leap for each epoch, and how many a mailbox gets between checkpoints
+UNCLEAN_JUMP: Final = 10_000  # law 10: the same after a process that did not say that it stopped (SQLite)
+VIEW_TAIL_ROWS: Final = 2000  # entries and changes behind a stored view before it is merged
+VIEW_PART_ROWS: Final = 4096  # entries in one part of a stored view, and in one record of a checkpoint
 UID_MAX: Final = 2**32 - 1
+KEYWORDS_MAX: Final = 48  # of a mailbox: flag bits 15 to 62; system flags have those below, the sign none
+INDEX_VIEWS_MAX: Final = 10_000  # views of mailboxes that the writing lane of an index keeps
+INDEX_VIEWS_MESSAGES_MAX: Final = 500_000  # and the messages in them, of 52 octets each
+UIDVALIDITY_CLOCK_MAX: Final = 3_000_000_000  # where a clock beyond 2065 begins: epochs leap through the rest
+CHANGE_UIDS_MAX: Final = 1 << 24  # UIDs in one change, so that damaged ones are not unpacked into all memory
 
 # -- outbound -----------------------------------------------------------------------------------------------------
 QUEUE_LIFETIME_S: Final = 5 * 86_400.0  # RFC 5321 §4.5.4.1: 4-5 days
@@ -109,34 +128,47 @@ SMTP_CLIENT_CONNECT_TIMEOUT_S: Final = 30.0
 SMTP_CLIENT_REPLY_TIMEOUT_S: Final = 300.0  # RFC 5321 §4.5.3.2
 SMTP_CLIENT_DATA_TIMEOUT_S: Final = 600.0  # §4.5.3.2.6, after the final dot
 SMTP_CLIENT_IDLE_S: Final = 10.0  # a pooled connection waits this long for more work
+INTERNAL_UNDECIDED_MAX: Final = 10_000  # mail of our own whose outcome is unknown; beyond it none is sent (law 5)
 DSN_HEADER_OCTETS_MAX: Final = 50_000  # of the returned message's header
 
 # -- keeper -------------------------------------------------------------------------------------------------------
-RECONCILE_INTERVAL_S: Final = 10.0  # everything a node holds is in the index within a minute
-RECONCILE_GRACE_S: Final = 30.0  # a delivery in flight is its front end's own business for so long
+RECONCILE_INTERVAL_S: Final = 10.0  # everything a node holds is in the index within two minutes
+RECONCILE_GRACE_S: Final = 60.0  # a delivery in flight is its front end's own business for so long: comfort, not safety (law 6)
 RECONCILE_BATCH: Final = 1000
 REPAIR_BATCH: Final = 64
 REPAIR_AFTER_S_DEFAULT: Final = 300.0  # shorter absences (a reboot) are not repaired around
 COLLECT_BATCH: Final = 1000
-COLLECT_MASS_MAX: Final = 10_000  # P9: more deletes than this in one pass need the operator
-CHECKPOINT_PAGE_ROWS: Final = 2000  # entries in one record: what is held in memory, however large the mailbox
+COLLECT_MASS_MAX: Final = 10_000  # P9: more drops than this for one returned disk need the operator (law 12)
 CHECKPOINT_INTERVAL_S: Final = 900.0
+MARK_INTERVAL_S: Final = 10.0  # law 10: every node gets a mark so often while anything is committed
+MARK_NUMBERS_MAX: Final = 10_000  # law 10: and after so many numbers were given
+ROUND_INTERVAL_S: Final = 600.0  # law 9: how often dead rows are scanned for and forgotten
+TOMBSTONE_DAYS_DEFAULT: Final = 30.0  # law 9: tombstones stay at least so long, so that backups of the index may be so old
+SCRUB_DAYS_MAX: Final = 14  # law 12: a verdict on each copy within this
+COMPACT_STEP_OCTETS: Final = 4 * MIB  # moved in one step of compaction: what a write may have to wait for
 COMPACT_DEAD_FRACTION: Final = 0.5
 
 # -- process ------------------------------------------------------------------------------------------------------
 CONNECTIONS_MAX_DEFAULT: Final = 2000
 CONNECTIONS_PER_ADDRESS_MAX_DEFAULT: Final = 100
+WORKER_PAUSE_MAX_S: Final = 30.0  # how long a background job waits after trouble before it tries again
+WORKER_LONG_S: Final = 10.0  # a step that takes longer is said in `status`
 DESCRIPTORS_RESERVED: Final = 96  # for databases, the log, control, and what is accepted only to be refused
 SEGMENTS_OPEN_SHARE: Final = 4  # a quarter of all descriptors may be segments of nodes
 CONTROL_LINE_OCTETS_MAX: Final = 1 * MIB
 LOG_LINES_WAITING_MAX: Final = 20_000
+LOG_LINES_WRITTEN_MAX: Final = 1000  # in one write: what a stuck log holds beside those that wait
 LOG_FIELD_CHARS_MAX: Final = 512
 SMTP_OUT_BUFFER_OCTETS: Final = 256 * KIB
 
 assert CHUNK_OCTETS * CHUNKS_MAX > 4 * 1024 * MIB, "the largest configurable message fits in chunks"
 assert REPLICATE_HELD_OCTETS_MAX >= 2 * CHUNK_OCTETS
 assert RECORD_BODY_OCTETS_MAX > CHUNK_OCTETS + 1024
-assert NODE_RECEIPT_TIMEOUT_S < INDEX_WAIT_S_DEFAULT
+assert INDEX_WAIT_S_DEFAULT < 5.0, "P20: an index that does not answer is a blip of at most 5 s"
+assert COMMIT_WINDOW_S + INDEX_WAIT_S_DEFAULT < DRAIN_TIMEOUT_S, "what was asked of nodes is decided before the process stops"
+assert 2 * NODE_RECEIPT_TIMEOUT_S < COMMIT_WINDOW_S - SPARE_MARGIN_S, "a spare can be fed within the window"
+assert 2 * CHUNK_OCTETS / SMTP_DATA_RATE_OCTETS_PER_S_MIN < STREAM_ABANDONED_S, "the slowest sender is not given up"
+assert EPOCH_JUMP > UNCLEAN_JUMP >= MARK_NUMBERS_MAX, "no number given since the last mark is given again"
 assert NODE_SLOW_S < NODE_READ_TIMEOUT_S < 5.0, "P20: a blip is at most 5 s"
 assert SMTP_COMMAND_LINE_OCTETS_MAX > PATH_OCTETS_MAX + ENVID_OCTETS_MAX + ORCPT_OCTETS_MAX + 512
-assert RECONCILE_INTERVAL_S + RECONCILE_GRACE_S < 60.0, "section 6: in the index within a minute"
+assert RECONCILE_INTERVAL_S + RECONCILE_GRACE_S < 120.0, "section 6: in the index within two minutes"

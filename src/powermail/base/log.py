@@ -159,9 +159,10 @@ class StreamLog:
     def _write(self) -> None:
         while True:
             # A look every 50 ms: waking this thread for each event would cost more than writing the line.
-            self._wake.wait(_FLUSH_EVERY_S)
+            if len(self._waiting) < limits.LOG_LINES_WRITTEN_MAX:
+                self._wake.wait(_FLUSH_EVERY_S)
             lines: list[str] = []
-            while self._waiting:
+            while self._waiting and len(lines) < limits.LOG_LINES_WRITTEN_MAX:
                 at, event, fields = self._waiting.popleft()
                 lines.append(self._format(format_stamp(at), event, fields))
             if lines:

@@ -47,6 +47,9 @@ class ClusterSettings(Struct, forbid_unknown_fields=True, frozen=True):
         limits.REPAIR_AFTER_S_DEFAULT
     )
     compression: Annotated[bool, _says("zstd per chunk where it helps")] = True
+    tombstone_days: Annotated[
+        float, Meta(ge=1), _says("how long records of deletions stay: backups of the index may be so old")
+    ] = limits.TOMBSTONE_DAYS_DEFAULT
     nodes: list[NodeSettings] = field(default_factory=list)
 
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
+from powermail.base import limits
 from powermail.base.clock import Clock
 from powermail.base.errors import InvariantBroken, Trouble
 from powermail.base.log import Event, Log
@@ -78,20 +79,28 @@ def report_bug(log: Log, error: BaseException, where: str) -> None:
 class Worker:
     """A named background job: `step` does one unit and says how many seconds to rest before the next.
 
-    Trouble is logged once per change of state and retried with growing pauses. `poke` ends a rest early.
+    It survives every exception (law 14): trouble is expected, is logged once per change of state and is retried with growing
+    pauses; anything else is a bug of ours, written down each time it changes, retried as slowly, and shown as broken until a
+    step succeeds. `poke` ends a rest early. Only cancellation and a broken storage invariant end it.
     """
 
-    def __init__(self, name: str, step: Callable[[], Awaitable[float]], clock: Clock, log: Log) -> None:
+    def __init__(
+        self, name: str, step: Callable[[], Awaitable[float]], clock: Clock, log: Log, broken: Callable[[BaseException], None]
+    ) -> None:
+        """`broken` is called when a storage invariant broke: the process must stop."""
         self.name = name
         self.status = "starting"
         self.units = 0
         self.errors = 0
+        self.trouble = ""  # why it makes the installation degraded; "" while it works
+        self._broken = broken
+        self._began = 0.0
+        self._working = False
         self._step = step
         self._clock = clock
         self._log = log
         self._wake = asyncio.Event()
         self._pause_s = 0.0
-        self._last_error = ""
 
     def poke(self) -> None:
         """There is work: do not rest."""
@@ -100,32 +109,54 @@ class Worker:
     async def run(self) -> None:
         """Works until cancelled."""
         while True:
+            self._began, self._working = self._clock.monotonic(), True
             try:
                 rest_s = await self._step()
-                self.units += 1
-                self._pause_s = 0.0
-                if self._last_error:
-                    self._log.event(Event.TROUBLE, worker=self.name, over=True)
-                    self._last_error = ""
-                self.status = "idle"
+                self._succeeded()
             except (Trouble, OSError, TimeoutError) as error:
-                self.errors += 1
-                self._pause_s = min(30.0, max(1.0, self._pause_s * 2))
-                rest_s = self._pause_s
-                text = f"{type(error).__name__}: {error}"
-                if text != self._last_error:
-                    self._log.event(Event.TROUBLE, worker=self.name, error=text)
-                    self._last_error = text
-                self.status = f"waiting after {text}"
-            if rest_s > 0:
-                self._wake.clear()
-                try:
-                    await asyncio.wait_for(self._wake.wait(), rest_s)
-                except TimeoutError:
-                    pass
-            else:
-                await asyncio.sleep(0)
+                rest_s = self._failed("waiting after", error)
+            except InvariantBroken as error:
+                self._failed("stopped by", error)
+                self._broken(error)
+                raise
+            except Exception as error:  # noqa: BLE001  a job that ended would be missed only when it is needed
+                before = self.trouble
+                rest_s = self._failed("broken by", error)
+                if self.trouble != before:
+                    report_bug(self._log, error, f"worker {self.name}")
+            self._working = False
+            await self._rest(rest_s)
+
+    def _succeeded(self) -> None:
+        self.units += 1
+        self._pause_s = 0.0
+        if self.trouble:
+            self._log.event(Event.TROUBLE, worker=self.name, over=True)
+            self.trouble = ""
+        self.status = "idle"
+
+    def _failed(self, how: str, error: BaseException) -> float:
+        self.errors += 1
+        self._pause_s = min(limits.WORKER_PAUSE_MAX_S, max(1.0, self._pause_s * 2))
+        text = f"{how} {type(error).__name__}: {error}"
+        if text != self.trouble and isinstance(error, Trouble | OSError | TimeoutError):
+            self._log.event(Event.TROUBLE, worker=self.name, error=f"{type(error).__name__}: {error}")
+        self.status = self.trouble = text
+        return self._pause_s
+
+    async def _rest(self, rest_s: float) -> None:
+        if rest_s <= 0:
+            await asyncio.sleep(0)
+            return
+        self._wake.clear()
+        try:
+            await asyncio.wait_for(self._wake.wait(), rest_s)
+        except TimeoutError:
+            pass
 
     def describe(self) -> dict[str, Any]:
         """One line of `powermail status`."""
-        return {"name": self.name, "status": self.status, "units": self.units, "errors": self.errors}
+        status = self.status
+        if self._working and (since := self._clock.monotonic() - self._began) >= limits.WORKER_LONG_S:
+            status = f"working for {since:.0f} s"
+        return {"name": self.name, "status": status, "units": self.units, "errors": self.errors}

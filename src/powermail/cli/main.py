@@ -18,7 +18,8 @@ import msgspec
 from powermail import __version__
 from powermail.admin.control import NAME as CONTROL_NAME
 from powermail.admin.control import ControlServer, NotRunning, ask
-from powermail.app.compose import PowerMail, inside
+from powermail.app.compose import PowerMail
+from powermail.app.core import inside
 from powermail.app.setup import SETTINGS_NAME, FirstMailbox, discard, initialise, shared_disks
 from powermail.base.errors import OperatorError, PowerMailError
 from powermail.base.log import Event, NullLog, StreamLog
@@ -135,7 +136,7 @@ async def do_serve(arguments: Arguments) -> int:
 def _welcome(world: World, settings: Settings, data: str, powermail: PowerMail, first: FirstMailbox | None) -> None:
     paths = {node.id: inside(data, node.path) for node in settings.cluster.nodes}
     show.try_it(
-        powermail.listening,
+        powermail.front.listening,
         shared_disks(world, paths),
         settings.cluster.copies_required,
         first,
@@ -331,6 +332,14 @@ async def do_node_call(arguments: Arguments) -> int:
     return 1 if result.get("bad") else 0
 
 
+async def do_node_expel(arguments: Arguments) -> int:
+    result = await operate(arguments, "node_expel", node=arguments.node, confirm=arguments.yes)
+    _print(arguments, result, show.record)
+    if not result["expelled"] and not arguments.json:
+        print("nothing was changed; add --yes to expel it for good")
+    return 0
+
+
 async def do_queue_list(arguments: Arguments) -> int:
     found: list[Any] = []
     while page := await operate(arguments, "queue_list", after=found[-1]["id"] if found else 0, limit=1000):
@@ -366,12 +375,12 @@ async def do_rebuild(arguments: Arguments) -> int:
     meter = show.Meter("rebuild", enabled=not arguments.json)
     powermail = PowerMail(system_world(NullLog()), load_file(f"{data}/{SETTINGS_NAME}", arguments.set), data, _die)
     try:
-        done = await powermail.rebuild(meter.progress)
+        done = await powermail.rebuild(meter.progress, arguments.without)
     finally:
         meter.close()
         await powermail.stop()
-    _print(arguments, done._asdict(), show.record)
-    return 1 if done.entries_lost or done.unreadable else 0
+    _print(arguments, done._asdict(), show.rebuilt)
+    return 1 if done.lost or done.unreadable or done.left_out else 0
 
 
 async def do_demo(arguments: Arguments) -> int:
@@ -431,13 +440,15 @@ def parser() -> argparse.ArgumentParser:
 
     command(words, "init", do_init, "make a new installation").add_argument("--hostname", default="localhost")
     command(words, "serve", do_serve, "serve mail").add_argument("--init", action="store_true", help="init if needed")
-    command(words, "rebuild", do_rebuild, "make a new index from the nodes alone")
+    made = command(words, "rebuild", do_rebuild, "make a new index from the nodes alone")
+    made.add_argument("--without", action="append", default=[], metavar="NODE", help="go on although this node is away")
     made = command(words, "demo", do_demo, "show what PowerMail promises, on a throw-away installation")
     made.add_argument("--corpus", help="directory of messages (*.eml, or a messages.zip)")
     made = command(words, "sim", do_sim, "run the program in simulated worlds, with faults drawn from seeds, and check it")
     made.add_argument("--seeds", type=int, default=10, help="how many")
     made.add_argument("--first", type=int, default=0, help="the first seed")
     made.add_argument("--seconds", type=float, default=60.0, help="virtual time in which faults happen")
+    made.add_argument("--only", action="append", default=[], metavar="FAULT", help="only faults of this kind; may be repeated")
     made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     made.add_argument("--shrink", action="store_true", help="look for the shortest run that still fails")
     made.add_argument("--trace", help="file for the trace (of the last seed)")
@@ -496,6 +507,10 @@ def parser() -> argparse.ArgumentParser:
         ("confirm", "node_confirm", "confirm a held mass deletion"),
     ):
         command(node, name, do_node_call, text, call=call).add_argument("node")
+
+    made = command(node, "expel", do_node_expel, "end the membership of a node that will not come back")
+    made.add_argument("node")
+    made.add_argument("--yes", action="store_true", help="really expel it; without, only say what is at risk")
 
     queue = group("queue", "mail that waits to leave")
     command(queue, "list", do_queue_list, "all rows")

@@ -110,7 +110,7 @@ def nodes(found: list[dict[str, Any]]) -> None:
         state = row["state"] + (f" ({row['reason']})" if row["reason"] else "") + (" slow" if row["slow"] else "")
         table.add_row(
             row["id"], row["group"], str(row["priority"]), state, str(row["messages"]), size(row["live_octets"]),
-            size(row["log_octets"]), size(row["free_octets"]), str(row["damaged"]), str(row["deletions_waiting"]),
+            size(row["log_octets"]), size(row["free_octets"]), str(row["damaged"]), str(row["owed"]),
             f"{row['probe_ms']} ms",
         )  # fmt: skip
     _console.print(table, markup=False)
@@ -133,6 +133,17 @@ def status(result: dict[str, Any]) -> None:
         _console.print(f"DEGRADED         {problem}", markup=False)
     if not result["degraded"]:
         _console.print("healthy")
+
+
+def rebuilt(result: dict[str, Any]) -> None:
+    """`powermail rebuild`: the figures, then by name what could not be had."""
+    record({name: value for name, value in result.items() if not isinstance(value, tuple | list)})
+    for account, mailbox, uid, key in result["lost"]:
+        _console.print(f"lost: account {account}, {mailbox}, UID {uid}, message {key}", markup=False, soft_wrap=True)
+    for key in result["unreadable_keys"]:
+        _console.print(f"unreadable: message {key}", markup=False, soft_wrap=True)
+    for what in result["left_out"]:
+        _console.print(f"left out: {what}", markup=False, soft_wrap=True)
 
 
 def findings(result: dict[str, Any]) -> None:

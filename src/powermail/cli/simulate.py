@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
@@ -18,6 +18,7 @@ import msgspec
 from powermail.cli import show
 from powermail.sim.run import Outcome, simulate
 
+_LAWS = ("law.", "keeper.", "delivery.index_late", "cluster.")  # counters that say which branches of the laws were taken
 _TWICE_EVERY = 100  # every so many seeds one is run a second time: its trace must be the same
 
 
@@ -28,20 +29,20 @@ def fix_hashes() -> None:
         os.execv(sys.executable, [sys.executable, "-m", "powermail", *sys.argv[1:]])  # noqa: S606  our own program
 
 
-def one(seed: int, seconds: float, twice: bool) -> Outcome:
+def one(seed: int, seconds: float, twice: bool, only: Sequence[str] = ()) -> Outcome:
     """One seed; with `twice`, another trace the second time is a problem too."""
-    outcome = simulate(seed, seconds)
-    if twice and (again := simulate(seed, seconds)).trace_hash != outcome.trace_hash:
+    outcome = simulate(seed, seconds, only)
+    if twice and (again := simulate(seed, seconds, only)).trace_hash != outcome.trace_hash:
         outcome.problems.append(f"not repeatable: trace {outcome.trace_hash}, then {again.trace_hash}")
     return outcome
 
 
-def shortest(seed: int, seconds: float) -> float:
+def shortest(seed: int, seconds: float, only: Sequence[str] = ()) -> float:
     """The fewest whole seconds of faults after which this seed still fails. A shorter run is the beginning of a longer one."""
     good, bad = 0, int(seconds)
     while bad - good > 1:
         middle = (good + bad) // 2
-        if simulate(seed, middle).problems:
+        if simulate(seed, middle, only).problems:
             bad = middle
         else:
             good = middle
@@ -61,12 +62,14 @@ def facts(outcome: Outcome) -> dict[str, Any]:
         "listings": outcome.listings,
         "retrieved": outcome.retrieved,
         "forwarded": outcome.forwarded,
+        "looks": outcome.looks,
         "virtual_s": round(outcome.virtual_s),
+        "laws": {name: count for name, count in outcome.counters.items() if name.startswith(_LAWS)},
     }
 
 
-def _all(pool: ProcessPoolExecutor, seeds: range, seconds: float) -> Iterator[Outcome]:
-    waiting = [pool.submit(one, seed, seconds, (seed - seeds[0]) % _TWICE_EVERY == 0) for seed in seeds]
+def _all(pool: ProcessPoolExecutor, seeds: range, seconds: float, only: Sequence[str]) -> Iterator[Outcome]:
+    waiting = [pool.submit(one, seed, seconds, (seed - seeds[0]) % _TWICE_EVERY == 0, only) for seed in seeds]
     for done in as_completed(waiting):
         yield done.result()
 
@@ -78,7 +81,7 @@ async def simulation(arguments: Namespace) -> int:
     results: list[dict[str, Any]] = []
     failed = 0
     with ProcessPoolExecutor(arguments.jobs) as pool:  # a simulation is an event loop of its own: never within this one
-        for number, outcome in enumerate(_all(pool, seeds, arguments.seconds), 1):
+        for number, outcome in enumerate(_all(pool, seeds, arguments.seconds, arguments.only), 1):
             results.append(facts(outcome))
             await meter.progress(number, len(seeds))
             if arguments.trace:
@@ -88,7 +91,7 @@ async def simulation(arguments: Namespace) -> int:
                 failed += 1
                 least = arguments.seconds
                 if arguments.shrink:
-                    least = pool.submit(shortest, outcome.seed, least).result()
+                    least = pool.submit(shortest, outcome.seed, least, arguments.only).result()
                 sys.stderr.write(_failure(outcome, least))
     meter.close()
     results.sort(key=lambda result: int(result["seed"]))
@@ -106,18 +109,24 @@ def _failure(outcome: Outcome, seconds: float) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _summary(results: list[dict[str, Any]], failed: int) -> None:
-    kinds: dict[str, int] = {}
+def _summed(results: list[dict[str, Any]], name: str) -> dict[str, int]:
+    totals: dict[str, int] = {}
     for result in results:
-        for name, count in result["faults"].items():
-            kinds[name] = kinds.get(name, 0) + count
+        for kind, count in result[name].items():
+            totals[kind] = totals.get(kind, 0) + count
+    return dict(sorted(totals.items()))
+
+
+def _summary(results: list[dict[str, Any]], failed: int) -> None:
+    kinds, laws = (_summed(results, name) for name in ("faults", "laws"))
     show.record(
         {
             "seeds": len(results),
             "failed": failed,
             **{name: sum(result[name] for result in results) for name in ("sent", "acked", "refused", "listings", "retrieved")},
             "virtual_hours": round(sum(result["virtual_s"] for result in results) / 3600, 1),
-            "faults": dict(sorted(kinds.items())),
+            "faults": kinds,
+            "laws": laws,
             "first_trace": results[0]["trace"],
         }
     )

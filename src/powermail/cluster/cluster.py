@@ -1,4 +1,7 @@
-"""Owns the view of all nodes: who is there, who takes mail, health probes, reopening what came back."""
+"""Owns the view of all nodes: who is there, who takes mail, one loop of health for each.
+
+A node's trouble, whatever it is, is that node's state with its reason: it takes no mail, the others go on (law 14).
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,26 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from powermail.base import limits
 from powermail.base.deadline import Patience
-from powermail.base.errors import NodeTrouble, NotRedundant, OperatorError, Trouble
+from powermail.base.errors import IndexTrouble, InvariantBroken, NodeTrouble, NotRedundant, OperatorError, Trouble
 from powermail.base.log import Event
+from powermail.base.tasks import report_bug
 from powermail.base.world import World
 from powermail.cluster.placement import Candidate, place
-from powermail.storage.contract import NodeState, StorageNode
+from powermail.storage.contract import NodeState, Stamp, StorageNode
 
 Admit = Callable[[StorageNode], Awaitable[None]]
 _AWAY = (NodeState.MISSING, NodeState.CLOSED, NodeState.OPENING)
+
+
+class _Watched:
+    """What is known of one node beside its own state."""
+
+    def __init__(self) -> None:
+        self.looking = asyncio.Lock()  # one look at a time: two would admit a node by turns
+        self.admitted: tuple[str, str] | None = None  # (incarnation, boot) that was compared with the index
+        self.provisional = False  # the index could not be asked: it takes mail all the same (P14)
+        self.refused: tuple[str, str] | None = None  # (incarnation, boot) that may not take part
+        self.trouble = ""  # why the last look failed
 
 
 class Cluster:
@@ -26,14 +41,14 @@ class Cluster:
         self._world = world
         self._policy = policy
         self._admit: Admit | None = None
-        self._admitted: dict[str, None] = {}
-        self._refused: dict[str, str] = {}
+        self._watched = {node.id: _Watched() for node in nodes}
+        self._opening: list[asyncio.Task[float]] = []
+        self._closed = False
         self._takers: list[StorageNode] = []  # nodes that took mail when last looked at, with their figures
         self._candidates: list[Candidate] = []
         self._looked_at = float("-inf")
         self._enough = False
         self._slow_until: dict[str, float] = {}
-        self._checking = {node.id: asyncio.Lock() for node in nodes}
         self._orders: list[list[StorageNode]] = []  # placements drawn for these figures
         self._drawn = 0
         self.receipts = Patience(limits.NODE_RECEIPT_TIMEOUT_S)
@@ -55,13 +70,15 @@ class Cluster:
 
     def admitted(self) -> list[StorageNode]:
         """Readable nodes whose log the keeper has compared with the index."""
-        return [node for node in self.readable() if node.id in self._admitted]
+        return [node for node in self.readable() if self._watched[node.id].admitted is not None]
 
-    async def start(self, admit: Admit) -> None:
-        """Opens all nodes. `admit` compares a node that was opened with the index, before it takes any mail."""
-        self._admit = admit
-        for node in self.nodes.values():
-            await self._check(node)
+    def trouble(self, name: str) -> str:
+        """Why a node takes no part although it is configured: it cannot be opened, probed or admitted; "" if it does."""
+        return self._watched[name].trouble
+
+    def stamps(self, nodes: Sequence[StorageNode]) -> dict[str, Stamp]:
+        """The stamps that these nodes have now, to be frozen for a delivery (law 2); who has none is left out."""
+        return {node.id: stamp for node in nodes if (stamp := node.stamp()) is not None}
 
     def place(self) -> list[StorageNode]:
         """Nodes for a new message, in order. Raises NotRedundant when fewer than R groups take mail (P6)."""
@@ -98,7 +115,7 @@ class Cluster:
                 return self._candidates
         self._looked_at = now
         self._orders.clear()
-        self._takers = [n for n in self.nodes.values() if n.state is NodeState.READ_WRITE and n.id in self._admitted]
+        self._takers = [node for node in self.nodes.values() if self._takes(node)]
         self._candidates = []
         for node in self._takers:
             stat = node.stat()
@@ -109,6 +126,14 @@ class Cluster:
             )
         self._enough = len({node.group for node in self._takers}) >= self.copies_required
         return self._candidates
+
+    def _takes(self, node: StorageNode) -> bool:
+        watched = self._watched[node.id]
+        if node.state is not NodeState.READ_WRITE or watched.trouble:
+            return False
+        if watched.admitted is None and not watched.provisional:
+            return False
+        return node.stamp() is not None  # law 2
 
     def note_slow(self, node: str) -> None:
         """A write, read or probe took too long there: for a while the node is used last (P20)."""
@@ -121,36 +146,111 @@ class Cluster:
         """True while a node is used last."""
         return self._world.clock.monotonic() < self._slow_until.get(node, 0.0)
 
-    async def check_health(self) -> float:
-        """One round of probes; tries to open what is away. Returns the pause to the next round."""
-        await asyncio.gather(*(self._check(node) for node in self.nodes.values()))
+    # -- health ---------------------------------------------------------------------------------------------------
+
+    async def start(self, admit: Admit) -> None:
+        """Opens all nodes, each by itself, and waits a while for the slow ones: they go on opening while the others serve.
+
+        `admit` compares a node that was opened with the index. It raises IndexTrouble if that cannot be known now, anything
+        else if the node may not take part.
+        """
+        self._admit = admit
+        if not self.nodes:
+            return
+        create = asyncio.get_running_loop().create_task
+        self._opening = [create(self.watch(node), name=f"open {node.id}") for node in self.nodes.values()]
+        await asyncio.wait(self._opening, timeout=limits.NODE_OPEN_WAIT_S)
+        for task in self._opening:
+            if task.done():
+                task.result()
+            else:
+                self._world.log.event(Event.TROUBLE, task=task.get_name(), error="takes long; the other nodes serve meanwhile")
+                task.add_done_callback(_retrieve)  # its own loop looks again, and finds the same
+
+    async def watch(self, node: StorageNode) -> float:
+        """One look at a node: opens it if it is away, else probes it; admits it if it is not. The pause to the next look.
+
+        Raises nothing but InvariantBroken: any other exception is this node's trouble (law 14).
+        """
+        watched = self._watched[node.id]
+        async with watched.looking:
+            if self._closed:
+                return limits.NODE_PROBE_INTERVAL_S
+            try:
+                await self._look_at(node, watched)
+                trouble = ""
+            except InvariantBroken:
+                raise
+            except (Trouble, OperatorError, OSError) as error:
+                trouble = str(error) or type(error).__name__
+            except Exception as error:  # noqa: BLE001  law 14: whatever it is, it is this node's
+                trouble = f"{type(error).__name__}: {error}"
+                if trouble != watched.trouble:
+                    report_bug(self._world.log, error, f"node {node.id}")
+            if trouble != watched.trouble:  # once per change of state
+                watched.trouble = trouble
+                self._looked_at = float("-inf")
+                self._world.log.event(Event.TROUBLE, node=node.id, error=trouble or None, over=not trouble or None)
         return limits.NODE_PROBE_INTERVAL_S
 
-    async def _check(self, node: StorageNode) -> None:
-        async with self._checking[node.id]:  # one at a time: two would admit a node by turns
-            await self._check_now(node)
+    async def _look_at(self, node: StorageNode, watched: _Watched) -> None:
+        if node.state in _AWAY:
+            watched.admitted, watched.provisional = None, False
+            self._looked_at = float("-inf")
+            await node.open()
+        else:
+            if node.state is NodeState.FAILED:
+                await node.open()  # what can be made anew is; fine if there is nothing to do
+            self._look()
+            await node.probe()
+            if node.stat().probe_s >= limits.NODE_SLOW_S:
+                self.note_slow(node.id)
+        if self._admit is not None and node.state not in _AWAY and watched.admitted != self._opened_as(node, watched):
+            await self._admission(node, watched, self._admit)
 
-    async def _check_now(self, node: StorageNode) -> None:
+    def _opened_as(self, node: StorageNode, watched: _Watched) -> tuple[str, str]:
+        """Which opening of which incarnation this is; a node that has no stamp now is still the one it was."""
+        stamp = node.stamp()
+        known = watched.admitted or watched.refused
+        return node.incarnation, stamp.boot if stamp is not None else known[1] if known else ""
+
+    async def _admission(self, node: StorageNode, watched: _Watched, admit: Admit) -> None:
+        watched.admitted = None
         try:
-            if node.state in (NodeState.MISSING, NodeState.OPENING):
-                self._admitted.pop(node.id, None)
-                self._looked_at = float("-inf")
-                await node.open()
-            elif node.state is not NodeState.CLOSED:
-                self._look()
-                await node.probe()
-                if node.stat().probe_s >= limits.NODE_SLOW_S:
-                    self.note_slow(node.id)
-            if node.id not in self._admitted and self._admit is not None and node.state not in _AWAY:
-                await self._admit(node)
-                self._admitted[node.id] = None
-                self._looked_at = float("-inf")
-        except (Trouble, OperatorError) as error:
-            if node.state not in _AWAY and node.id not in self._admitted and self._refused.get(node.id) != str(error):
-                self._refused[node.id] = str(error)  # once per change of state
-                self._world.log.event(Event.TROUBLE, node=node.id, error=str(error))
+            await admit(node)
+        except IndexTrouble as error:
+            if watched.refused == self._opened_as(node, watched):
+                raise  # it was found out before why it may not take part
+            if not watched.provisional:
+                watched.provisional = True  # P14: it may take mail; admitted when the index answers
+                self._world.log.event(Event.TROUBLE, node=node.id, error=f"not compared with the index yet: {error}")
+        except Exception:
+            watched.provisional = False
+            watched.refused = self._opened_as(node, watched)
+            raise
+        else:
+            watched.admitted, watched.provisional, watched.refused = self._opened_as(node, watched), False, None
+        finally:
+            self._looked_at = float("-inf")
 
     async def close(self) -> None:
-        """Closes all nodes."""
-        for node in self.nodes.values():
-            await node.close()
+        """Closes all nodes at once; who does not answer is left behind after a while (law 14)."""
+        self._closed = True
+        self._looked_at = float("-inf")
+        for opening in self._opening:
+            opening.cancel()
+        if not self.nodes:
+            return
+        closing = {asyncio.ensure_future(node.close()): node for node in self.nodes.values()}
+        await asyncio.wait(closing, timeout=2 * limits.NODE_CALL_TIMEOUT_S)
+        for task, node in closing.items():
+            late = task.cancel()
+            error = NodeTrouble("it did not close in time") if late or task.cancelled() else task.exception()
+            if error is not None:
+                self._world.log.event(Event.TROUBLE, node=node.id, error=f"{type(error).__name__}: {error}")
+
+
+def _retrieve(task: asyncio.Task[float]) -> None:
+    """An exception of a task that nobody waits for any more counts as seen."""
+    if not task.cancelled():
+        task.exception()

@@ -1,7 +1,7 @@
 """Owns fetching: one good copy of a message, checksums verified, another copy when one is bad, slow or away (P3).
 
-A copy that fails is reported to `bad_copy`, which notes it for repair. What is handed out has been checked against the
-record checksum chunk by chunk; `read_all` checks the SHA-256 of the whole message too.
+A copy that fails is reported to `bad_copy`, which notes it for repair; that it cannot be noted hides no good copy. What is
+handed out has been checked against the record checksum chunk by chunk; `read_all` checks the SHA-256 of the whole too.
 """
 
 from __future__ import annotations
@@ -9,54 +9,22 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import msgspec
-import zstandard
 
 from powermail.base import limits
 from powermail.base.errors import CopyDamaged, CopyMissing, MessageUnreadable, Trouble
 from powermail.base.log import Event
 from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
-from powermail.mail.envelope import Commit, CommitForm
-from powermail.storage.contract import COMPRESSED, Chunk, NodeState, StorageNode, Whole
+from powermail.cluster.packing import Small, Unpacker
+from powermail.mail.envelope import Commit
+from powermail.storage.contract import NodeState, Origin, Receipt, StorageNode
 
 T = TypeVar("T")
 BadCopy = Callable[[bytes, str, str], Awaitable[None]]
 _decode = msgspec.json.Decoder(Commit).decode
-_decode_form = msgspec.json.Decoder(CommitForm).decode
-
-
-class Small(NamedTuple):
-    """A whole small message; `plain` as its commit record says."""
-
-    octets: bytes
-    plain: bool
-
-
-class Unpacker:
-    """Gives back what `replicate.Packer` packed."""
-
-    def __init__(self) -> None:
-        self._decompress = zstandard.ZstdDecompressor().decompress
-
-    def octets(self, chunk: Chunk) -> bytes:
-        """A chunk's octets. Raises CopyDamaged."""
-        if not chunk.flags & COMPRESSED:
-            return chunk.stored
-        try:
-            return self._decompress(chunk.stored, max_output_size=limits.RECORD_BODY_OCTETS_MAX)
-        except zstandard.ZstdError as error:
-            raise CopyDamaged(f"chunk {chunk.number} does not decompress") from error
-
-    def whole(self, whole: Whole) -> Small:
-        """A small message. Raises CopyDamaged when its chunks are not as its commit record says."""
-        parts = [self.octets(chunk) for chunk in whole.chunks]
-        form = _decode_form(whole.commit)
-        if [len(part) for part in parts] != form.sizes:
-            raise CopyDamaged("chunks of another size than the commit record says")
-        return Small(parts[0] if len(parts) == 1 else b"".join(parts), form.plain)
 
 
 class Fetcher:
@@ -87,7 +55,7 @@ class Fetcher:
                 if node.id in nodes:
                     self._world.counters.add("cluster.bad_copies")
                     self._world.log.event(Event.COPY_BAD, key=key, node=node.id, error=str(error))
-                    await self._bad_copy(key, node.id, str(error))
+                    await self._note_bad(key, node.id, str(error))
             except TimeoutError:
                 trouble.append(f"{node.id}: no answer in time")
                 self._cluster.note_slow(node.id)
@@ -95,28 +63,36 @@ class Fetcher:
                 trouble.append(f"{node.id}: {error}")
         raise MessageUnreadable(f"no good copy of {key.hex()}: {'; '.join(trouble) or 'no node is there'}")
 
+    async def _note_bad(self, key: bytes, node: str, why: str) -> None:
+        try:
+            async with asyncio.timeout(limits.INDEX_WAIT_S_DEFAULT):
+                await self._bad_copy(key, node, why)
+        except (Trouble, TimeoutError) as error:  # scrub finds it again; the reader gets another copy
+            self._world.log.event(Event.TROUBLE, key=key, node=node, error=f"a bad copy was not noted: {error or 'no answer'}")
+
     async def commit(self, key: bytes, nodes: Sequence[str]) -> Commit:
         """The commit record. Raises MessageUnreadable."""
 
         async def read(node: StorageNode) -> Commit:
-            try:
-                return _decode(await node.read_commit(key))
-            except msgspec.DecodeError as error:
-                raise CopyDamaged("commit record cannot be read") from error
+            return _commit(await node.read_commit(key))
+
+        return await self._try(key, nodes, read)
+
+    async def chunk(self, key: bytes, nodes: Sequence[str], commit: Commit, number: int) -> bytes:
+        """The octets of one chunk. Raises MessageUnreadable."""
+
+        async def read(node: StorageNode) -> bytes:
+            data = self._unpacker.octets(await node.read_chunk(key, number))
+            if len(data) != commit.sizes[number]:
+                raise CopyDamaged(f"chunk {number} has {len(data)} octets, not {commit.sizes[number]}")
+            return data
 
         return await self._try(key, nodes, read)
 
     async def chunks(self, key: bytes, nodes: Sequence[str], commit: Commit) -> AsyncIterator[bytes]:
         """The octets, chunk by chunk. Raises MessageUnreadable, also in the middle."""
-        for number, octets in enumerate(commit.sizes):
-
-            async def read(node: StorageNode, number: int = number, octets: int = octets) -> bytes:
-                data = self._unpacker.octets(await node.read_chunk(key, number))
-                if len(data) != octets:
-                    raise CopyDamaged(f"chunk {number} has {len(data)} octets, not {octets}")
-                return data
-
-            yield await self._try(key, nodes, read)
+        for number in range(len(commit.sizes)):
+            yield await self.chunk(key, nodes, commit, number)
 
     async def read_small(self, wanted: Mapping[bytes, Sequence[str]]) -> dict[bytes, Small]:
         """Whole small messages (key to the nodes believed to hold it), many at once. What is left out is not small, or in
@@ -152,17 +128,41 @@ class Fetcher:
             raise MessageUnreadable(f"{key.hex()}: the octets do not have the checksum they were accepted with")
         return commit, data
 
-    async def copy(self, key: bytes, source: StorageNode, target: StorageNode) -> None:
-        """Copies a message from node to node, every octet verified on the way. Raises CopyMissing, CopyDamaged, Trouble."""
+    async def copy(self, key: bytes, source: StorageNode, target: StorageNode) -> Receipt:
+        """Copies a message from node to node for repair, every octet verified before it is committed; the target's receipt.
+
+        Its origin says that it is a repair: it is never entered as new mail (law 6). A copy that is live on the target stays.
+        Raises CopyMissing and CopyDamaged of the source; NodeTrouble: from the target it may be there all the same.
+        """
         body = await source.read_commit(key)
-        commit = _decode(body)
+        commit = _commit(body)
+        last = len(commit.sizes) - 1
         digest = hashlib.sha256()
-        for number in range(len(commit.sizes)):
-            chunk = await source.read_chunk(key, number)
-            digest.update(self._unpacker.octets(chunk))
-            if number == len(commit.sizes) - 1:
-                if digest.hexdigest() != commit.sha256:
-                    raise CopyDamaged(f"the copy on {source.id} has another SHA-256 than was accepted")
-                await target.commit(key, [chunk], body, len(commit.sizes))
-            else:
-                await target.append(key, [chunk])
+        try:
+            for number, octets in enumerate(commit.sizes):
+                chunk = await source.read_chunk(key, number)
+                data = self._unpacker.octets(chunk)
+                if len(data) != octets:
+                    raise CopyDamaged(f"chunk {number} on {source.id} has {len(data)} octets, not {octets}")
+                digest.update(data)
+                if number < last:
+                    await target.append(key, [chunk])
+            if last < 0 or digest.hexdigest() != commit.sha256:
+                raise CopyDamaged(f"the copy on {source.id} has another SHA-256 than was accepted")
+        except (CopyMissing, CopyDamaged, Trouble):
+            await self._let_go(key, target)
+            raise
+        return await target.commit(key, [chunk], body, len(commit.sizes), None, Origin.REPAIR)
+
+    async def _let_go(self, key: bytes, target: StorageNode) -> None:
+        try:
+            await target.cancel(key)
+        except Trouble as error:
+            self._world.log.event(Event.TROUBLE, key=key, node=target.id, error=str(error))
+
+
+def _commit(body: bytes) -> Commit:
+    try:
+        return _decode(body)
+    except msgspec.DecodeError as error:
+        raise CopyDamaged("commit record cannot be read") from error

@@ -1,44 +1,41 @@
 """Owns replication: one message to R nodes in R groups, streaming, with bounded memory.
 
-Contract: `Replication.commit` returns when R receipts of R different groups are in, and raises when they cannot be had;
-then every node that may hold the message has been told to abort, or `undecided` names those that could not be told.
+Contract: `Replication.commit` returns when R receipts of R different groups are in. When they cannot be had it raises
+`NotStored`, which names the nodes that may hold a commit all the same: what becomes of the message is the index's decision,
+and no node is told anything before it (law 5). Streams that were never asked to commit are let go with `cancel`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 import msgspec
-import zstandard
 
 from powermail.base import limits
 from powermail.base.digest import hash_octets
-from powermail.base.errors import NodeTrouble, NotRedundant, Trouble
+from powermail.base.errors import CommitRefused, CopyDamaged, CopyMissing, NodeTrouble, NotRedundant, Trouble
 from powermail.base.log import Event
+from powermail.base.tasks import report_bug
 from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
+from powermail.cluster.packing import Packer
 from powermail.mail.envelope import Commit
-from powermail.storage.contract import COMPRESSED, Chunk, NodeState, StorageNode
+from powermail.storage.contract import Chunk, Mark, NodeState, Origin, Receipt, Stamp, StorageNode
 
-_COMPRESS_MIN_OCTETS = 256
 _encode = msgspec.json.Encoder().encode
+_NO_COPY = (Trouble, TimeoutError, CopyMissing, CopyDamaged)
 
 
-class Packer:
-    """Cuts octets into chunks and compresses each where it helps."""
+class NotStored(NotRedundant):
+    """Fewer than R receipts came. `undecided` were asked to commit and may hold it; `refused` definitely do not (law 5)."""
 
-    def __init__(self, compress: bool) -> None:
-        self._compressor = zstandard.ZstdCompressor(level=1, write_content_size=True) if compress else None
-
-    def chunk(self, number: int, octets: bytes) -> Chunk:
-        """One chunk as stored."""
-        if self._compressor is not None and len(octets) >= _COMPRESS_MIN_OCTETS:
-            packed = self._compressor.compress(octets)
-            if len(packed) < len(octets) - len(octets) // 8:
-                return Chunk(number, COMPRESSED, packed, len(octets))
-        return Chunk(number, 0, octets, len(octets))
+    def __init__(self, why: str, undecided: tuple[str, ...], refused: tuple[str, ...]) -> None:
+        super().__init__(why)
+        self.undecided = undecided
+        self.refused = refused
 
 
 class Replication:
@@ -52,8 +49,6 @@ class Replication:
         """Raises NotRedundant when too few groups take mail."""
         self.key = key
         self.octets = 0
-        self.undecided: list[str] = []
-        self.given_up: list[str] = []  # nodes that were asked to commit and did not answer: they may hold it all the same
         self._world = world
         self._cluster = cluster
         self._patience = cluster.receipts
@@ -61,7 +56,14 @@ class Replication:
         order = cluster.place()
         self._targets = order[: cluster.copies_required]
         self._spares = order[cluster.copies_required :]
-        self._touched: dict[str, StorageNode] = {}
+        self._streamed: dict[str, StorageNode] = {}  # nodes that were given chunks before any commit
+        self._asked: dict[str, StorageNode] = {}  # to commit
+        self._receipts: dict[str, Receipt] = {}
+        self._groups: dict[str, None] = {}  # of the receipts
+        self._refused: dict[str, None] = {}  # definitely
+        self._why = ""  # what failed first
+        self._stamps: dict[str, Stamp] | None = None  # once they are frozen
+        self._closes_at = 0.0  # when feeding spares ends, then (law 2)
         self._digest = hashlib.sha256()
         self._open: list[bytes] = []
         self._open_octets = 0
@@ -69,8 +71,10 @@ class Replication:
         self._held: dict[int, Chunk] = {}
         self._held_octets = 0
 
+    # -- streaming ----------------------------------------------------------------------------------------------------
+
     async def write(self, octets: bytes) -> None:
-        """Adds octets; waits while the nodes are behind. Raises NotRedundant, NodeTrouble."""
+        """Adds octets; waits while the nodes are behind. Raises NotRedundant: no node was asked to commit."""
         self.octets += len(octets)
         hash_octets(self._digest, octets)
         self._open.append(octets)
@@ -96,48 +100,89 @@ class Replication:
             self._held_octets -= len(self._held.pop(oldest).stored)
 
     async def _send(self, chunk: Chunk) -> None:
-        for node in self._targets:
-            self._touched[node.id] = node
-        outcomes = await asyncio.gather(
-            *(self._patience.wait(node.append(self.key, [chunk])) for node in self._targets), return_exceptions=True
-        )
-        for node, outcome in zip(list(self._targets), outcomes, strict=True):
-            if isinstance(outcome, Trouble | TimeoutError):
-                await self._replace(node, outcome, chunk.number + 1)
-            elif isinstance(outcome, BaseException):
+        targets = list(self._targets)
+        for node in targets:
+            self._streamed[node.id] = node
+        outcomes = await self._all(targets, [node.append(self.key, [chunk]) for node in targets])
+        failed = [node for node, outcome in zip(targets, outcomes, strict=True) if outcome is not None]
+        for node in failed:
+            self._targets.remove(node)
+        for node, outcome in zip(targets, outcomes, strict=True):
+            if outcome is None:
+                continue
+            self._note_failed(node, outcome)
+            spare = await self._feed_spare({target.group for target in self._targets}, chunk.number + 1)
+            if spare is None:
+                raise NotRedundant(f"node {node.id} failed and no other group takes mail") from outcome
+            self._targets.append(spare)
+
+    async def _all(
+        self, nodes: Sequence[StorageNode], work: Sequence[Coroutine[Any, Any, None]]
+    ) -> list[Trouble | TimeoutError | None]:
+        """What each call came to, all waited for; a bug of ours is raised."""
+        outcomes: list[Trouble | TimeoutError | None] = []
+        for outcome in await asyncio.gather(*(self._patience.wait(call) for call in work), return_exceptions=True):
+            if outcome is not None and not isinstance(outcome, Trouble | TimeoutError):
                 raise outcome
+            outcomes.append(outcome)
+        return outcomes
 
-    async def _replace(self, failed: StorageNode, why: BaseException, count: int) -> StorageNode:
-        """Gives the chunks so far to the next node in placement order. Raises NotRedundant when none is left."""
+    def _note_failed(self, node: StorageNode, error: Exception) -> None:
+        """A node did not do what was asked, or not in time."""
+        text = str(error) or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)
+        if isinstance(error, TimeoutError):
+            self._cluster.note_slow(node.id)
+        elif not isinstance(error, _NO_COPY):
+            report_bug(self._world.log, error, f"node {node.id}")
+        self._world.log.event(Event.TROUBLE, key=self.key, node=node.id, error=text)
+        self._why = self._why or f"node {node.id}: {text}"
+
+    async def _feed_spare(self, groups: set[str], count: int) -> StorageNode | None:
+        """Gives the first `count` chunks to the next node in placement order that is in none of `groups`. None if there is
+        none, or if its stamp would be too old (law 2).
+        """
         self._world.counters.add("cluster.replaced")
-        taken = {node.group for node in self._targets if node is not failed}
-        while self._spares:
-            spare = self._spares.pop(0)
-            if spare.group in taken or spare.state is not NodeState.READ_WRITE:
-                continue
+        while True:
+            spare = next((node for node in self._spares if node.group not in groups and self._may_be_asked(node)), None)
+            if spare is None:
+                return None
+            self._spares.remove(spare)
             try:
-                self._touched[spare.id] = spare
-                for number in range(count):
-                    await self._patience.wait(spare.append(self.key, [await self._chunk(number, failed)]))
-            except (Trouble, TimeoutError):
+                async with asyncio.timeout(self._window_s()):
+                    for number in range(count):
+                        chunk = self._held.get(number) or await self._read_back(number, spare)
+                        self._streamed[spare.id] = spare
+                        await self._patience.wait(spare.append(self.key, [chunk]))
+            except _NO_COPY as error:
+                self._note_failed(spare, error)
                 continue
-            self._targets[self._targets.index(failed)] = spare
             return spare
-        raise NotRedundant(f"node {failed.id} failed and no other group takes mail") from why
 
-    async def _chunk(self, number: int, failed: StorageNode) -> Chunk:
-        held = self._held.get(number)
-        if held is not None:
-            return held
-        for node in self._targets:
-            if node is not failed:
+    def _may_be_asked(self, node: StorageNode) -> bool:
+        if self._stamps is not None and (node.id not in self._stamps or self._window_s() == 0.0):
+            return False
+        return node.state is NodeState.READ_WRITE
+
+    def _window_s(self) -> float | None:
+        """How long spares may still be fed: not for ever once stamps are frozen, or the last would be too old (law 2)."""
+        return None if self._stamps is None else max(0.0, self._closes_at - self._world.clock.monotonic())
+
+    async def _read_back(self, number: int, but: StorageNode) -> Chunk:
+        """An earlier chunk, from a node that has it; those that kept us waiting are asked last."""
+        holders = [node for node in self._streamed.values() if node is not but]
+        for node in sorted(holders, key=lambda node: (node.id not in self._receipts, self._cluster.is_slow(node.id))):
+            try:
                 return await self._patience.wait(node.read_chunk(self.key, number))
+            except _NO_COPY:
+                continue
         raise NodeTrouble("no node has the earlier chunks")
 
-    async def commit(self, make: Callable[[int, str, list[int]], Commit]) -> tuple[Commit, tuple[str, ...]]:
-        """Makes the message durable on R nodes and returns its commit record and the nodes that hold it.
+    # -- committing ---------------------------------------------------------------------------------------------------
 
-        `make` builds the record from (octets, sha256 in hex, sizes). Raises NotRedundant or NodeTrouble after aborting.
+    async def commit(self, make: Callable[[int, str, list[int]], Commit]) -> tuple[Commit, tuple[Receipt, ...]]:
+        """Makes the message durable on R nodes; its commit record, and the receipts.
+
+        `make` builds the record from (octets, sha256 in hex, sizes). Raises NotStored.
         Cancellation: must not be cancelled; the caller runs it in a task that outlives the session.
         """
         last: list[Chunk] = []
@@ -149,55 +194,82 @@ class Replication:
             self._hold(chunk)
         record = make(self.octets, self._digest.hexdigest(), self._sizes)
         body = _encode(record)
+        # law 2: all stamps are frozen when the first node is asked to commit, not while it streamed
+        self._stamps = self._cluster.stamps([*self._targets, *self._spares])
+        self._closes_at = self._world.clock.monotonic() + limits.COMMIT_WINDOW_S - limits.SPARE_MARGIN_S
+        await self._ask(self._targets, last, body)
+        while len(self._groups) < self._cluster.copies_required:
+            spare = await self._feed_spare(set(self._groups), len(self._sizes) - len(last))
+            if spare is None:
+                raise NotStored(self._why or "too few nodes have a stamp", self.undecided, tuple(self._refused))
+            await self._ask([spare], last, body)
+        return record, tuple(self._receipts.values())
+
+    async def _ask(self, nodes: Sequence[StorageNode], last: list[Chunk], body: bytes) -> None:
+        """Asks nodes to commit, each with its frozen stamp, and waits for their answers."""
+        assert self._stamps is not None
         count = len(self._sizes)
-        for node in self._targets:
-            self._touched[node.id] = node
-        try:
-            waiting = [(node, self._start(node, last, body, count)) for node in self._targets]
-            failures: list[tuple[StorageNode, BaseException]] = []
-            for node, receipt in waiting:
-                error = receipt if isinstance(receipt, Trouble) else await self._receipt(receipt)
-                if error is not None:
-                    failures.append((node, error))
-            for failed, error in failures:
-                await self._commit_elsewhere(failed, error, last, body, count)
-        except BaseException:
-            await self.abort()
-            raise
-        return record, tuple(node.id for node in self._targets)
-
-    def _start(self, node: StorageNode, last: list[Chunk], body: bytes, count: int) -> asyncio.Future[None] | Trouble:
-        try:
-            return asyncio.ensure_future(node.commit(self.key, last, body, count))
-        except Trouble as error:
-            return error
-
-    async def _receipt(self, future: asyncio.Future[None]) -> BaseException | None:
-        try:
-            await self._patience.wait(future)
-        except (Trouble, TimeoutError) as error:
-            return error
-        return None
-
-    async def _commit_elsewhere(
-        self, failed: StorageNode, error: BaseException, last: list[Chunk], body: bytes, count: int
-    ) -> None:
-        self._world.log.event(Event.TROUBLE, key=self.key, node=failed.id, error=str(error) or type(error).__name__)
-        while True:
-            self.given_up.append(failed.id)
-            spare = await self._replace(failed, error, count - len(last))
-            receipt = self._start(spare, last, body, count)
-            again = receipt if isinstance(receipt, Trouble) else await self._receipt(receipt)
-            if again is None:
-                return
-            failed, error = spare, again
-
-    async def abort(self) -> None:
-        """Tells every node that may hold something; fills `undecided` with those that could not be told."""
-        touched, self._touched = self._touched, {}
-        self.undecided = []
-        for name, node in touched.items():
+        waiting: list[tuple[StorageNode, asyncio.Future[Receipt]]] = []
+        for node in nodes:
+            stamp = self._stamps.get(node.id)
+            if stamp is None:
+                continue
+            self._asked[node.id] = node
             try:
-                await self._patience.wait(node.abort(self.key))
-            except (Trouble, TimeoutError):
-                self.undecided.append(name)
+                answer = asyncio.ensure_future(node.commit(self.key, last, body, count, stamp, Origin.DELIVERY))
+            except Exception as error:  # noqa: BLE001  whatever it is, this node gave no receipt
+                self._without_receipt(node, error)
+            else:
+                waiting.append((node, answer))
+        late = False
+        for node, receipt in waiting:
+            try:
+                if late and not receipt.done():
+                    receipt.cancel()  # all have had as long as the one that took too long
+                    raise TimeoutError
+                self._receipts[node.id] = await self._patience.wait(receipt)
+            except Exception as error:  # noqa: BLE001  the same
+                late = late or isinstance(error, TimeoutError)
+                self._without_receipt(node, error)
+            else:
+                self._groups[node.group] = None
+
+    def _without_receipt(self, node: StorageNode, error: Exception) -> None:
+        """Only a definite refusal says that the node holds no commit; else that is unknown (law 5)."""
+        if isinstance(error, CommitRefused):
+            self._refused[node.id] = None
+        self._note_failed(node, error)
+
+    def _undecided(self) -> list[StorageNode]:
+        return [node for name, node in self._asked.items() if name not in self._refused]
+
+    @property
+    def undecided(self) -> tuple[str, ...]:
+        """Nodes that were asked to commit and did not refuse definitely: they may hold it (law 5)."""
+        return tuple([node.id for node in self._undecided()])
+
+    @property
+    def receipts(self) -> tuple[Receipt, ...]:
+        """Receipts so far."""
+        return tuple(self._receipts.values())
+
+    # -- letting go ---------------------------------------------------------------------------------------------------
+
+    @property
+    def abandoned(self) -> list[StorageNode]:
+        """Nodes that were given chunks, and were never asked to commit or refused definitely: they are told `cancel`."""
+        return [node for name, node in self._streamed.items() if name not in self._asked or name in self._refused]
+
+    async def cancel(self) -> None:
+        """Lets streams go that were never asked to commit; what cannot be told lets go by itself (law 5)."""
+        nodes = self.abandoned
+        self._streamed.clear()
+        await self._all(nodes, [node.cancel(self.key) for node in nodes])
+
+    async def bury(self, mark: Mark, at: float) -> bool:
+        """Writes a tombstone on every node that may hold a commit; True if each confirmed. Only after the index has taken
+        `aborted` (law 5).
+        """
+        nodes = self._undecided()
+        told = await self._all(nodes, [node.delete([self.key], mark, at) for node in nodes])
+        return all(error is None for error in told)

@@ -1,11 +1,17 @@
-"""Owns mail that we send ourselves: the null reverse-path, the same transaction as anybody's."""
+"""Owns mail that we send ourselves: the null reverse-path, the same transaction as anybody's.
+
+There is no connection to close. A delivery whose outcome is unknown is decided in the index before the same work is tried
+again with a new key (law 5); until then its work is not done and not tried.
+"""
 
 from __future__ import annotations
 
+from powermail.base import limits
 from powermail.base.errors import OutcomeUnknown, Trouble
 from powermail.delivery.srs import Rewriter, SrsError
 from powermail.delivery.transaction import DeliveryService, Sender
-from powermail.mail.address import AddressError, parse
+from powermail.index.contract import Fate
+from powermail.mail.address import Address, AddressError, parse
 
 
 class Postmaster:
@@ -14,28 +20,58 @@ class Postmaster:
     def __init__(self, service: DeliveryService, rewriter: Rewriter) -> None:
         self._service = service
         self._rewriter = rewriter
+        self._undecided: dict[str, tuple[bytes, tuple[str, ...]]] = {}  # work: its key, and who was asked to commit it
 
-    async def submit(self, to: str, octets: bytes) -> bool:
-        """Delivers to a mailbox of ours, or by the queue. False if it must be tried again later."""
+    async def submit(self, to: str, octets: bytes, work: str) -> bool:
+        """Delivers to a mailbox of ours, or by the queue. False if it must be tried again later.
+
+        `work` names what this message is for: however often it is tried, at most one of its messages is delivered.
+        """
+        if work in self._undecided:
+            fate = await self._decide(work)
+            if fate is not Fate.ABORTED:
+                return fate is not None
+        elif len(self._undecided) >= limits.INTERNAL_UNDECIDED_MAX:
+            await self._decide(next(iter(self._undecided)))
+            return False
+        address = self._address(to)
+        if address is None:
+            return True  # nobody can be told
         service = self._service
         recipients = service.recipients(len(octets))
-        try:
-            address = parse(to)
-        except AddressError:
-            return True  # nobody can be told
-        if self._rewriter.is_ours(address):
-            try:
-                address = parse(self._rewriter.reverse(address, service.world.clock.now()))
-            except (SrsError, AddressError):
-                return True
         status = await recipients.add_return(address)
         if not status.positive:
             return not status.temporary
         sender = Sender("localhost", service.hostname, "local", "", "", len(octets), "8BITMIME", not octets.isascii(), "", "")
         try:
             transaction = service.begin(sender, recipients)
+        except Trouble:
+            return False
+        try:
             await transaction.write(octets)
             status = await transaction.finish()
-        except (Trouble, OutcomeUnknown):
+        except OutcomeUnknown:
+            self._undecided[work] = transaction.key, transaction.replication.undecided
+            return await self._decide(work) in (Fate.LIVE, Fate.DEAD)
+        except Trouble:
+            transaction.cancel()
             return False
         return status.positive
+
+    async def _decide(self, work: str) -> Fate | None:
+        """What became of an earlier message of this work; None while the index does not answer."""
+        key, asked = self._undecided[work]
+        fate = await self._service.abort(key, asked)
+        if fate is not None:
+            self._undecided.pop(work, None)
+        return fate
+
+    def _address(self, to: str) -> Address | None:
+        """Where a bounce to this return address goes."""
+        try:
+            address = parse(to)
+            if self._rewriter.is_ours(address):
+                return parse(self._rewriter.reverse(address, self._service.world.clock.now()))
+            return address
+        except (SrsError, AddressError):
+            return None

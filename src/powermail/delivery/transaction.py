@@ -2,25 +2,36 @@
 
 The promise rule: once nodes have been asked to commit, the delivery runs to its outcome in the service's own tasks,
 whether the client is still there or not. Order: R nodes durable, index commit, reply.
+
+Laws 4 and 5 say what the reply may be; everything else is OutcomeUnknown, and the connection closes without an answer:
+
+    R receipts, and the index  entered or knew it             250
+                               aborted it, or settled it      close
+                               does not answer in time        250: the nodes' records are enough, reconcile enters it
+    fewer, and                 no node can hold a commit      451: none was asked, or each asked one refused definitely
+                               the index aborted it           451 once each asked node confirmed a tombstone, else close
+                               the index says live or dead    close
+                               the index does not answer      close, and no node is told anything
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from powermail.base import limits
 from powermail.base.deadline import Patience
-from powermail.base.errors import IndexTrouble, NotRedundant, OutcomeUnknown, Trouble
+from powermail.base.errors import IndexTrouble, OutcomeUnknown
 from powermail.base.log import Event
 from powermail.base.tasks import Tasks
 from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
-from powermail.cluster.replicate import Packer, Replication
+from powermail.cluster.packing import Packer
+from powermail.cluster.replicate import NotStored, Replication
 from powermail.delivery.recipients import Recipients
 from powermail.directory.resolve import Resolver
-from powermail.index.contract import Delivery, Index
+from powermail.index.contract import Delivery, Fate, Index, Outcome
 from powermail.mail import header
 from powermail.mail import status as st
 from powermail.mail.envelope import Commit
@@ -91,17 +102,28 @@ class DeliveryService:
         self._tasks.start(transaction.run(outcome), "delivery")
         return await outcome
 
-    def abandon(self, transaction: Transaction) -> None:
-        """Clears away what nodes hold of a message that will not be committed."""
-        self._tasks.start(transaction.replication.abort(), "abandon")
+    def let_go(self, replication: Replication) -> None:
+        """Clears away what nodes hold of streams that were never asked to commit."""
+        if replication.abandoned:
+            self._tasks.start(replication.cancel(), "cancel")
 
-    async def enter(self, delivery: Delivery) -> None:
-        """Enters a durable message in the index, waiting at most `index_wait_s`: reconcile enters it otherwise."""
+    async def enter(self, delivery: Delivery) -> Outcome | None:
+        """Enters a durable message in the index, waiting at most `index_wait_s`. None: no answer, reconcile enters it."""
         try:
-            await self._index_patience.wait(self.index.deliver(delivery))
+            return await self._index_patience.wait(self.index.deliver(delivery))
         except (IndexTrouble, TimeoutError) as error:
             self.world.counters.add("delivery.index_late")
             self.world.log.event(Event.INDEX_LATE, key=delivery.key, error=str(error) or "no answer in time")
+            return None
+
+    async def abort(self, key: bytes, asked: Sequence[str]) -> Fate | None:
+        """Asks the index to decide against a delivery; the key's fate, or None if it did not answer (law 5)."""
+        try:
+            return await self._index_patience.wait(self.index.abort(key, asked))
+        except (IndexTrouble, TimeoutError) as error:
+            self.world.counters.add("delivery.index_late")
+            self.world.log.event(Event.INDEX_LATE, key=key, error=str(error) or "no answer in time")
+            return None
 
 
 class Transaction:
@@ -170,8 +192,8 @@ class Transaction:
         return await self._service.settle(self)
 
     def cancel(self) -> None:
-        """Drops the message; nothing of it will be seen."""
-        self._service.abandon(self)
+        """Drops the message, which no node was asked to commit; nothing of it will be seen."""
+        self._service.let_go(self.replication)
 
     def _record(self, octets: int, sha256: str, sizes: list[int]) -> Commit:
         sender = self._sender
@@ -188,7 +210,6 @@ class Transaction:
             smtputf8=sender.smtputf8,
             hops=self._hops,
             plain=self.plain,
-            mark=self._service.index.commits,
         )
 
     async def run(self, outcome: asyncio.Future[Status]) -> None:
@@ -207,19 +228,20 @@ class Transaction:
                 outcome.set_exception(OutcomeUnknown("the delivery ended without an outcome"))
 
     async def _run(self) -> Status:
-        world, service = self._service.world, self._service
+        service = self._service
         try:
-            commit, nodes = await self.replication.commit(self._record)
-        except Trouble as error:
-            world.counters.add("delivery.failed")
-            world.log.event(Event.DELIVERY_TROUBLE, key=self.key, error=str(error))
-            if self.replication.undecided and not await self._note_abort():
-                return st.DELIVERED._replace(text=f"Stored as {self.key.hex()}")
-            status = st.NOT_REDUNDANT if isinstance(error, NotRedundant) else st.STORAGE_TROUBLE
-            return status.because(error)
-        await service.enter(Delivery(self.key, commit, nodes))
-        for node in self.replication.given_up:
-            await self._note_given_up(node)
+            commit, receipts = await self.replication.commit(self._record)
+        except NotStored as error:
+            return await self._not_stored(error)
+        outcome = await service.enter(Delivery(self.key, commit, receipts))
+        service.let_go(self.replication)
+        if outcome is Outcome.ABORTED or outcome is Outcome.SETTLED:
+            service.world.counters.add(f"law.7.{outcome.value}")
+            raise OutcomeUnknown(f"the index says {outcome.value}")  # laws 4, 7
+        return self._delivered()
+
+    def _delivered(self) -> Status:
+        world = self._service.world
         world.counters.add("delivery.messages")
         world.counters.add("delivery.recipients", len(self._recipients))
         world.log.event(
@@ -228,21 +250,26 @@ class Transaction:
             client=self._sender.client,
             sender=f"<{self._sender.reverse_path}>",
             recipients=len(self._recipients),
-            octets=commit.octets,
-            nodes=",".join(nodes),
+            octets=self.replication.octets,
+            nodes=",".join([receipt.node for receipt in self.replication.receipts]),
         )
         return st.DELIVERED._replace(text=f"Stored as {self.key.hex()}")
 
-    async def _note_given_up(self, node: str) -> None:
-        """The node may have stored it after all: when the message is deleted, it is deleted there too (P8)."""
-        try:
-            await self._service.index.note_repair(self.key, node, "it did not answer in time")
-        except IndexTrouble as error:
-            self._service.world.log.event(Event.TROUBLE, key=self.key, node=node, error=str(error))
-
-    async def _note_abort(self) -> bool:
-        """Some node may hold a commit and could not be told: the index remembers. False if it is mail already."""
-        try:
-            return await self._service.index.abort(self.key, self._service.world.clock.now())
-        except IndexTrouble as error:
-            raise OutcomeUnknown("neither nodes nor index could note the abort") from error
+    async def _not_stored(self, error: NotStored) -> Status:
+        """Fewer than R receipts: 451 if no node can hold a commit, else it is the index's decision (laws 4, 5)."""
+        service, world, replication = self._service, self._service.world, self.replication
+        world.counters.add("delivery.failed")
+        world.log.event(Event.DELIVERY_TROUBLE, key=self.key, error=str(error))
+        service.let_go(replication)
+        if not error.undecided:
+            world.counters.add("law.5.refused")
+            return st.NOT_REDUNDANT.because(error)
+        fate = await service.abort(self.key, error.undecided)  # before any node is told (law 5)
+        if fate is Fate.ABORTED:
+            if await replication.bury(service.index.mark(), world.clock.now()):
+                world.counters.add("law.5.buried")
+                return st.NOT_REDUNDANT.because(error)
+            world.counters.add("law.5.closed")
+            raise OutcomeUnknown("aborted, but not every node that was asked has confirmed it") from error
+        world.counters.add("law.5.closed")
+        raise OutcomeUnknown(f"not decided against: {fate.name.lower() if fate else 'the index does not answer'}") from error

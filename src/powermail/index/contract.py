@@ -1,27 +1,54 @@
-"""Owns the contract of the index: the one truth of all front ends about mailboxes, copies and the queue.
+"""Owns the contracts of the index: the one truth of all front ends about mailboxes, copies, the queue and checkpoints.
 
-Implementation: `index.sqlite.SqliteIndex`; PostgreSQL follows behind the same contract. Every method that changes
-something returns only when the change is durable. IndexTrouble means: try later, nothing is known about the outcome.
+Five contracts, one object: `Mailboxes` (what each mailbox shows), `Copies` (fates, copies, nodes), `Queue`, `Checkpoints`
+(what goes to the nodes so that the index can be made anew) and `Epochs` (lost commits). Implementations: `index.memory`
+and `index.sqlite`; one suite for all (`tests/index`). The protocol they keep is docs/laws.md.
+
+Rules: a method that changes something returns only when the change is durable, as one transaction whose last statement
+raises the writer slot's count (law 10). IndexTrouble means: try later, nothing is known about the outcome. While the index
+catches up after lost commits (`catching_up`), listings and logins to mailboxes are IndexTrouble, never short (P7).
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from enum import Enum, IntEnum
 from typing import NamedTuple, Protocol
 
 from msgspec import Struct
 
-from powermail.mail.envelope import Commit, Target
+from powermail.index.view import Change, View
+from powermail.mail.envelope import Commit
+from powermail.storage.contract import START, Held, Mark, Origin, Position, Receipt, Unread
+
+
+class Fate(IntEnum):
+    """What was decided about a key; the row that says so is the only decider (law 3)."""
+
+    LIVE = 1
+    DEAD = 2
+    ABORTED = 3
+
+
+class Outcome(Enum):
+    """What entering a delivery came to (laws 4, 7)."""
+
+    ENTERED = "entered"  # live: entered by this call
+    KNOWN = "known"  # live or dead already: reconcile was quicker, or it was read and deleted meanwhile
+    ABORTED = "aborted"  # an abort was quicker
+    SETTLED = "settled"  # a receipt lies behind a watermark, or of another incarnation: decided and forgotten before
 
 
 class Delivery(NamedTuple):
-    """A message with R durable copies, to be entered in mailboxes and queue."""
+    """A message with R durable copies in R groups, to be entered in mailboxes and queue."""
 
     key: bytes
     commit: Commit
-    nodes: tuple[str, ...]
-    late: bool = False  # found by reconcile: it may have had numbers that were lost, so its mailboxes jump a little
+    receipts: tuple[Receipt, ...]
+
+
+# -- mailboxes ------------------------------------------------------------------------------------------------------
 
 
 class MailboxFacts(NamedTuple):
@@ -38,7 +65,7 @@ class MailboxFacts(NamedTuple):
 
 
 class EntryFacts(NamedTuple):
-    """One message in one mailbox."""
+    """One message in one mailbox. `flags` and `modseq` are as delivered or copied; later changes are in the view."""
 
     uid: int
     key: bytes
@@ -48,14 +75,306 @@ class EntryFacts(NamedTuple):
     received_at: float
 
 
+class Release(NamedTuple):
+    """Outcome of removing references: how many went, and how many messages died with their last one (law 8)."""
+
+    removed: int
+    dead: int
+
+
+class Stored(NamedTuple):
+    """Outcome of STORE: the MODSEQ it got (0 if nothing changed), the UIDs that changed, and those that had changed since the
+    MODSEQ that the client named (RFC 7162 §3.1.3), which were left alone.
+    """
+
+    modseq: int
+    changed: tuple[int, ...]
+    conflicts: tuple[int, ...]
+
+
+class FlagChange(Enum):
+    """How STORE changes flags (RFC 9051 §6.4.6)."""
+
+    REPLACE = "replace"
+    ADD = "add"
+    REMOVE = "remove"
+
+
+class Tail(NamedTuple):
+    """What a mailbox has more than a view of it: entries and changes behind it, in order, in one snapshot."""
+
+    facts: MailboxFacts
+    entries: list[EntryFacts]
+    changes: list[Change]
+
+
+class Mailboxes(Protocol):
+    """What each mailbox shows. UIDs and MODSEQs come from the mailbox row in the transaction that uses them (P10)."""
+
+    async def find_mailbox(self, account: str, name: str) -> MailboxFacts | None:
+        """A mailbox, or None as long as nothing was ever delivered to it."""
+
+    async def make_mailbox(self, account: str, name: str) -> MailboxFacts:
+        """The mailbox of that name, made if it does not exist."""
+
+    async def mailboxes(self, after: int, limit: int) -> list[MailboxFacts]:
+        """All mailboxes by id."""
+
+    async def accounts(self, after: str, limit: int) -> list[tuple[str, int, int]]:
+        """(account, messages, octets) of accounts that have mailboxes, in order."""
+
+    async def usage(self, account: str) -> int:
+        """Octets in all mailboxes of an account."""
+
+    async def entries(self, mailbox: int, after_uid: int, below_uid: int, limit: int) -> list[EntryFacts]:
+        """Entries in order of UID. Raises IndexTrouble while the index may be short (P7)."""
+
+    async def view(self, mailbox: int) -> View:
+        """The whole state of a mailbox: the stored view with its tail applied. Raises IndexTrouble, KeyError if it is gone."""
+
+    async def tail(self, mailbox: int, modseq: int, uid_next: int) -> Tail | None:
+        """What came behind a view that is at `modseq` and `uid_next`; None if the changes since were trimmed: take `view`."""
+
+    async def changed(self, known: Mapping[int, int]) -> list[int]:
+        """Which of these mailboxes (id to MODSEQ) have a higher MODSEQ, or are gone: the change notice, one query."""
+
+    async def store(
+        self, mailbox: int, uids: Sequence[int], how: FlagChange, flags: int, unchanged_since: int | None
+    ) -> Stored:
+        """Changes flags of those that exist; one change row whatever its size, only for what really changes."""
+
+    async def keyword(self, mailbox: int, name: str) -> int:
+        """The flag bit of a keyword in a mailbox, assigned on first use (RFC 9051 §2.3.2).
+
+        Raises ValueError when all are used.
+        """
+
+    async def keywords(self, mailbox: int) -> dict[str, int]:
+        """The flag bits that keywords have in a mailbox, by name. COPY and MOVE go by the name."""
+
+    async def copy(self, mailbox: int, uids: Sequence[int], to: int) -> list[tuple[int, int]]:
+        """(UID, UID there) of the copies, in order; keys are locked and must be live, else nothing is copied (law 8)."""
+
+    async def move(self, mailbox: int, uids: Sequence[int], to: int) -> list[tuple[int, int]]:
+        """The same, and they leave this mailbox in the same transaction (RFC 6851 §3.3)."""
+
+    async def expunge(self, mailbox: int, uids: Sequence[int]) -> Release:
+        """Removes entries for ever; a message whose last reference goes dies, with orders for its copies (law 8)."""
+
+    async def merge(self, mailbox: int) -> bool:
+        """Folds the tail into the stored view and trims the changes; False if somebody else did."""
+
+    async def purge(self, account: str) -> Release:
+        """Removes all mailboxes of an account, in bounded transactions. PURGED must lie on R groups before (law 13)."""
+
+    async def note_purged(self, account: str) -> None:
+        """From now on nothing is entered for this account: adoption, walk and rebuild skip its targets (law 13)."""
+
+    async def purged(self, after: str, limit: int) -> list[str]:
+        """Accounts so noted, in order."""
+
+
+# -- copies -----------------------------------------------------------------------------------------------------------
+
+
 class MessageFacts(NamedTuple):
-    """One stored message and the nodes believed to hold a copy."""
+    """One live message and the nodes believed to hold a copy."""
 
     key: bytes
     octets: int
     sha256: bytes
     nodes: tuple[str, ...]
     references: int
+
+
+class NodeRow(NamedTuple):
+    """What the index remembers of a member node. `watermark` and `end_seen` belong to `incarnation` (laws 6, 12)."""
+
+    id: str
+    group: str
+    incarnation: str
+    watermark: Position
+    end_seen: Position
+    boot: str  # the last opening the index has compared; "" until all that its admission owes was done (law 12)
+    scan_round: int  # scanned whole for this round (law 9)
+    owes_walk: bool  # after lost commits, until it was walked whole (law 11)
+    blocked: bool
+    missing_since: float  # UTC; 0 while it is there
+    owes_compare: bool = False  # its copies of the first release have no origin: compare once what it has with the index
+
+
+class Batch(NamedTuple):
+    """What reconcile found behind a watermark (law 6). `commits` gives the decoded record of keys the index may not know."""
+
+    node: str
+    incarnation: str
+    from_: Position
+    to: Position
+    end: Position
+    copies: Sequence[tuple[bytes, Position, Origin]]
+    tombstones: Sequence[bytes]
+    commits: Mapping[bytes, Commit]
+    birth: Position = START
+    unread: Sequence[Unread] = ()
+    round: int | None = None  # set by the batch that reaches the end reported behind the fence of this round (law 9)
+
+
+class Reconciled(NamedTuple):
+    """Outcome of a batch. `moved` False: another keeper was quicker (compare-and-set failed). `missing`: keys whose commit
+    records are needed first; `lost`: a tombstone of a live key, so the index lost commits. In these cases nothing was changed.
+    """
+
+    moved: bool
+    entered: int = 0
+    missing: tuple[bytes, ...] = ()
+    lost: bool = False
+
+
+class Order(NamedTuple):
+    """A tombstone that a node has not confirmed."""
+
+    key: bytes
+
+
+class DropOrder(NamedTuple):
+    """A copy that a node is to drop, named by the position it was first written at."""
+
+    key: bytes
+    position: Position
+
+
+class Copies(Protocol):
+    """Fates of keys, which nodes hold what, and what nodes are still to do."""
+
+    def expect(self, count: int) -> None:
+        """So many more deliveries (or fewer, if negative) are on their way: worth waiting a moment for in one transaction."""
+
+    def deliver(self, delivery: Delivery) -> asyncio.Future[Outcome]:
+        """Enters a message (laws 3, 4, 7); many that wait share one transaction. Idempotent by key.
+
+        The future raises IndexTrouble; cancelling it does not stop what has begun. Raises IndexTrouble at once when more than
+        `INDEX_WAITING_MAX` wait.
+        """
+
+    async def abort(self, key: bytes, asked: Sequence[str]) -> Fate:
+        """Decides against a delivery unless it was decided before: the fate the key has now. ABORTED: tombstones are ordered
+        on the nodes that were asked to commit (laws 3, 5).
+        """
+
+    async def message(self, key: bytes) -> MessageFacts | None:
+        """What is known of a live message."""
+
+    async def messages(self, keys: Sequence[bytes]) -> list[MessageFacts]:
+        """The same for many; keys that are not live are left out."""
+
+    async def fates(self, keys: Sequence[bytes]) -> dict[bytes, Fate]:
+        """The fates of keys; those without a row are left out."""
+
+    async def reconcile(self, batch: Batch) -> Reconciled:
+        """Enters what a log holds behind the watermark, as law 6's table says; one transaction, compare-and-set."""
+
+    async def settle_inventory(
+        self, node: str, incarnation: str, items: Sequence[tuple[bytes, Held, Position]], birth: Position,
+        commits: Mapping[bytes, Commit], enter: bool,
+    ) -> Reconciled:  # fmt: skip
+        """Compares keys of a node's inventory with the index. With `enter`, the walk of law 11: a tombstone makes the row dead,
+        also when there is none yet; a live copy without a row becomes live unless it lies before `birth` or its drop waits.
+        Without: the scrub's comparison and law 12's: a copy of a live row is believed, of a dead one ordered away, without a
+        row dropped (only behind the watermark: what lies at or above it is reconcile's). A tombstone of a live key proves lost
+        commits, but while the node owes a walk, or a comparison, it only ends the belief; while it owes a walk nothing is
+        dropped.
+        """
+
+    async def under_copied(self, groups: Mapping[str, str], required: int, after: bytes, limit: int) -> list[MessageFacts]:
+        """Live messages whose copies on the nodes in `groups` (node to group) span fewer than `required` groups, by key."""
+
+    async def under_copied_total(self, groups: Mapping[str, str], required: int) -> tuple[int, int]:
+        """(messages, octets) of the same."""
+
+    async def copies_on(self, node: str, after: bytes, limit: int) -> list[bytes]:
+        """Keys believed to be on a node, in order."""
+
+    async def believe(self, key: bytes, node: str) -> bool:
+        """A copy is durable there. Locks the row and requires live: False, and a tombstone is ordered there if the row is dead
+        or aborted, nothing if there is none: reconcile will order a drop (laws 6, 8).
+        """
+
+    async def disbelieve(self, node: str, keys: Sequence[bytes]) -> None:
+        """No longer believes that `node` holds these."""
+
+    async def note_bad(self, key: bytes, node: str, why: str) -> None:
+        """A copy failed its check: it counts no more, and is suspected to lie there until the keeper has looked: `believe` or
+        `clear_suspect`. That its record is seen there (`reconcile`, `settle_inventory`) does not make it good.
+        """
+
+    async def suspects(self, node: str, after: bytes, limit: int) -> list[bytes]:
+        """Keys of suspected copies on a node, in order."""
+
+    async def clear_suspect(self, key: bytes, node: str) -> None:
+        """The node holds no copy of it any more."""
+
+    async def orders(self, node: str, limit: int) -> list[bytes]:
+        """Keys whose tombstone that node has not confirmed, in order (law 8)."""
+
+    async def confirm_orders(self, node: str, keys: Sequence[bytes]) -> None:
+        """The tombstones are durable there."""
+
+    async def drops(self, node: str, limit: int) -> list[DropOrder]:
+        """Copies that node is to drop (laws 6, 12)."""
+
+    async def confirm_drops(self, node: str, drops: Sequence[DropOrder]) -> None:
+        """They are gone there: the belief goes too (law 6)."""
+
+    async def orders_total(self, node: str) -> tuple[int, int]:
+        """(tombstones, drops) that wait for a node."""
+
+    # -- nodes --------------------------------------------------------------------------------------------------------
+
+    async def node_rows(self) -> list[NodeRow]:
+        """All member nodes, by id."""
+
+    async def admit_node(self, node: str, group: str, incarnation: str, boot: str, watermark: Position, end: Position) -> None:
+        """Remembers an incarnation that is new here: its watermark, `scan_round` begins anew (law 9); orders and drops stay,
+        beliefs stay until they were checked. While the index catches up it owes a walk. The incarnation that the node had
+        before, if another, is retired: that disk never comes back as it is (law 9), and checkpoints on it count as lost.
+        """
+
+    async def note_boot(self, node: str, incarnation: str, boot: str) -> None:
+        """The opening was compared with the index (law 12)."""
+
+    async def note_compared(self, node: str) -> None:
+        """Every key the node has was compared with the index (`settle_inventory` without `enter`): `owes_compare` ends."""
+
+    async def set_node_flags(self, node: str, blocked: bool | None, missing_since: float | None) -> None:
+        """Sets what is not None."""
+
+    async def expel(self, node: str) -> None:
+        """Ends a node's membership: its orders, drops, beliefs, suspicions and notes go; its incarnation is retired (law 9)."""
+
+    async def unread(self, node: str, limit: int) -> list[Unread]:
+        """Stretches of a node's log that could not be read."""
+
+    async def clear_unread(self, node: str, unread: Unread) -> None:
+        """It was read, or its segment is gone."""
+
+    # -- forgetting -----------------------------------------------------------------------------------------------------
+
+    async def raise_round(self) -> int:
+        """Begins a round (law 9); its number."""
+
+    async def dead_total(self) -> int:
+        """How many dead and aborted rows there are."""
+
+    async def forget(self, limit: int) -> int:
+        """Removes at most `limit` dead and aborted rows of rounds before every member's `scan_round`, without orders of
+        members, while no member owes a walk or has unread notes (law 9); how many went.
+        """
+
+    async def forgotten(self, keys: Sequence[bytes]) -> list[bytes]:
+        """Those that have no row: their tombstones may go when they are old enough (law 9)."""
+
+
+# -- queue ------------------------------------------------------------------------------------------------------------
 
 
 class QueueRow(Struct):
@@ -80,192 +399,11 @@ class QueueRow(Struct):
     last_status: str
 
 
-class NodeRow(NamedTuple):
-    """What the index remembers of a node: reconcile's watermark belongs to one incarnation."""
-
-    id: str
-    incarnation: str
-    segment: int
-    offset: int
-    blocked: bool
-    missing_since: float
-
-
-class Release(NamedTuple):
-    """Outcome of removing entries: messages whose last reference went are due for deletion on their nodes."""
-
-    removed: int
-    dead: int
-
-
-class CheckpointPlan(NamedTuple):
-    """A checkpoint to be written: what changed above `since_modseq`, or with 0 the whole mailbox under the other name."""
-
-    mailbox: MailboxFacts
-    since_modseq: int
-    number: int  # of its first record
-    side: int  # a whole checkpoint takes the other of two names, so that the old one counts until it is complete
-
-
-class RestoredMessage(NamedTuple):
-    """A message that a rebuild found on nodes, with the targets that no checkpoint shows."""
-
-    key: bytes
-    commit: Commit
-    sha256: bytes
-    nodes: tuple[str, ...]
-    targets: list[Target]
-
-
-class Index(Protocol):
-    """The index."""
-
-    def expect(self, count: int) -> None:
-        """So many more deliveries (or fewer, if negative) are on their way: worth waiting a moment for in one transaction."""
-
-    def deliver(self, delivery: Delivery) -> asyncio.Future[bool]:
-        """Enters a message; many that wait share one transaction. Idempotent by key: False if it was known.
-
-        The future raises IndexTrouble; cancelling it does not stop what has begun.
-        """
-
-    async def abort(self, key: bytes, at: float) -> bool:
-        """Remembers that a delivery failed. False if the message is entered already: then it is mail."""
-
-    async def usage(self, account: str) -> int:
-        """Octets in all mailboxes of an account."""
-
-    async def find_mailbox(self, account: str, name: str) -> MailboxFacts | None:
-        """A mailbox, or None as long as nothing was ever delivered to it."""
-
-    async def mailboxes(self, after: int, limit: int) -> list[MailboxFacts]:
-        """All mailboxes by id."""
-
-    async def entries(self, mailbox: int, after_uid: int, below_uid: int, limit: int) -> list[EntryFacts]:
-        """Entries in order of UID. Raises IndexTrouble while the index may be short (P7)."""
-
-    async def expunge(self, mailbox: int, uids: Sequence[int]) -> Release:
-        """Removes entries for ever; deletes messages nobody refers to any more."""
-
-    async def drop_mailboxes(self, account: str) -> Release:
-        """Removes all mailboxes of an account (the operator's purge)."""
-
-    catching_up: bool
-
-    @property
-    def epoch(self) -> int:
-        """The current epoch."""
-
-    async def totals(self) -> dict[str, int]:
-        """Sizes for status."""
-
-    async def accounts(self, after: str, limit: int) -> list[tuple[str, int, int]]:
-        """(account, messages, octets) of accounts that have mailboxes, in order."""
-
-    async def audit(self) -> list[str]:
-        """Recounts what can be recounted; returns what does not agree."""
-
-    async def queue_rows(self, after: int, limit: int) -> list[QueueRow]:
-        """Rows by id, for the operator."""
-
-    async def queue_row(self, number: int) -> QueueRow | None:
-        """One row."""
-
-    async def queue_set(self, numbers: list[int], held: bool | None, due_at: float | None) -> int:
-        """Holds, releases or makes due; an empty list means all."""
-
-    async def node_rows(self) -> list[NodeRow]:
-        """What is remembered of all nodes."""
-
-    async def set_node(self, node: str, incarnation: str, segment: int, offset: int) -> None:
-        """Sets incarnation and watermark."""
-
-    async def set_node_flags(self, node: str, blocked: bool | None, missing_since: float | None) -> None:
-        """Sets what is not None."""
-
-    async def note_copies(self, node: str, keys: Sequence[bytes]) -> list[bytes]:
-        """Believes that `node` holds these; returns the keys the index has never seen."""
-
-    async def drop_copies(self, node: str, keys: Sequence[bytes]) -> None:
-        """No longer believes that `node` holds these."""
-
-    async def add_copy(self, key: bytes, node: str) -> bool:
-        """A repaired copy is durable. False if the message went away meanwhile."""
-
-    async def copies_on(self, node: str, after: bytes, limit: int) -> list[bytes]:
-        """Keys believed to be on a node, in order."""
-
-    async def under_copied(self, groups: Mapping[str, str], required: int, after: bytes, limit: int) -> list[MessageFacts]:
-        """Messages whose copies on the nodes in `groups` (node to group) span fewer than `required` groups."""
-
-    async def under_copied_total(self, groups: Mapping[str, str], required: int) -> tuple[int, int]:
-        """(messages, octets) of the same."""
-
-    async def deletions_due(self, node: str, limit: int) -> list[bytes]:
-        """Keys whose tombstone that node has not confirmed."""
-
-    async def deletions_total(self, node: str) -> int:
-        """How many wait for a node."""
-
-    async def confirm_deletions(self, node: str, keys: Sequence[bytes]) -> list[bytes]:
-        """The tombstones are durable there; returns the keys that no other node still owes."""
-
-    async def order_deletions(self, node: str, keys: Sequence[bytes]) -> None:
-        """Orders tombstones for keys a node should not hold."""
-
-    async def note_repair(self, key: bytes, node: str, why: str) -> None:
-        """A copy that does not count: it is bad, or its node was given up on while it stored."""
-
-    async def suspects(self, after: tuple[bytes, str], limit: int) -> list[tuple[bytes, str]]:
-        """(key, node) of copies that do not count, in order."""
-
-    async def clear_suspect(self, key: bytes, node: str) -> None:
-        """The node holds no copy of it any more."""
-
-    async def forget_aborted(self, before: float) -> None:
-        """Drops old abort notes."""
-
-    @property
-    def commits(self) -> int:
-        """How many transactions are durable: the mark that every commit record carries, by which lost ones are noticed."""
-
-    async def set_commits(self, commits: int) -> None:
-        """Moves the count up to what the nodes have seen."""
-
-    async def forget_messages(self, keys: Sequence[bytes]) -> int:
-        """Removes messages that a node holds tombstones of, with all their entries and queue rows; how many there were."""
-
-    async def raise_epoch(self) -> int:
-        """Commits may be lost: mailboxes jump, readers wait for reconcile."""
-
-    async def caught_up(self) -> None:
-        """Reconcile has seen every node's log."""
-
-    async def checkpoint_due(self, before: float, limit: int) -> list[int]:
-        """Mailboxes that changed since their last checkpoint."""
-
-    async def checkpoint_plan(self, mailbox: int) -> CheckpointPlan | None:
-        """What must be written: a delta, or all when the deltas outweigh the mailbox."""
-
-    async def checkpoint_entries(self, plan: CheckpointPlan, after_uid: int, limit: int) -> list[EntryFacts]:
-        """Some of its entries, in order of UID; newer states of them are fine, the next delta has them too."""
-
-    async def checkpoint_expunged(self, plan: CheckpointPlan, after_uid: int, limit: int) -> list[int]:
-        """Some of its expunged UIDs, in order."""
-
-    async def checkpoint_done(self, plan: CheckpointPlan, records: int, rows: int, at: float) -> None:
-        """All its records are on R nodes."""
-
-    async def restore_mailbox(
-        self, facts: MailboxFacts, entries: Sequence[EntryFacts], held: Mapping[bytes, tuple[int, bytes, tuple[str, ...]]]
-    ) -> int:
-        """Rebuild: enters a mailbox as of its checkpoint; how many entries have no copy any more."""
-
-    async def restore_messages(self, messages: Sequence[RestoredMessage]) -> int:
-        """Rebuild: enters what checkpoints do not show; how many queue rows were made, all held."""
+class Queue(Protocol):
+    """Mail that waits to leave. Finishing a row is an expunge: the last reference may go with it (law 8)."""
 
     async def lease_due(self, owner: str, now: float, lease_s: float, limit: int) -> list[QueueRow]:
-        """Takes due queue rows."""
+        """Takes due queue rows for `owner`; rows of one message come together, oldest first."""
 
     async def finish(self, rows: list[QueueRow]) -> None:
         """These recipients are done."""
@@ -279,8 +417,130 @@ class Index(Protocol):
     async def queue_count(self, domain: str = "") -> int:
         """How many queue rows wait, all or for one domain."""
 
-    async def message(self, key: bytes) -> MessageFacts | None:
-        """What is known of a message."""
+    async def queue_rows(self, after: int, limit: int) -> list[QueueRow]:
+        """Rows by id, for the operator."""
 
-    async def messages(self, keys: Sequence[bytes]) -> list[MessageFacts]:
-        """The same for many; unknown keys are left out."""
+    async def queue_row(self, number: int) -> QueueRow | None:
+        """One row."""
+
+    async def queue_set(self, numbers: list[int], held: bool | None, due_at: float | None) -> int:
+        """Holds, releases or makes due; an empty list means all."""
+
+
+# -- checkpoints --------------------------------------------------------------------------------------------------------
+
+
+class CheckpointPlan(NamedTuple):
+    """A checkpoint to be written. Whole: the merged view; else the tail behind it (law 13).
+
+    `side` alternates among whole ones, and by itself among tails, so that the one before counts until this one is complete.
+    `nodes` hold the whole that a delta stands on. `skipped`: keys that moved to a mailbox whose own checkpoint is not
+    durable yet are not named as expunged; those mailboxes are `first`, and a whole one follows. `left`: those of `gone` that
+    no mailbox of this account shows any more, so that a rebuild enters them in none of its mailboxes again; whoever cannot
+    tell leaves it empty. `epoch`: the mailbox was last numbered in; 0 if unknown, which makes a rebuild jump furthest.
+    """
+
+    mailbox: MailboxFacts
+    whole: bool
+    base: int  # MODSEQ of the whole one (of itself when whole)
+    side: int
+    nodes: tuple[str, ...]
+    gone: tuple[bytes, ...]  # keys expunged from this mailbox that still live elsewhere
+    skipped: bool
+    left: tuple[bytes, ...] = ()
+    first: tuple[int, ...] = ()
+    epoch: int = 0
+    base_uid: int = 0  # UIDNEXT of the whole one: its tail is `tail(mailbox, base, base_uid)`
+
+
+class Head(NamedTuple):
+    """What a checkpoint on the nodes says about the numbers of a mailbox (law 11)."""
+
+    account: str
+    name: str
+    uidvalidity: int
+    uid_next: int
+    modseq: int
+
+
+class Checkpoints(Protocol):
+    """What goes to the nodes, so that mailboxes can be made anew from them (P15)."""
+
+    async def checkpoint_due(self, now: float, limit: int) -> list[int]:
+        """Mailboxes whose checkpoint is due, the longest due first."""
+
+    async def checkpoint_plan(self, mailbox: int, whole: bool = False) -> CheckpointPlan | None:
+        """What must be written; a whole one is merged first. None if nothing changed or the mailbox is gone.
+
+        With `whole`, a whole one whatever the tail is: a holder of the one before takes nothing, or its tail cannot be packed.
+        """
+
+    async def checkpoint_done(self, plan: CheckpointPlan, nodes: Sequence[str], now: float) -> None:
+        """All its records are durable on these nodes."""
+
+    async def checkpoints_lost(self, node: str) -> int:
+        """A node is gone or was made anew: what had its checkpoint there gets a whole one soon; how many."""
+
+    async def queue_state(self, after: int, limit: int) -> tuple[dict[str, tuple[str, Position]], list[tuple[int, bytes, str]]]:
+        """(watermarks by node as (incarnation, position), open rows (id, key, destination) behind `after`) in one snapshot."""
+
+
+# -- epochs ---------------------------------------------------------------------------------------------------------------
+
+
+class Epochs(Protocol):
+    """Whether the index may have lost commits, and what follows (laws 10, 11)."""
+
+    @property
+    def catching_up(self) -> bool:
+        """Readers wait: not every log was walked since commits were lost."""
+
+    @property
+    def numbering(self) -> bool:
+        """False while nothing may get a number: deliveries are IndexTrouble, as if the index were away."""
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch."""
+
+    def mark(self) -> Mark:
+        """What is committed now: what nodes are to remember. Never blocks."""
+
+    def lost(self, mark: Mark) -> str:
+        """Why a node's mark proves that commits were lost; "" if it does not (law 10)."""
+
+    async def raise_epoch(self, marks: Sequence[Mark], why: str) -> int:
+        """Commits were lost: a new epoch above all that is known, UIDVALIDITY's counter leaps, every node owes a walk, readers
+        wait, and nothing is numbered until `begin_epoch` (law 11). The new epoch.
+        """
+
+    async def learn_heads(self, heads: Sequence[Head]) -> None:
+        """Raises mailboxes to the numbers that checkpoints show, as `laws.learned` says; unknown ones teach only the counter of
+        UIDVALIDITY (law 11).
+        """
+
+    async def begin_epoch(self) -> None:
+        """The epoch is durable on R groups and the heads of checkpoints were learned: numbers may be given."""
+
+    async def walked(self, node: str, incarnation: str, watermark: Position, end: Position, round: int) -> bool:
+        """A node was walked whole: its watermark is the end behind its fence (compare-and-set on the incarnation)."""
+
+    async def caught_up(self) -> None:
+        """Groups enough were walked: listings are complete again."""
+
+    async def rest(self) -> None:
+        """The process stops in good order: its slot says so, and the next start needs no jump (law 10)."""
+
+
+class Index(Mailboxes, Copies, Queue, Checkpoints, Epochs, Protocol):
+    """The index."""
+
+    @property
+    def cluster(self) -> str:
+        """Name of the cluster it belongs to."""
+
+    async def totals(self) -> dict[str, int]:
+        """Sizes for status."""
+
+    async def audit(self) -> list[str]:
+        """Recounts what can be recounted; returns what does not agree."""

@@ -1,130 +1,259 @@
-"""Owns checkpoints: what mailboxes show, written to the nodes, so that the index can be made anew from them (P15)."""
+"""Owns checkpoints: what mailboxes show, and what waits to leave, written to the nodes, so that the index can be made anew
+from them (P15, law 13).
+
+A mailbox that changed is written within 15 minutes: whole, or the tail behind its last whole one when that is small. A whole
+one goes to R nodes of R groups; a tail to the nodes that hold its whole. Every record brings the mark of the index (law 10).
+Danger: a key is named as expunged only as the plan says it; a checkpoint that counts as done, but is not durable on R groups,
+would let the next one name keys whose new place nobody knows.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-
-import msgspec
-import zstandard
-from msgspec import Struct
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from typing import Any, TypeVar
 
 from powermail.base import limits
-from powermail.base.errors import NodeTrouble
-from powermail.base.log import Event
+from powermail.base.errors import NodeTrouble, NotRedundant, Trouble
+from powermail.base.lane import Lane
+from powermail.base.log import Event, Log
 from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
-from powermail.index.contract import CheckpointPlan, EntryFacts, Index
-from powermail.keeper.reconcile import MARK_NAME
+from powermail.index.contract import CheckpointPlan, Head, Index, Tail
+from powermail.index.view import View
+from powermail.keeper.checkpoint_form import (
+    FIRST_RELEASE_MARK,
+    BadRecord,
+    Kind,
+    decode_head,
+    encode_purged,
+    encode_queue,
+    encode_tail,
+    encode_whole,
+    record_name,
+)
+from powermail.storage.contract import StorageNode
 
-
-class CheckpointBody(Struct):
-    """One record of a checkpoint: part of a whole mailbox (`since` 0) or of what changed after MODSEQ `since`.
-
-    The parts of one checkpoint have `since` and `modseq` in common; it counts when part 0 to the `last` one are there.
-    """
-
-    account: str
-    name: str
-    uidvalidity: int
-    uid_next: int
-    modseq: int
-    since: int
-    at: float
-    part: int
-    last: bool
-    entries: list[tuple[int, str, int, int, int, float]]  # uid, key in hex, flags, modseq, octets, received_at
-    expunged: list[int]
-
-
-def checkpoint_name(account: str, name: str, side: int) -> bytes:
-    """The 16 octets a mailbox's checkpoints are filed under; whole ones take the two sides in turn."""
-    return hashlib.sha256(f"{account}\0{name}\0{side}".encode()).digest()[:16]
-
-
-def encode(
-    plan: CheckpointPlan, part: int, last: bool, entries: Sequence[EntryFacts], expunged: Sequence[int], at: float
-) -> bytes:
-    """One record as stored."""
-    box = plan.mailbox
-    body = CheckpointBody(
-        account=box.account,
-        name=box.name,
-        uidvalidity=box.uidvalidity,
-        uid_next=box.uid_next,
-        modseq=box.modseq,
-        since=plan.since_modseq,
-        at=at,
-        part=part,
-        last=last,
-        entries=[(e.uid, e.key.hex(), e.flags, e.modseq, e.octets, e.received_at) for e in entries],
-        expunged=list(expunged),
-    )
-    return zstandard.ZstdCompressor(level=3).compress(msgspec.json.encode(body))
-
-
-def decode(octets: bytes) -> CheckpointBody:
-    """Raises msgspec.DecodeError or zstandard.ZstdError."""
-    return msgspec.json.decode(zstandard.ZstdDecompressor().decompress(octets), type=CheckpointBody)
+T = TypeVar("T")
+_IDLE_S = 10.0  # between looks for mailboxes that are due
+_DUE_AT_ONCE = 50  # mailboxes in one step of the worker
+_PAST_MAX = 1000  # mailboxes that are passed over for a while because they could not be written
+_FIRST_MAX = 16  # destinations of moved keys that are written before their source
+_AWAY_S = 60.0  # a node that took nothing is asked last, or not at all, for so long
+_QUEUE_PAGE = 4096
+_PAGE_OCTETS = limits.MIB  # records of nodes are read in pages of about this much
+_PAGE_NAMES_MAX = 512
+_SIDES = 2
 
 
 class Checkpointer:
-    """Writes checkpoints of mailboxes that changed, each at most every 15 minutes."""
+    """Writes checkpoints that are due, the longest due first, and the queue's state."""
 
     def __init__(self, world: World, cluster: Cluster, index: Index) -> None:
         self._world = world
         self._cluster = cluster
         self._index = index
-        self._marked_at = float("-inf")
+        self._queue_at = float("-inf")
+        self._past: dict[int, float] = {}  # mailboxes that could not be written, until when they are passed over
+        self._away: dict[str, float] = {}  # nodes that did not take a record, until when others are asked first
+        self._written = 0
+        self._lane: Lane | None = None
 
     async def step(self) -> float:
-        """Some mailboxes; now and then the commit mark."""
+        """Some mailboxes; the queue's state every interval. Raises Trouble."""
         now = self._world.clock.monotonic()
-        if now - self._marked_at >= limits.CHECKPOINT_INTERVAL_S:
-            await self.mark()
-            self._marked_at = now
-        written = await self.write_due(self._world.clock.now() - limits.CHECKPOINT_INTERVAL_S)
-        return 0.0 if written else 10.0
+        if now - self._queue_at >= limits.CHECKPOINT_INTERVAL_S:
+            await self.write_queue()
+            self._queue_at = now
+        return 0.0 if await self.write_due(self._world.clock.now()) else _IDLE_S
 
-    async def write_due(self, before: float) -> int:
-        """Checkpoints mailboxes whose last one was before that time; how many were written."""
-        written = 0
-        for mailbox in await self._index.checkpoint_due(before, 50):
-            plan = await self._index.checkpoint_plan(mailbox)
-            if plan is not None and await self.write(plan, self._world.clock.now()):
-                written += 1
-        return written
-
-    async def write(self, plan: CheckpointPlan, at: float) -> bool:
-        """Writes one checkpoint, record by record, to R nodes. False if they cannot be had."""
-        nodes = self._cluster.place()[: self._cluster.copies_required]
-        name = checkpoint_name(plan.mailbox.account, plan.mailbox.name, plan.side)
-        limit = limits.CHECKPOINT_PAGE_ROWS
-        part = rows = after_entry = after_expunged = 0
-        more = True
-        while more:
-            entries = await self._index.checkpoint_entries(plan, after_entry, limit)
-            expunged = await self._index.checkpoint_expunged(plan, after_expunged, limit)
-            more = len(entries) == limit or len(expunged) == limit
-            after_entry = entries[-1].uid if entries else limits.UID_MAX
-            after_expunged = expunged[-1] if expunged else limits.UID_MAX
-            body = encode(plan, part, not more, entries, expunged, at)
-            try:
-                for node in nodes:
-                    await node.put_checkpoint(name, plan.number + part, body)
-            except NodeTrouble as error:
-                self._world.log.event(Event.TROUBLE, worker="checkpoint", error=str(error))
-                return False
-            part += 1
-            rows += len(entries) + len(expunged)
-        await self._index.checkpoint_done(plan, part, rows, at)
-        return True
-
-    async def mark(self) -> None:
-        """Writes the commit mark to every node that takes it."""
-        mark = str(self._index.commits).encode()
-        for node in self._cluster.place():
-            try:
-                await node.put_checkpoint(MARK_NAME, 0, mark)
-            except NodeTrouble:
+    async def write_due(self, now: float) -> int:
+        """Checkpoints mailboxes that are due at `now` (UTC); how many checkpoints became durable. Raises Trouble."""
+        moment = self._world.clock.monotonic()
+        self._past = {mailbox: until for mailbox, until in self._past.items() if until > moment}
+        before = self._written
+        for mailbox in await self._index.checkpoint_due(now, _DUE_AT_ONCE + len(self._past)):
+            if mailbox in self._past or await self.write_mailbox(mailbox):
                 continue
+            if len(self._past) < _PAST_MAX:  # others behind it are due too
+                self._past[mailbox] = moment + limits.CHECKPOINT_INTERVAL_S / _DUE_AT_ONCE
+        return self._written - before
+
+    async def write_mailbox(self, mailbox: int) -> bool:
+        """Checkpoints one mailbox, those that its messages moved to first; False if nothing became durable on R groups.
+
+        A mailbox where nothing is to be written counts as written.
+        """
+        plan = await self._index.checkpoint_plan(mailbox)
+        if plan is not None and plan.skipped and plan.first:  # law 13: the destination first, then the source names what moved
+            for destination in plan.first[:_FIRST_MAX]:
+                if destination != mailbox:
+                    await self.write(await self._index.checkpoint_plan(destination))
+            plan = await self._index.checkpoint_plan(mailbox)
+        return await self.write(plan)
+
+    async def write(self, plan: CheckpointPlan | None) -> bool:
+        """Writes what a plan says and tells the index; False if it is not durable on R groups. Raises Trouble."""
+        if plan is not None and not plan.whole:
+            if await self._write_tail(plan):
+                return True
+            # A holder of the whole one takes nothing, or the tail is too large: a whole one goes elsewhere.
+            plan = await self._index.checkpoint_plan(plan.mailbox.id, whole=True)
+        return plan is None or await self._write_whole(plan)
+
+    async def _write_tail(self, plan: CheckpointPlan) -> bool:
+        now = self._world.clock.monotonic()
+        nodes = [self._cluster.nodes[node] for node in plan.nodes if node in self._cluster.nodes]
+        if len(nodes) < max(len(plan.nodes), self._cluster.copies_required):
+            return False
+        if any(self._away.get(node.id, now) > now for node in nodes):
+            return False
+        tail = await self._index.tail(plan.mailbox.id, plan.base, plan.base_uid)
+        if tail is None:  # trimmed since
+            return False
+        size = len(tail.entries) + len(tail.changes)
+        keywords = await self._index.keywords(plan.mailbox.id)
+        try:
+            records = await self._packed(size, encode_tail, plan, tail, keywords, self._tag(), self._world.clock.now())
+        except ValueError:
+            return False
+        name = record_name(Kind.TAIL, plan.mailbox.account, plan.mailbox.name, plan.side)
+        return await self._give_and_tell(plan, name, records, nodes, len(nodes))
+
+    async def _write_whole(self, plan: CheckpointPlan) -> bool:
+        box = plan.mailbox
+        try:
+            view = await self._index.view(box.id)
+            keywords = await self._index.keywords(box.id)
+        except KeyError:
+            return True  # it went meanwhile: nothing is to be written
+        try:
+            records = await self._packed(len(view), encode_whole, plan, view, keywords, self._tag(), self._world.clock.now())
+        except ValueError as error:
+            self._world.log.event(Event.TROUBLE, worker="checkpoint", account=box.account, mailbox=box.name, error=str(error))
+            return False
+        name = record_name(Kind.WHOLE, box.account, box.name, plan.side)
+        return await self._give_and_tell(plan, name, records, self._cluster.place(), self._cluster.copies_required)
+
+    async def _give_and_tell(
+        self, plan: CheckpointPlan, name: bytes, records: Sequence[bytes], order: Sequence[StorageNode], required: int
+    ) -> bool:
+        holders = await self._give(name, records, order, required)
+        if holders:
+            await self._index.checkpoint_done(plan, holders, self._world.clock.now())
+            self._written += 1
+            self._world.counters.add("law.13.wholes" if plan.whole else "law.13.tails")
+        return bool(holders)
+
+    async def _packed(self, size: int, call: Callable[..., T], plan: CheckpointPlan, state: View | Tail, *rest: Any) -> T:
+        """Packs here what is small, in a lane what would hold up the event loop."""
+        if size <= limits.VIEW_PART_ROWS:
+            return call(plan, state, *rest)
+        if self._lane is None:
+            self._lane = self._world.lane("checkpoint")
+        # A view may be shared with sessions, which bring it forward meanwhile.
+        return await self._lane.run(call, plan, state.copy() if isinstance(state, View) else state, *rest)
+
+    def _tag(self) -> bytes:
+        return self._world.entropy.octets(8)
+
+    async def _give(self, name: bytes, records: Sequence[bytes], order: Sequence[StorageNode], required: int) -> list[str]:
+        """Writes records under a name to `required` nodes of as many groups, tried in order: who holds all, none if too few."""
+        mark = self._index.mark()  # law 10
+        now = self._world.clock.monotonic()
+        holders: dict[str, str] = {}
+        for node in sorted(order, key=lambda node: self._away.get(node.id, now) > now):
+            if len(holders) == required:
+                break
+            if node.group in holders:
+                continue
+            try:
+                for number, octets in enumerate(records):
+                    await node.put_checkpoint(name, number, octets, mark)
+            except NodeTrouble as error:
+                self._away[node.id] = self._world.clock.monotonic() + _AWAY_S
+                self._world.log.event(Event.TROUBLE, worker="checkpoint", node=node.id, error=str(error))
+                continue
+            holders[node.group] = node.id
+        return list(holders.values()) if len(holders) == required else []
+
+    async def write_queue(self) -> None:
+        """Writes what waits to leave, and how far each node's log is settled, to R groups. Raises Trouble.
+
+        The watermarks are those of the first page: what is behind them and not in a later page was sent by then.
+        """
+        now = self._world.clock.now()
+        tag = self._tag()
+        pages: list[bytes] = []
+        after, more = 0, True
+        watermarks = None
+        while more:
+            marks, rows = await self._index.queue_state(after, _QUEUE_PAGE)
+            watermarks = marks if watermarks is None else watermarks
+            more = len(rows) == _QUEUE_PAGE
+            after = rows[-1][0] if rows else after
+            open_rows = [(key, destination) for _, key, destination in rows]
+            parts = 0 if more else len(pages) + 1
+            pages.append(encode_queue(watermarks, open_rows, len(pages), parts, tag, now))
+        # The sides go by the time: who starts anew does not begin with the one that was written last.
+        side = int(now // limits.CHECKPOINT_INTERVAL_S) % _SIDES
+        name = record_name(Kind.QUEUE, "", "", side)
+        if not await self._give(name, pages, self._cluster.place(), self._cluster.copies_required):
+            raise NotRedundant("the queue's state could not be written to enough groups")
+
+    def close(self) -> None:
+        """Ends the lane, if there is one."""
+        if self._lane is not None:
+            self._lane.close()
+            self._lane = None
+
+
+async def write_purged(world: World, cluster: Cluster, index: Index, account: str) -> None:
+    """PURGED(account), durable on nodes of R groups before any row of the account goes (law 13). Raises NotRedundant."""
+    name = record_name(Kind.PURGED, account, "", 0)
+    octets = encode_purged(account, world.entropy.octets(8), world.clock.now())
+    groups: dict[str, None] = {}
+    cause: Trouble | None = None
+    for node in cluster.readable():  # all that take it: it is small, and nodes may be lost later
+        try:
+            await node.put_checkpoint(name, 0, octets, index.mark())
+            groups[node.group] = None
+        except NodeTrouble as error:
+            cause = error
+    if len(groups) < cluster.copies_required:
+        raise NotRedundant(f"only {len(groups)} groups took the note that {account} is purged") from cause
+
+
+async def pages_of(node: StorageNode) -> AsyncGenerator[list[tuple[bytes, int, bytes]], None]:
+    """All records of a node, whole names at a time, in pages of about a MiB (or one name). Raises NodeTrouble."""
+    after, names = b"", 4
+    while page := await node.checkpoints(after, names):
+        yield page
+        after = page[-1][0]
+        octets = sum(len(record) for _, _, record in page)
+        if octets > _PAGE_OCTETS:
+            names = max(1, names // 2)
+        elif octets < _PAGE_OCTETS // 2:
+            names = min(_PAGE_NAMES_MAX, names * 2)
+
+
+async def heads(node: StorageNode, log: Log | None = None) -> AsyncIterator[list[Head]]:
+    """What a node's checkpoints say about numbers, also those that are not complete: they were given (law 11).
+
+    Raises NodeTrouble. A record that cannot be read is told to `log`; the other holders have it too.
+    """
+    async with contextlib.aclosing(pages_of(node)) as pages:
+        async for page in pages:
+            found: dict[Head, None] = {}
+            for name, _, octets in page:
+                if name == FIRST_RELEASE_MARK:
+                    continue
+                try:
+                    head = decode_head(octets)
+                except BadRecord as error:
+                    if log is not None:
+                        log.event(Event.NODE_DAMAGE, node=node.id, error=str(error))
+                    continue
+                if head.kind in (Kind.WHOLE, Kind.TAIL):
+                    found[head.numbers()] = None
+            yield list(found)

@@ -1,62 +1,84 @@
-"""Owns collection: tombstones to every node that holds, or may hold, what nobody refers to any more; then space.
+"""Owns collection: tombstones and drops that the index has ordered are carried out on their node, and suspected copies are
+looked at again (laws 1, 6, 8).
 
-Rule (P9): deletions come from entries that somebody removed, never from absence. A node that is away gets its tombstones
-when it returns, before anything else is believed of it (P8).
+Deletions come from what the index decided, never from absence (P9). An order waits until its node has confirmed it.
 """
 
 from __future__ import annotations
 
 from powermail.base import limits
-from powermail.base.errors import NodeTrouble
+from powermail.base.errors import CopyDamaged, CopyMissing
 from powermail.base.log import Event
 from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
 from powermail.index.contract import Index
-from powermail.storage.contract import NodeState, Position
+from powermail.keeper.belief import known_row
+from powermail.storage.contract import Held, NodeState, StorageNode
 
-_ABORTED_KEPT_S = 7 * 86_400.0
+_REST_S = 2.0
+_SUSPECTS_AT_ONCE = 64
 
 
 class Collector:
-    """Deletes on the nodes what was deleted in the index."""
+    """Deletes on a node what was deleted in the index."""
 
     def __init__(self, world: World, cluster: Cluster, index: Index) -> None:
         self._world = world
         self._cluster = cluster
         self._index = index
+        self._suspect_after: dict[str, bytes] = {}
 
-    async def step(self) -> float:
-        """One batch for each node."""
-        more = False
-        for node in self._cluster.admitted():
-            if node.state is NodeState.FAILED:
-                continue
-            keys = await self._index.deletions_due(node.id, limits.COLLECT_BATCH)
-            if not keys:
-                continue
-            try:
-                await node.delete(keys)
-            except NodeTrouble:
-                continue
-            done = await self._index.confirm_deletions(node.id, keys)
+    async def step(self, node: StorageNode) -> float:
+        """A batch of each kind for one node. Raises NodeTrouble, IndexTrouble."""
+        if node not in self._cluster.admitted() or node.state is NodeState.FAILED:
+            return _REST_S
+        if await known_row(self._index, node) is None:
+            return _REST_S
+        more = await self._bury(node)
+        more = await self._drop(node) or more
+        await self._look_at_suspects(node)
+        return 0.0 if more else _REST_S
+
+    async def _bury(self, node: StorageNode) -> bool:
+        keys = await self._index.orders(node.id, limits.COLLECT_BATCH)
+        if keys:
+            await node.delete(keys, self._index.mark(), self._world.clock.now())  # law 10: the mark goes with the act
+            await self._index.confirm_orders(node.id, keys)
             self._world.counters.add("keeper.collected", len(keys))
             self._world.log.event(Event.COLLECTED, node=node.id, messages=len(keys))
-            for other in self._cluster.admitted():
-                await other.forget_tombstones(done)
-            more = more or len(keys) == limits.COLLECT_BATCH
-        return 0.0 if more else 2.0
+        return len(keys) == limits.COLLECT_BATCH
 
-    async def compact(self) -> float:
-        """Rewrites one segment of each node that is mostly dead and whole behind the watermark."""
-        freed = 0
-        rows = {row.id: row for row in await self._index.node_rows()}
-        for node in self._cluster.admitted():
-            row = rows.get(node.id)
-            if row is None or row.incarnation != node.incarnation or node.state is NodeState.FAILED:
+    async def _drop(self, node: StorageNode) -> bool:
+        drops = await self._index.drops(node.id, limits.COLLECT_BATCH)
+        if drops:
+            await node.drop([(drop.key, drop.position) for drop in drops], self._index.mark())
+            await self._index.confirm_drops(node.id, drops)
+            self._world.counters.add("keeper.dropped", len(drops))
+            self._world.log.event(Event.COLLECTED, node=node.id, messages=len(drops), by="drop")
+        return len(drops) == limits.COLLECT_BATCH
+
+    async def _look_at_suspects(self, node: StorageNode) -> None:
+        """A suspected copy that is good counts again; a bad one goes once there are enough good ones elsewhere."""
+        keys = await self._index.suspects(node.id, self._suspect_after.get(node.id, b""), _SUSPECTS_AT_ONCE)
+        self._suspect_after[node.id] = keys[-1] if len(keys) == _SUSPECTS_AT_ONCE else b""
+        groups = self._cluster.groups()
+        live = {message.key: message for message in await self._index.messages(keys)}
+        for key in keys:
+            message = live.get(key)
+            if message is None:  # it died since, and a tombstone was ordered here too (law 8)
+                await self._index.clear_suspect(key, node.id)
                 continue
             try:
-                freed += await node.compact(Position(row.segment, row.offset))
-            except NodeTrouble as error:
-                self._world.log.event(Event.TROUBLE, node=node.id, error=str(error))
-        await self._index.forget_aborted(self._world.clock.now() - _ABORTED_KEPT_S)
-        return 0.0 if freed else 30.0
+                await node.verify(key)
+            except CopyMissing:
+                held = Held.ABSENT
+            except CopyDamaged:
+                elsewhere = {groups[name] for name in message.nodes if name in groups and name != node.id}
+                if len(elsewhere) < self._cluster.copies_required:
+                    continue  # it may be the best there is
+                held = await node.discard(key, self._index.mark())
+            else:
+                held = Held.LIVE
+            if held is Held.LIVE:
+                await self._index.believe(key, node.id)
+            await self._index.clear_suspect(key, node.id)

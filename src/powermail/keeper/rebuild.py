@@ -1,183 +1,476 @@
-"""Owns the rebuild of an index from the nodes alone (P15).
+"""Owns the rebuild of an index from the nodes alone (P15, law 13).
 
-What mailboxes show comes from their checkpoints; what came later comes from the commit records. A message that was received
-well before its mailbox's checkpoint and is not in it was deleted, and stays deleted (P8). Recipients elsewhere are entered as
-held queue rows: whether they were sent is not known, so the operator decides. Every mailbox jumps its numbers next time (P10).
+What mailboxes show comes from their checkpoints, what came later from the commit records. Only a tombstone, PURGED, or a
+checkpoint that names the key as expunged from that mailbox, deletes: a message that is merely not in a checkpoint is entered.
+A recipient elsewhere is done if the queue's checkpoint says so; else its row is held, and the operator decides. The new index
+grows under another name, with memory for one mailbox and one page of keys, and is renamed when it is whole and durable and
+nodes of R groups know its epoch. An unfinished one is never served; a second run begins anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import msgspec
-import zstandard
 
-from powermail.base.errors import CopyDamaged, CopyMissing
+from powermail.base import limits
+from powermail.base.errors import CopyDamaged, CopyMissing, NodeTrouble, NotRedundant, OperatorError
 from powermail.base.log import Event
 from powermail.base.world import World
-from powermail.index.contract import EntryFacts, Index, MailboxFacts, RestoredMessage
-from powermail.keeper.checkpoint import CheckpointBody, decode
-from powermail.keeper.reconcile import MARK_NAME
+from powermail.index.contract import Fate, NodeRow
+from powermail.index.rebuilding import Found, LostEntry, Numbered, Rebuilding, RecordPlace, Verdict, begin
+from powermail.keeper.checkpoint import pages_of
+from powermail.keeper.checkpoint_form import (
+    FIRST_RELEASE_MARK,
+    BadRecord,
+    Kind,
+    RecordHead,
+    decode_head,
+    decode_queue,
+    is_first_release,
+)
+from powermail.keeper.restored import FIRST, Restored, restored
 from powermail.mail.envelope import Commit, Target
-from powermail.storage.contract import StorageNode
+from powermail.storage.contract import START, Held, Mark, NodeFacts, Position, StorageNode
 
+Progress = Callable[[int, int], Awaitable[None]]
 _decode_commit = msgspec.json.Decoder(Commit).decode
-_PAGE = 500
-_NAMES = 20  # mailboxes whose checkpoints are read at once
-_DOUBT_S = 120.0  # a delivery this close to a checkpoint may not be in it yet
+_PAGE = 500  # keys, and mailboxes, taken at a time
+_COMMITS_AT_ONCE = 32
+_NAMED_MAX = 10_000  # of what was lost, named one by one; the rest is counted
+_QUEUE_STATES_MAX = 32
+_EPOCHS_UNKNOWN = 16  # how many leaps of UIDVALIDITY may have gone unseen when too few groups could be read
+SUFFIXES = ("", "-wal", "-shm", "-journal")  # of a database on SQLite
 
 
 class Rebuilt(NamedTuple):
-    """What a rebuild did."""
+    """What a rebuild did, and what could not be had. `lost` and `unreadable_keys` name the first of them."""
 
     mailboxes: int
     messages: int
-    entries_lost: int
+    entries: int
+    deleted: int  # keys that nodes still held, and that a tombstone, PURGED, a checkpoint or the queue's state ends
     held_rows: int
+    entries_lost: int
     unreadable: int
+    passed_over: int  # keys that only a disk of an earlier state held, and that no mailbox showed (law 12)
+    records_bad: int
+    lost: tuple[LostEntry, ...]
+    unreadable_keys: tuple[str, ...]
+    left_out: tuple[str, ...]  # what each node that was left out may cost
 
 
-Box = tuple[str, str]  # account and name of a mailbox
+class Source(NamedTuple):
+    """A node that is read, and what it said before anything of it was read."""
+
+    node: StorageNode
+    facts: NodeFacts
+    end: Position
 
 
-def _complete(bodies: Sequence[CheckpointBody]) -> list[CheckpointBody]:
-    """The checkpoints of which every part is there, each as one."""
-    parts: dict[tuple[int, int, int], dict[int, CheckpointBody]] = {}
-    for body in bodies:
-        parts.setdefault((body.uidvalidity, body.since, body.modseq), {})[body.part] = body
-    found = []
-    for known in parts.values():
-        ends = [number for number, body in known.items() if body.last]
-        if not ends or any(number not in known for number in range(min(ends) + 1)):
+class QueueState(NamedTuple):
+    """One checkpoint of the queue: its bit, and how far each node's log was settled then."""
+
+    number: int
+    watermarks: dict[str, tuple[str, Position]]
+
+
+class _Counts:
+    """What was met on the way."""
+
+    def __init__(self) -> None:
+        self.mailboxes = self.messages = self.entries = self.deleted = self.held = self.passed_over = 0
+        self.unreadable = self.bad = 0
+        self.unreadable_keys: list[str] = []
+
+
+def is_done(found: Found, destination: str) -> bool:
+    """True if some checkpoint of the queue lies behind a copy of the message and does not name the recipient (law 13)."""
+    return any(
+        found.settled >> state & 1 and (state, destination) not in found.open for state in range(found.settled.bit_length())
+    )
+
+
+def decide(found: Found, commit: Commit, purged: Collection[str]) -> Verdict:
+    """What becomes of a message that some node holds and no tombstone ends (law 13)."""
+    shown, gone = set(found.shown), {(account, mailbox) for account, mailbox, _ in found.gone}
+    lives_in = {account for account, _ in shown}
+    left = {account for account, _, left in found.gone if left}
+    enter: dict[tuple[str, str], Target] = {}
+    doubtful: list[Target] = []
+    for target in commit.targets:
+        box = target.account, target.mailbox
+        if target.destination or target.account in purged or box in shown or box in enter:
             continue
-        one = [known[number] for number in range(min(ends) + 1)]
-        entries = [entry for body in one for entry in body.entries]
-        expunged = [uid for body in one for uid in body.expunged]
-        found.append(msgspec.structs.replace(one[0], entries=entries, expunged=expunged, last=True))
-    return found
-
-
-def merge(bodies: Sequence[CheckpointBody]) -> CheckpointBody | None:
-    """The state that a whole checkpoint and the deltas behind it describe; None without a whole one."""
-    complete = _complete(bodies)
-    wholes = [body for body in complete if body.since == 0]
-    if not wholes:
-        return None
-    state = max(wholes, key=lambda body: (body.modseq, body.at))
-    entries = {entry[0]: entry for entry in state.entries}
-    for delta in sorted((body for body in complete if body.since > 0), key=lambda body: body.modseq):
-        if delta.since != state.modseq or delta.uidvalidity != state.uidvalidity:
-            continue
-        for uid in delta.expunged:
-            entries.pop(uid, None)
-        entries.update({entry[0]: entry for entry in delta.entries})
-        state = delta
-    return msgspec.structs.replace(state, since=0, entries=[entries[uid] for uid in sorted(entries)], expunged=[])
+        if box in gone:
+            doubtful.append(target)
+        elif not found.old:  # law 12
+            enter[box] = target
+            lives_in.add(target.account)
+    for target in doubtful:
+        # It left this mailbox for another of the account, whose checkpoint does not show it: it must not be lost between them.
+        if target.account not in lives_in and target.account not in left:
+            enter[target.account, target.mailbox] = target
+            lives_in.add(target.account)
+    forwards = [target for target in commit.targets if target.destination]
+    hold = tuple(target for target in forwards if not found.old and not is_done(found, target.destination))
+    if shown or enter or hold:
+        return Verdict(found.key, Fate.LIVE, found.nodes, commit, tuple(enter.values()), hold)
+    decided = gone or any(is_done(found, target.destination) for target in forwards)
+    decided = decided or any(target.account in purged for target in commit.targets)
+    return Verdict(found.key, Fate.DEAD if decided else None, found.nodes)
 
 
 class Rebuilder:
-    """Fills an empty index."""
+    """Makes the index at `path` anew. `without` names nodes that are not read, because they cannot be."""
 
     def __init__(
-        self, world: World, nodes: Sequence[StorageNode], index: Index, progress: Callable[[int, int], Awaitable[None]]
+        self,
+        world: World,
+        nodes: Sequence[StorageNode],
+        path: str,
+        cluster: str,
+        copies_required: int,
+        progress: Progress,
+        without: Collection[str] = (),
     ) -> None:
         self._world = world
         self._nodes = nodes
-        self._index = index
+        self._path = path
+        self._building = f"{path}.building"
+        self._cluster = cluster
+        self._required = copies_required
         self._progress = progress
-        self._commits = 0  # transactions that the lost index had committed, as far as the nodes know
+        self._without = without
+        self._counts = _Counts()
+        self._states: list[QueueState] = []
+        self._tags: dict[bytes, None] = {}  # of queue states that were taken
+        self._epoch = 0  # highest known
+        self._uidvalidity = 0
+        self._unsure = False  # too few groups are read to know the highest epoch
 
     async def run(self) -> Rebuilt:
-        """Reads every node and fills the index. Raises Trouble."""
-        await self._index.raise_epoch()
-        states = await self._checkpoints()
-        holders = await self._holders()
-        shown = {box: {entry[1] for entry in state.entries} for box, state in states.items()}
-        restored: dict[bytes, RestoredMessage] = {}
-        unreadable = 0
-        for number, (key, nodes) in enumerate(sorted(holders.items())):
-            commit = await self._commit(key, nodes)
-            if commit is None:
-                unreadable += 1
+        """Reads every node and makes the index. Raises OperatorError, Trouble."""
+        await self._clear()
+        sources = await self._sources()
+        index = await begin(self._world, self._building, self._cluster)
+        try:
+            mark = await self._fill(index, sources)
+        finally:
+            await index.close()
+        result = self._result
+        await self._tell(sources, mark)
+        await self._on_disk(self._publish)
+        self._world.log.event(Event.RECONCILED, messages=result.messages, by="rebuild")
+        return result
+
+    async def _fill(self, index: Rebuilding, sources: Sequence[Source]) -> Mark:
+        marks = [source.facts.mark for source in sources]
+        self._epoch = max([1, *(mark.epoch for mark in marks)])
+        self._uidvalidity = max([0, *(mark.uidvalidity for mark in marks)])
+        for source in sources:
+            await self._read_records(index, source.node)
+        leaps = _EPOCHS_UNKNOWN if self._unsure else 1
+        await index.begin_numbers(self._epoch + 1, self._uidvalidity + leaps * limits.EPOCH_JUMP)  # law 11
+        await self._put_mailboxes(index, {source.node.id: source.node for source in sources})
+        for source in sources:
+            await self._read_inventory(index, source)
+        await self._settle(index, {source.node.id: source.node for source in sources})
+        left_out = [node for node in self._nodes if node.id in self._without]
+        if left_out:
+            await index.bury_on([node.id for node in left_out])
+        lost_total, lost = await index.lost(_NAMED_MAX)
+        counts = self._counts
+        self._result = Rebuilt(
+            mailboxes=counts.mailboxes, messages=counts.messages, entries=counts.entries, deleted=counts.deleted,
+            held_rows=counts.held, entries_lost=lost_total, unreadable=counts.unreadable, passed_over=counts.passed_over,
+            records_bad=counts.bad, lost=tuple(lost), unreadable_keys=tuple(counts.unreadable_keys),
+            left_out=tuple(_cost(node) for node in left_out),
+        )  # fmt: skip
+        sequence = max([0, *(max([mark.sequence, *mark.slots]) for mark in marks)])
+        retired = sorted({incarnation for mark in marks for incarnation in mark.retired})
+        return await index.finish([*map(_row, sources), *map(self._absent, left_out)], sequence, retired)
+
+    # -- nodes ----------------------------------------------------------------------------------------------------------
+
+    async def _sources(self) -> list[Source]:
+        """The nodes to be read, each with the end of its log before anything of it is read. Raises OperatorError."""
+        unknown = sorted(set(self._without) - {node.id for node in self._nodes})
+        if unknown:
+            raise OperatorError(f"there is no node {unknown[0]!r} to leave out")
+        sources = []
+        for node in self._nodes:
+            if node.id in self._without:
                 continue
-            self._commits = max(self._commits, commit.mark)
-            names = tuple(node.id for node in nodes)
-            sha256 = bytes.fromhex(commit.sha256)
-            targets = [target for target in commit.targets if self._counts(key, commit, target, states, shown)]
-            restored[key] = RestoredMessage(key, commit, sha256, names, targets)
-            if number % 100 == 0:
-                await self._progress(number, len(holders))
-        lost = 0
-        for state in states.values():
-            facts = MailboxFacts(
-                0, state.account, state.name, state.uidvalidity, state.uid_next, state.modseq, len(state.entries), 0
-            )
-            entries = [EntryFacts(e[0], bytes.fromhex(e[1]), *e[2:]) for e in state.entries]
-            held = {
-                entry.key: (copy.commit.octets, copy.sha256, copy.nodes)
-                for entry in entries
-                if (copy := restored.get(entry.key)) is not None
-            }
-            lost += await self._index.restore_mailbox(facts, entries, held)
-        rows = 0
-        batch = list(restored.values())
-        for start in range(0, len(batch), _PAGE):
-            rows += await self._index.restore_messages(batch[start : start + _PAGE])
-        for node in self._nodes:
-            end = await node.end()
-            await self._index.set_node(node.id, node.incarnation, end.segment, end.offset)
-        await self._index.set_commits(self._commits)
-        await self._index.caught_up()
-        self._world.log.event(Event.RECONCILED, messages=len(restored), by="rebuild")
-        return Rebuilt(len(states), len(restored), lost, rows, unreadable)
-
-    async def _checkpoints(self) -> dict[Box, CheckpointBody]:
-        found: dict[Box, list[CheckpointBody]] = {}
-        for node in self._nodes:
-            after = b""
-            while page := await node.checkpoints(after, _NAMES):
-                for name, _, octets in page:
-                    if name == MARK_NAME:
-                        self._commits = max(self._commits, int(octets))
-                        continue
-                    try:
-                        body = decode(octets)
-                        found.setdefault((body.account, body.name), []).append(body)
-                    except (msgspec.DecodeError, zstandard.ZstdError) as error:
-                        self._world.log.event(Event.NODE_DAMAGE, node=node.id, error=str(error))
-                after = page[-1][0]
-        return {box: state for box, bodies in found.items() if (state := merge(bodies)) is not None}
-
-    async def _holders(self) -> dict[bytes, list[StorageNode]]:
-        holders: dict[bytes, list[StorageNode]] = {}
-        for node in self._nodes:
-            after = b""
-            while keys := await node.live_keys(after, _PAGE):
-                for key in keys:
-                    holders.setdefault(key, []).append(node)
-                after = keys[-1]
-        return holders
-
-    async def _commit(self, key: bytes, nodes: Sequence[StorageNode]) -> Commit | None:
-        for node in nodes:
             try:
-                return _decode_commit(await node.read_commit(key))
-            except (CopyMissing, CopyDamaged, msgspec.DecodeError) as error:
-                self._world.log.event(Event.COPY_BAD, key=key, node=node.id, error=str(error))
+                facts = await node.facts()
+                stamp = node.stamp()
+                # Who still writes is waited for, so that what lies before the end is all that is shown (laws 2, 7).
+                end = facts.end if stamp is None else await node.fence(stamp)
+            except NodeTrouble as error:
+                choice = f"bring it back, or leave it out with --without {node.id}: {_cost(node)}"
+                raise OperatorError(f"node {node.id} cannot be read: {error}; {choice}") from error
+            sources.append(Source(node, facts, end))
+        if not sources:
+            raise OperatorError("there is no node to read")
+        retired = {incarnation for source in sources for incarnation in source.facts.mark.retired}
+        for source in sources:
+            if source.facts.incarnation in retired:
+                name = source.node.id
+                raise OperatorError(f"node {name} was expelled: empty its directory, or leave it out with --without {name}")
+        groups = {node.group for node in self._nodes}
+        read = {source.node.group for source in sources} - {node.group for node in self._nodes if node.id in self._without}
+        self._unsure = len(read) < len(groups) - self._required + 1  # law 11
+        return sources
+
+    def _absent(self, node: StorageNode) -> NodeRow:
+        """A node that was left out is a member: when it returns, all of it is unseen."""
+        return NodeRow(node.id, node.group, "", START, START, "", 0, False, False, self._world.clock.now())
+
+    async def _tell(self, sources: Sequence[Source], mark: Mark) -> None:
+        """The epoch must be durable on nodes of R groups before a number is given in it (law 11). Raises NotRedundant."""
+        groups: dict[str, None] = {}
+        cause: NodeTrouble | None = None
+        for source in sources:
+            try:
+                await source.node.put_mark(mark)
+                groups[source.node.group] = None
+            except NodeTrouble as error:
+                cause = error
+        required = min(self._required, len({source.node.group for source in sources}))
+        if len(groups) < required:
+            raise NotRedundant(f"only {len(groups)} of {required} groups took the new epoch") from cause
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------------
+
+    async def _read_records(self, index: Rebuilding, node: StorageNode) -> None:
+        """Where complete records lie, what they say of numbers; PURGED and the queue's states at once."""
+        async for page in pages_of(node):
+            places: list[tuple[str, str, RecordPlace]] = []
+            seen: list[Numbered] = []
+            purged: list[str] = []
+            for name, group in groupby(page, key=lambda record: record[0]):
+                if name == FIRST_RELEASE_MARK:
+                    continue
+                for parts in self._by_writing(node, [octets for _, _, octets in group]):
+                    head = parts[0][0]
+                    if head.kind is Kind.PURGED:
+                        purged.append(head.account)
+                    elif head.kind is Kind.QUEUE:
+                        await self._take_queue(index, node, parts)
+                    else:
+                        seen += [Numbered(*h.numbers(), h.epoch) for h, _ in parts]
+                        place = _place(node, name, parts)
+                        if place is not None:
+                            places.append((head.account, head.name, place))
+            for numbers in seen:
+                self._epoch = max(self._epoch, numbers.epoch)
+                self._uidvalidity = max(self._uidvalidity, numbers.uidvalidity)
+            await index.note_numbers(seen)
+            await index.note_records(places)
+            await index.note_purged(purged)
+
+    def _by_writing(self, node: StorageNode, records: Sequence[bytes]) -> Iterator[list[tuple[RecordHead, bytes]]]:
+        """Records of one name by what was written at once."""
+        parts: dict[bytes, list[tuple[RecordHead, bytes]]] = {}
+        for octets in records:
+            try:
+                head = decode_head(octets)
+            except BadRecord as error:
+                self._bad(node, error)
+            else:
+                parts.setdefault(head.tag, []).append((head, octets))
+        yield from parts.values()
+
+    def _bad(self, node: StorageNode, error: BadRecord) -> None:
+        self._counts.bad += 1
+        self._world.log.event(Event.NODE_DAMAGE, node=node.id, error=str(error))
+
+    async def _take_queue(self, index: Rebuilding, node: StorageNode, parts: list[tuple[RecordHead, bytes]]) -> None:
+        head = parts[0][0]
+        if head.tag in self._tags or not _whole(parts) or len(self._states) == _QUEUE_STATES_MAX:
+            return
+        try:
+            bodies = [decode_queue(octets) for _, octets in parts]
+        except BadRecord as error:
+            self._bad(node, error)
+            return
+        state = QueueState(len(self._states), bodies[0][1])
+        for _, _, rows in bodies:
+            await index.note_open(state.number, rows)
+        self._states.append(state)
+        self._tags[head.tag] = None
+
+    async def _put_mailboxes(self, index: Rebuilding, nodes: dict[str, StorageNode]) -> None:
+        after = "", ""
+        while boxes := await index.boxes(after, _PAGE):
+            for account, name in boxes:
+                state = await self._restored(index, nodes, account, name)
+                if state is None:
+                    continue  # nothing is complete: whatever is entered comes under a fresh UIDVALIDITY
+                numbers = state.numbers._replace(uidvalidity=0) if self._unsure else state.numbers
+                await index.put_mailbox(account, name, numbers, state.keywords, state.view.rows(), state.gone.items())
+                self._counts.mailboxes += 1
+            after = boxes[-1]
+
+    async def _restored(self, index: Rebuilding, nodes: dict[str, StorageNode], account: str, name: str) -> Restored | None:
+        async def read(place: RecordPlace) -> list[bytes]:
+            """Records under a name, which is the first behind the one before it."""
+            before = (int.from_bytes(place.name, "big") - 1).to_bytes(len(place.name), "big") if any(place.name) else b""
+            page = await nodes[place.node].checkpoints(before, 1)
+            return [octets for found, _, octets in page if found == place.name]
+
+        def bad(place: RecordPlace, error: BadRecord) -> None:
+            self._bad(nodes[place.node], error)
+
+        return await restored(await index.records(account, name), await index.numbers(account, name), read, bad)
+
+    # -- messages -----------------------------------------------------------------------------------------------------------
+
+    async def _read_inventory(self, index: Rebuilding, source: Source) -> None:
+        """Every key the node has."""
+        node, after = source.node, b""
+        while items := await node.inventory(after, _PAGE):
+            copies = [
+                (item.key, item.position < source.facts.birth, self._settled(source, item.position))
+                for item in items
+                if item.held is Held.LIVE
+            ]
+            await index.note_copies(node.id, copies)
+            await index.note_tombstones(node.id, [item.key for item in items if item.held is Held.DEAD])
+            after = items[-1].key
+
+    def _settled(self, source: Source, position: Position) -> int:
+        """Bits of the queue's states by whose watermark the copy was settled."""
+        bits = 0
+        for state in self._states:
+            incarnation, watermark = state.watermarks.get(source.node.id, ("", START))
+            if incarnation == source.facts.incarnation and position < watermark:
+                bits |= 1 << state.number
+        return bits
+
+    async def _settle(self, index: Rebuilding, nodes: dict[str, StorageNode]) -> None:
+        total = await index.total()
+        after, done = b"", 0
+        while page := await index.found(after, _PAGE):
+            commits: list[Commit | None] = []
+            for start in range(0, len(page), _COMMITS_AT_ONCE):
+                some = page[start : start + _COMMITS_AT_ONCE]
+                commits += await asyncio.gather(*(self._commit(found, nodes) for found in some))
+            accounts = {target.account for commit in commits if commit is not None for target in commit.targets}
+            purged = await index.purged(sorted(accounts))
+            verdicts = [self._verdict(found, commit, purged) for found, commit in zip(page, commits, strict=True)]
+            settled = await index.settle(verdicts)
+            self._counts.entries += settled.entries
+            self._counts.held += settled.held
+            after, done = page[-1].key, done + len(page)
+            await self._progress(done, total)
+
+    def _verdict(self, found: Found, commit: Commit | None, purged: Collection[str]) -> Verdict:
+        counts = self._counts
+        if found.buried:
+            verdict = Verdict(found.key, Fate.DEAD, found.nodes)
+        elif commit is None:
+            counts.unreadable += 1
+            if len(counts.unreadable_keys) < _NAMED_MAX:
+                counts.unreadable_keys.append(found.key.hex())
+            return Verdict(found.key, None, found.nodes)
+        else:
+            verdict = decide(found, commit, purged)
+        if verdict.fate is Fate.LIVE:
+            counts.messages += 1
+        elif verdict.fate is Fate.DEAD:
+            counts.deleted += 1
+        else:
+            counts.passed_over += 1
+        return verdict
+
+    async def _commit(self, found: Found, nodes: dict[str, StorageNode]) -> Commit | None:
+        """The first good commit record; None if every holder has a bad one. Raises NodeTrouble if one could not be asked."""
+        if found.buried:
+            return None
+        trouble: NodeTrouble | None = None
+        for name in found.nodes:
+            try:
+                commit: Commit = _decode_commit(await nodes[name].read_commit(found.key))
+                if len(bytes.fromhex(commit.sha256)) == 32:
+                    return commit
+                raise ValueError("no SHA-256")
+            except NodeTrouble as error:
+                trouble = error
+            except (CopyMissing, CopyDamaged, msgspec.DecodeError, ValueError) as error:
+                self._world.log.event(Event.COPY_BAD, key=found.key, node=name, error=str(error))
+        if trouble is not None:
+            raise trouble
         return None
 
-    @staticmethod
-    def _counts(
-        key: bytes, commit: Commit, target: Target, states: dict[Box, CheckpointBody], shown: dict[Box, set[str]]
-    ) -> bool:
-        """True if this target must be entered beside what the checkpoints say."""
-        if target.destination:
-            return True
-        box = (target.account, target.mailbox)
-        state = states.get(box)
-        if state is None:
-            return True
-        if key.hex() in shown[box]:
-            return False
-        return commit.received_at > state.at - _DOUBT_S
+    # -- files ----------------------------------------------------------------------------------------------------------------
+
+    async def _on_disk(self, call: Callable[[], None]) -> None:
+        lane = self._world.lane("rebuild-files")
+        try:
+            await lane.run(call)
+        except OSError as error:
+            raise OperatorError(f"{self._path}: {error}") from error
+        finally:
+            lane.close()
+
+    async def _clear(self) -> None:
+        """Nothing is served under the name; what an earlier run left is removed. Raises OperatorError."""
+
+        def clear() -> None:
+            disk = self._world.disk
+            for suffix in SUFFIXES:  # a log that was left behind would be played into the new file
+                if disk.exists(self._path + suffix):
+                    raise OperatorError(f"{self._path}{suffix} exists; move it away first, nothing was changed")
+            for suffix in SUFFIXES:
+                if disk.exists(self._building + suffix):
+                    disk.unlink(self._building + suffix)
+
+        await self._on_disk(clear)
+
+    def _publish(self) -> None:
+        """The finished file gets its name; both are durable before anybody serves it."""
+        disk = self._world.disk
+        file = disk.open(self._building)
+        try:
+            file.sync()
+        finally:
+            file.close()
+        disk.rename(self._building, self._path)
+        disk.sync_directory(self._path.rpartition("/")[0] or ".")
+
+
+def _place(node: StorageNode, name: bytes, parts: list[tuple[RecordHead, bytes]]) -> RecordPlace | None:
+    """Where a complete checkpoint lies. Those of the first release are put together from all that lie under any name."""
+    head, octets = parts[0]
+    if is_first_release(octets):
+        return RecordPlace(FIRST, b"", node.id, name, head.uidvalidity, 0, head.modseq, 0)
+    if not _whole(parts):
+        return None
+    rank = int(not head.skipped)
+    return RecordPlace(int(head.kind), head.tag, node.id, name, head.uidvalidity, head.base, head.modseq, rank)
+
+
+def _whole(parts: list[tuple[RecordHead, bytes]]) -> bool:
+    """True if every part is there."""
+    count = max(head.parts for head, _ in parts)
+    return count > 0 and sorted({head.part for head, _ in parts}) == list(range(count))
+
+
+def _row(source: Source) -> NodeRow:
+    """What the new index knows of a node it was made from: all that lies before the end is settled."""
+    node, facts = source.node, source.facts
+    boot = facts.boots[-1] if facts.boots else ""
+    return NodeRow(node.id, node.group, facts.incarnation, source.end, source.end, boot, 0, False, False, 0.0)
+
+
+def _cost(node: StorageNode) -> str:
+    """What it may cost to leave a node out."""
+    return (
+        f"without node {node.id} (group {node.group}), messages of which only it has a copy, and mailboxes whose only complete"
+        " checkpoint lies there, are missing until it returns; deletions that only it knows may show again"
+    )

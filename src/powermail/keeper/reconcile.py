@@ -1,190 +1,202 @@
-"""Owns reconciliation: the nodes' logs against the index.
+"""Owns reconciliation: what nodes' logs hold behind their watermarks against the index (law 6).
 
-One rule: above a node's watermark, a committed record that the index has never seen is mail and is entered; below it,
-what the index does not know was deleted. So a front end that died between receipts and index commit loses nothing (F42),
-and an old disk that comes back brings nothing back (F16, P8).
-
-Every commit record carries how many transactions the index had committed then. An index that counts fewer has lost some, to a
-backup or a stale standby (F26, F28): the epoch rises, readers wait until every log was walked, and what a tombstone stands for
-is deleted again.
+Everything a node holds is in the index within two minutes of both being reachable, whatever crashed in between. Nothing behind
+a watermark is looked at twice, except stretches that could not be read: these are noted, and tried again first.
+Danger: a record that is passed over and not noted is lost for ever; one that is entered twice is a ghost (P4, P5).
 """
 
 from __future__ import annotations
 
-from collections import deque
-
-import msgspec
+import asyncio
+from collections.abc import Sequence
 
 from powermail.base import limits
-from powermail.base.entropy import key_time
-from powermail.base.errors import CopyDamaged, CopyMissing, NodeTrouble
+from powermail.base.errors import NodeTrouble, Trouble
 from powermail.base.log import Event
 from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
-from powermail.index.contract import Delivery, Index, NodeRow
+from powermail.index.contract import Batch, Index, NodeRow, Reconciled
+from powermail.keeper.belief import known_row, read_commits
+from powermail.keeper.epochs import EpochKeeper
+from powermail.keeper.walk import Walker
 from powermail.mail.envelope import Commit
-from powermail.storage.contract import START, Position, StorageNode
+from powermail.storage.contract import NodeFacts, Origin, Position, Scanned, StorageNode, Unread
 
-_decode = msgspec.json.Decoder(Commit).decode
-MARK_NAME = bytes(16)
+_TRIES = 3  # when another keeper, or a change of a row, was quicker
 
 
 class Reconciler:
-    """Walks logs behind watermarks."""
+    """Goes through the log of one node after the other, each in its own time."""
 
-    def __init__(self, world: World, cluster: Cluster, index: Index) -> None:
+    def __init__(self, world: World, cluster: Cluster, index: Index, epochs: EpochKeeper) -> None:
         self._world = world
         self._cluster = cluster
         self._index = index
-        self.held: dict[str, int] = {}  # deletions that wait for the operator, by node (P9)
-        self.confirmed: dict[str, None] = {}  # nodes whose mass deletion the operator has confirmed
-        self._revised: dict[str, None] = {}  # nodes whose tombstones were looked at since the epoch rose
+        self._epochs = epochs
+        self._walker = Walker(world, index)
+        self._busy: dict[str, asyncio.Lock] = {}  # forgetting goes through the same logs
+        self._turn = 0
 
-    async def admit(self, node: StorageNode) -> None:
-        """Compares a node that was just opened with what the index remembers of it. Raises Trouble."""
-        rows = {row.id: row for row in await self._index.node_rows()}
-        row = rows.get(node.id)
-        await self._check_commits(node, row)
-        if row is not None:
-            node.block(row.blocked)
-        if row is None:
-            await self._index.set_node(node.id, node.incarnation, 0, 0)
-        elif row.incarnation != node.incarnation:
-            # Another disk, or the same made anew: all it holds is unseen, and it may lack what the old one held.
-            await self._index.set_node(node.id, node.incarnation, 0, 0)
-            await self._verify_belief(node)
-        elif await node.end() < Position(row.segment, row.offset):
-            await self._rolled_back(node, row)
-        await self._index.set_node_flags(node.id, None, 0.0)
+    async def step(self, node: StorageNode) -> float:
+        """One pass over one node. Raises NodeTrouble, IndexTrouble."""
+        await self._pass(node, 0.0 if self._index.catching_up else limits.RECONCILE_GRACE_S)
+        return 1.0 if self._index.catching_up else limits.RECONCILE_INTERVAL_S
 
-    async def _rolled_back(self, node: StorageNode, row: NodeRow) -> None:
-        """An old state of the disk is back: what the index does not know was deleted meanwhile."""
-        if node.id in self.held and node.id not in self.confirmed:
-            raise NodeTrouble(f"{self.held[node.id]} deletions on node {node.id} wait for `powermail node confirm {node.id}`")
-        self._world.log.event(Event.NODE_DAMAGE, node=node.id, error="an older state of this disk is back")
-        position, unknown = START, []
-        while True:
-            found, following = await node.scan(position, limits.RECONCILE_BATCH, 0.0, True)
-            unknown += await self._index.note_copies(node.id, [item.key for item in found])
-            if following == position:
-                break
-            position = following
-        await self._verify_belief(node)
-        if len(unknown) > limits.COLLECT_MASS_MAX and node.id not in self.confirmed:
-            # The node keeps its old watermark and takes no mail, so the question survives a restart; reading goes on.
-            self.held[node.id] = len(unknown)
-            self._world.log.event(Event.COLLECT_HELD, node=node.id, messages=len(unknown))
-            raise NodeTrouble(f"{len(unknown)} deletions wait for `powermail node confirm {node.id}`")
-        await self._index.order_deletions(node.id, unknown)
-        self.confirmed.pop(node.id, None)
-        incarnation = await node.new_incarnation()
-        end = await node.end()
-        await self._index.set_node(node.id, incarnation, end.segment, end.offset)
+    async def settle(self, deadline_s: float = limits.NODE_OPEN_WAIT_S) -> None:
+        """At start and at stop, while no delivery is under way: everything durable is entered, however young.
 
-    async def _verify_belief(self, node: StorageNode) -> None:
-        """Drops the belief in copies that the node does not have; repair makes them anew."""
-        after, dropped = b"", 0
-        while keys := await self._index.copies_on(node.id, after, limits.RECONCILE_BATCH):
-            after = keys[-1]
-            present = await node.has(keys)
-            missing = [key for key, there in zip(keys, present, strict=True) if not there]
-            if missing:
-                await self._index.drop_copies(node.id, missing)
-                dropped += len(missing)
-        if dropped:
-            self._world.log.event(Event.NODE_DAMAGE, node=node.id, missing_copies=dropped)
+        All nodes at once, each for so long at most: what is left is done in the background, or at the next start (law 14).
+        """
+        await asyncio.gather(*(self._settle(node, deadline_s) for node in self._cluster.admitted()))
 
-    async def _check_commits(self, node: StorageNode, row: NodeRow | None) -> None:
-        """The node has seen more transactions of the index than the index has: it lost commits (F26, F28)."""
-        seen = 0
-        for name, _, body in await node.checkpoints(b"", 1):
-            if name == MARK_NAME:
-                seen = int(body)
-        newest: deque[bytes] = deque(maxlen=limits.COMMITS_LOOKED_AT)
-        position = Position(row.segment, row.offset) if row is not None and row.incarnation == node.incarnation else START
-        while True:
-            found, following = await node.scan(position, limits.RECONCILE_BATCH, 0.0, False)
-            newest.extend(item.key for item in found)
-            if following == position:
-                break
-            position = following
-        for key in newest:
-            try:
-                seen = max(seen, _decode(await node.read_commit(key)).mark)
-            except (CopyMissing, CopyDamaged, msgspec.DecodeError):
-                continue  # scrub and repair will see to it
-        if seen > self._index.commits:
-            await self._index.set_commits(seen)
-            epoch = await self._index.raise_epoch()
-            self._revised.clear()
-            self._world.log.event(Event.EPOCH_RAISED, epoch=epoch, node=node.id)
+    async def _settle(self, node: StorageNode, deadline_s: float) -> None:
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._pass(node, 0.0)
+        except (Trouble, TimeoutError) as error:
+            text = str(error) or "not done in time"
+            self._world.log.event(Event.TROUBLE, worker="reconcile", node=node.id, error=text)
 
-    async def settle(self) -> None:
-        """One pass while no delivery is under way, at start and stop: everything durable is entered, however young."""
-        await self._pass(0.0)
+    async def _pass(self, node: StorageNode, age_s: float) -> None:
+        async with self._lock(node):
+            row, facts = await self._compared(node)
+            if row is None or facts is None or not self._index.numbering:
+                return
+            if row.owes_walk:
+                if not await self._walker.walk(node, row, facts):
+                    return
+                row = await known_row(self._index, node)
+            if row is not None:
+                await self._retry_unread(node, row, facts)
+        await self.advance(node, age_s)
 
-    async def step(self) -> float:
-        """One pass over all nodes."""
-        await self._pass(0.0 if self._index.catching_up else limits.RECONCILE_GRACE_S)
-        return limits.RECONCILE_INTERVAL_S
+    def _lock(self, node: StorageNode) -> asyncio.Lock:
+        return self._busy.setdefault(node.id, asyncio.Lock())
 
-    async def _pass(self, age_s: float) -> None:
+    async def _compared(self, node: StorageNode) -> tuple[NodeRow | None, NodeFacts | None]:
+        """The row of a node whose present opening was compared with the index, marks first (laws 6, 10); else None."""
+        if node not in self._cluster.admitted():
+            return None, None
+        facts = await node.facts()
+        if await self._epochs.compare(node, facts):
+            return None, None
+        row = await known_row(self._index, node)
+        if row is None or row.incarnation != facts.incarnation:
+            return None, None
+        return row, facts
+
+    # -- behind the watermark -----------------------------------------------------------------------------------------
+
+    async def advance(self, node: StorageNode, age_s: float, end: Position | None = None, round_: int | None = None) -> bool:
+        """Goes on behind the watermark until there is nothing more, or until `end`; True if it came that far.
+
+        With a round, the batch that reaches `end` says that the node was scanned for it (law 9).
+        """
+        async with self._lock(node):
+            for _ in range(_TRIES):
+                row, facts = await self._compared(node)
+                if row is None or facts is None or row.owes_walk or not self._index.numbering:
+                    return False
+                outcome = await self._advance(node, row, facts, age_s, end, round_)
+                if outcome is not None:
+                    return outcome
+        return False
+
+    async def _advance(
+        self, node: StorageNode, row: NodeRow, facts: NodeFacts, age_s: float, end: Position | None, round_: int | None
+    ) -> bool | None:
+        """As `advance`; None when another keeper was quicker and it must begin again from the row."""
+        position = committed = row.watermark
         entered = 0
-        walked: dict[str, None] = {}
-        rows = {row.id: row for row in await self._index.node_rows()}
-        for node in self._cluster.admitted():
-            row = rows.get(node.id)
-            if row is None or row.incarnation != node.incarnation:
-                continue
+        while True:
+            scan = await node.scan(position, limits.RECONCILE_BATCH, age_s)
+            if scan.incarnation != row.incarnation:
+                return False
+            following = scan.following
+            reached = end is not None and following >= end
+            # Marks and checkpoints alone move the watermark only with the segment: each batch is a commit, and asks for a mark.
+            if scan.items or scan.unread or reached or following.segment > committed.segment:
+                batch = Batch(node.id, row.incarnation, committed, following, scan.end, (), (), {}, facts.birth, scan.unread)
+                result, _ = await self._enter(node, batch._replace(round=round_ if reached else None), scan.items)
+                entered += result.entered
+                if result.lost:
+                    return False
+                if not result.moved:
+                    return None
+                committed = following
+            if reached or following == position:
+                self._report(node, entered)
+                return reached or end is None
+            position = following
+
+    def _report(self, node: StorageNode, entered: int) -> None:
+        if entered:
+            self._world.counters.add("keeper.reconciled", entered)
+            self._world.log.event(Event.RECONCILED, node=node.id, messages=entered)
+
+    async def _enter(self, node: StorageNode, batch: Batch, items: Sequence[Scanned]) -> tuple[Reconciled, list[Unread]]:
+        """One batch of law 6's table, with the commit records that the index needs; and what it noted as unread."""
+        places = {item.key: item.position for item in items if item.origin is not None}
+        origins = {item.key: item.origin for item in items if item.origin is not None}
+        fates = await self._index.fates(list(places))
+        wanted = [
+            key
+            for key, position in places.items()
+            if key not in fates and origins[key] is Origin.DELIVERY and position >= batch.birth
+        ]
+        commits: dict[bytes, Commit] = {}
+        unread = list(batch.unread)
+        for _ in range(_TRIES):
+            records = await read_commits(node, wanted)
+            commits.update(records.good)
+            for key, why in records.bad.items():  # it may be mail: noted, and tried again
+                self._world.log.event(Event.COPY_BAD, key=key, node=node.id, error=why)
+                unread.append(Unread(places[key], 0))
+            for key in wanted:
+                if key not in records.good:
+                    del places[key]
+            result = await self._index.reconcile(
+                batch._replace(
+                    copies=[(key, position, origins[key]) for key, position in places.items()],
+                    tombstones=[item.key for item in items if item.origin is None],
+                    commits=commits,
+                    unread=unread,
+                )
+            )
+            if result.lost:
+                await self._epochs.raise_epoch(f"node {node.id} has a tombstone of a message that is listed")  # law 6
+            if not result.missing:
+                return result, unread
+            wanted = [key for key in result.missing if key in places]
+        raise NodeTrouble(f"keys of node {node.id} change while they are compared; again soon")
+
+    # -- what could not be read ---------------------------------------------------------------------------------------
+
+    async def _retry_unread(self, node: StorageNode, row: NodeRow, facts: NodeFacts) -> None:
+        """Law 6: stretches that could not be read are tried again; trouble with one does not keep the log waiting."""
+        notes = await self._index.unread(node.id, limits.RECONCILE_BATCH)
+        if not notes:
+            return
+        self._turn += 1
+        first = self._turn % len(notes)
+        for note in notes[first:] + notes[:first]:
             try:
-                entered += await self._walk(node, Position(row.segment, row.offset), age_s)
-                if self._index.catching_up and node.id not in self._revised:
-                    await self._revise(node)
-                    self._revised[node.id] = None
+                scan = await node.reread(note)
             except NodeTrouble as error:
                 self._world.log.event(Event.TROUBLE, worker="reconcile", node=node.id, error=str(error))
-                continue  # the others' logs are walked all the same (F11)
-            walked[node.id] = None
-        if entered:
-            self._world.log.event(Event.RECONCILED, messages=entered)
-        missing = {node.group for node in self._cluster.nodes.values() if node.id not in walked}
-        if self._index.catching_up and len(missing) < self._cluster.copies_required:
-            await self._index.caught_up()  # every message has a copy on a node that was walked
-
-    async def _revise(self, node: StorageNode) -> None:
-        """Deletes again what was deleted in commits that the index lost: the node's tombstones are the record of it (P8)."""
-        after, gone = b"", 0
-        while keys := await self._index.copies_on(node.id, after, limits.RECONCILE_BATCH):
-            after = keys[-1]
-            buried = [key for key, dead in zip(keys, await node.deleted(keys), strict=True) if dead]
-            if buried:
-                gone += await self._index.forget_messages(buried)
-        if gone:
-            self._world.log.event(Event.COLLECTED, node=node.id, messages=gone, by="tombstones")
-
-    async def _walk(self, node: StorageNode, position: Position, age_s: float) -> int:
-        entered = 0
-        while True:
-            found, following = await node.scan(position, limits.RECONCILE_BATCH, age_s, False)
-            for key in await self._index.note_copies(node.id, [item.key for item in found]):
-                entered += await self._enter(node, key)
-            if following == position:
-                return entered
-            position = following
-            await self._index.set_node(node.id, node.incarnation, position.segment, position.offset)
-
-    async def _enter(self, node: StorageNode, key: bytes) -> bool:
-        try:
-            commit = _decode(await node.read_commit(key))
-        except CopyMissing:
-            return False  # aborted or deleted between the look and the read
-        except (CopyDamaged, msgspec.DecodeError) as error:
-            self._world.log.event(Event.COPY_BAD, key=key, node=node.id, error=str(error))
-            return False
-        new = await self._index.deliver(Delivery(key, commit, (node.id,), late=True))
-        if new:
-            self._world.counters.add("keeper.reconciled")
-            self._world.log.event(
-                Event.DELIVERED, key=key, by="reconcile", age_s=self._world.clock.now() - key_time(key), node=node.id
-            )
-        return new
+                return
+            if scan is None:
+                await self._index.clear_unread(node.id, note)
+                continue
+            if scan.incarnation != row.incarnation:
+                return
+            if scan.unread == [note] and not scan.items:
+                continue
+            here = row.watermark
+            batch = Batch(node.id, row.incarnation, here, here, scan.end, (), (), {}, facts.birth, scan.unread)
+            result, noted = await self._enter(node, batch, scan.items)
+            if not result.moved or result.lost:
+                return
+            self._report(node, result.entered)
+            if note not in noted:
+                await self._index.clear_unread(node.id, note)

@@ -1,19 +1,33 @@
-"""Owns repair: messages with copies in fewer than R groups are copied, verified on the way, until they have R again (P13)."""
+"""Owns repair: messages with copies in fewer than R groups are copied, verified on the way, until they have R again (P13).
+
+It goes through the thin messages by key, so that what cannot be repaired is passed, and tried again in the next turn. A copy
+that was made but could not be noted is reconcile's: believed if the message lives, dropped if not (law 6).
+"""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
+
 from powermail.base import limits
-from powermail.base.errors import CopyDamaged, CopyMissing, NotRedundant, Trouble
+from powermail.base.errors import CopyDamaged, CopyMissing, NodeTrouble, NotRedundant
 from powermail.base.log import Event
 from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
 from powermail.cluster.fetch import Fetcher
 from powermail.index.contract import Index, MessageFacts
-from powermail.storage.contract import NodeState, StorageNode
+from powermail.keeper.belief import compare_belief
+from powermail.storage.contract import Held, NodeState, StorageNode
+
+_REST_S = 5.0  # when nothing is thin
+_COUNT_INTERVAL_S = 30.0
+_AVOID_S = 30.0  # a node that was in trouble
+_LISTED_MAX = 100  # unrepairable messages that are named
+_OCTETS_PER_S_MIN = limits.MIB  # slower copying is trouble
 
 
 class Repairer:
-    """Makes what is thin whole again."""
+    """Makes what is thin whole again. `left`, `rate` (messages a second) and `unrepairable` (key to why) are for status."""
 
     def __init__(self, world: World, cluster: Cluster, index: Index, fetcher: Fetcher, repair_after_s: float) -> None:
         self._world = world
@@ -22,12 +36,20 @@ class Repairer:
         self._fetcher = fetcher
         self._repair_after_s = repair_after_s
         self._away_since: dict[str, float] = {}
-        self._suspect_at: tuple[bytes, str] = (b"", "")
+        self._avoided: dict[str, float] = {}  # nodes in trouble, until when
+        self._after = b""
+        self._counted_at = float("-inf")
+        self._began_at: float | None = None  # of the repairs under way
+        self._repaired = 0
+        self._failed: dict[bytes, str] = {}  # in this turn
+        self._failures = 0
         self.left = 0
-        self.rate = 0.0  # messages per second, while repairing
+        self.rate = 0.0
+        self.unrepairable: dict[bytes, str] = {}  # of the last whole turn, at most _LISTED_MAX
+        self.unrepairable_total = 0
 
     def counted_groups(self) -> dict[str, str]:
-        """Nodes whose copies count: all but those away for longer than the setting, and those that failed."""
+        """Nodes whose copies count: all but those away or failed for longer than the setting."""
         now = self._world.clock.monotonic()
         counted = {}
         for node in self._cluster.nodes.values():
@@ -40,108 +62,160 @@ class Repairer:
             counted[node.id] = node.group
         return counted
 
+    def seconds_left(self) -> float | None:
+        """Time to full redundancy as far as it can be told."""
+        return round(self.left / self.rate, 1) if self.rate and self.left else None
+
     async def step(self) -> float:
-        """Repairs one batch."""
-        counted = self.counted_groups()
-        required = self._cluster.copies_required
-        thin = await self._index.under_copied(counted, required, b"", limits.REPAIR_BATCH)
-        await self._clear_suspects(counted)
+        """Repairs one batch. Raises IndexTrouble."""
+        if not self._index.numbering:
+            return _REST_S  # what commits were lost is not known yet
+        counted, required = self.counted_groups(), self._cluster.copies_required
+        thin = await self._index.under_copied(counted, required, self._after, limits.REPAIR_BATCH)
         if not thin:
-            self.left, self.rate = 0, 0.0
-            return 2.0
-        began = self._world.clock.monotonic()
-        self.left = (await self._index.under_copied_total(counted, required))[0]
+            return self._end_turn()
+        await self._count(counted, required)
+        takers = await self._takers()
         repaired = 0
         for message in thin:
-            repaired += await self._repair(message, counted)
-        self.left -= repaired
-        self.rate = repaired / max(0.001, self._world.clock.monotonic() - began)
-        return 0.0 if repaired else 5.0
+            why = await self._repair(message, counted, takers)
+            self._after = message.key
+            if not why:
+                repaired += 1
+                self._note_progress()
+            elif why != _OVER:
+                self._note_failure(message.key, why)
+        return 0.0 if repaired else 1.0
 
-    async def _repair(self, message: MessageFacts, counted: dict[str, str]) -> bool:
+    def _end_turn(self) -> float:
+        nothing = self._after == b""
+        self._after = b""
+        self.unrepairable, self._failed = self._failed, {}
+        self.unrepairable_total, self._failures = self._failures, 0
+        if nothing:
+            self.left, self.rate, self._began_at = 0, 0.0, None
+            self._counted_at = float("-inf")
+        return _REST_S if nothing or self.unrepairable_total else 0.0
+
+    async def _count(self, counted: dict[str, str], required: int) -> None:
+        now = self._world.clock.monotonic()
+        if now - self._counted_at >= _COUNT_INTERVAL_S:
+            self._counted_at = now
+            self.left = (await self._index.under_copied_total(counted, required))[0]
+
+    def _note_progress(self) -> None:
+        now = self._world.clock.monotonic()
+        if self._began_at is None:
+            self._began_at, self._repaired = now, 0
+        self._repaired += 1
+        self.rate = self._repaired / max(1.0, now - self._began_at)
+        self.left = max(0, self.left - 1)
+        self._world.counters.add("keeper.repaired")
+
+    def _note_failure(self, key: bytes, why: str) -> None:
+        self._failures += 1
+        if len(self._failed) < _LISTED_MAX:
+            self._failed[key] = why
+        self._world.counters.add("keeper.unrepairable")
+
+    async def _takers(self) -> frozenset[str]:
+        """Nodes that may get copies: not while they owe a walk, by which a copy without its note would become mail (law 11)."""
+        rows = {row.id: row for row in await self._index.node_rows()}
+        return frozenset(
+            node.id
+            for node in self._cluster.admitted()
+            if node.state is NodeState.READ_WRITE
+            and (row := rows.get(node.id)) is not None
+            and row.incarnation == node.incarnation
+            and not row.owes_walk
+        )
+
+    # -- one message ------------------------------------------------------------------------------------------------
+
+    async def _repair(self, message: MessageFacts, counted: dict[str, str], takers: frozenset[str]) -> str:
+        """Makes one more copy; why it could not, "" if it did, _OVER if there is nothing to do any more."""
         have = {counted[name] for name in message.nodes if name in counted}
-        try:
-            targets = [node for node in self._cluster.place() if node.group not in have]
-        except NotRedundant:
-            targets = [
-                node for node in self._cluster.admitted() if node.state is NodeState.READ_WRITE and node.group not in have
-            ]
+        targets = [node for node in self._order(takers) if node.group not in have and not self._is_avoided(node)]
         if not targets:
-            return False
+            return "no node of another group takes it"
+        why = "no node with a copy is there"
         for source in self._sources(message):
             for target in targets:
-                try:
-                    await target.discard(message.key)
-                    await self._fetcher.copy(message.key, source, target)
-                except (CopyMissing, CopyDamaged) as error:
-                    self._world.log.event(Event.COPY_BAD, key=message.key, node=source.id, error=str(error))
-                    await self._index.note_repair(message.key, source.id, str(error))
+                done, reason, next_source = await self._copy(message, source, target)
+                if done:
+                    return ""
+                why = reason
+                if reason == _OVER:
+                    return _OVER
+                if next_source:
                     break
-                except Trouble:
-                    continue
-                await self._index.add_copy(message.key, target.id)
-                self._world.counters.add("keeper.repaired")
-                return True
-        self._world.counters.add("keeper.unrepairable")
-        return False
+        return why
 
-    async def _clear_suspects(self, counted: dict[str, str]) -> None:
-        """Looks again at copies that do not count: bad ones are forgotten, once there are enough good ones elsewhere."""
-        rows = await self._index.suspects(self._suspect_at, limits.REPAIR_BATCH)
-        self._suspect_at = rows[-1] if rows else (b"", "")
-        admitted = {node.id: node for node in self._cluster.admitted() if node.state is not NodeState.FAILED}
-        for key, name in rows:
-            node = admitted.get(name)
-            message = await self._index.message(key)
-            if message is None or name not in self._cluster.nodes:
-                await self._index.clear_suspect(key, name)
-                continue
-            enough = len({counted[other] for other in message.nodes if other in counted}) >= self._cluster.copies_required
-            if node is None or not enough:
-                continue
-            try:
-                await node.discard(key)
-                if (await node.has([key]))[0]:
-                    await self._index.add_copy(key, name)  # good after all: it came too late, or was read badly
-                else:
-                    await self._index.clear_suspect(key, name)
-            except Trouble:
-                continue
+    async def _copy(self, message: MessageFacts, source: StorageNode, target: StorageNode) -> tuple[bool, str, bool]:
+        """(made, why not, whether another source must be tried first)."""
+        key = message.key
+        patience = limits.NODE_CALL_TIMEOUT_S + message.octets / _OCTETS_PER_S_MIN
+        try:
+            async with asyncio.timeout(patience):
+                held = (await target.has([key]))[0]
+                if held is Held.DEAD:
+                    return False, f"{target.id} has a tombstone of it", False
+                if held is not Held.LIVE or not await self._is_good_there(key, source, target):
+                    await self._fetcher.copy(key, source, target)
+        except (CopyMissing, CopyDamaged) as error:
+            self._world.log.event(Event.COPY_BAD, key=key, node=source.id, error=str(error))
+            await self._note_bad(message, source, error)
+            return False, f"{source.id}: {error}", True
+        except (NodeTrouble, TimeoutError) as error:
+            why = str(error) or "no answer in time"
+            self._avoided[target.id] = self._world.clock.monotonic() + _AVOID_S
+            self._world.log.event(Event.TROUBLE, worker="repair", key=key, node=target.id, error=why)
+            return False, f"{source.id} to {target.id}: {why}", False
+        if not await self._index.believe(key, target.id):  # law 8: it died meanwhile
+            return False, _OVER, False
+        self._world.log.event(Event.COPY_REPAIRED, key=key, node=target.id)
+        return True, "", False
+
+    async def _is_good_there(self, key: bytes, source: StorageNode, target: StorageNode) -> bool:
+        """Whether the target has a good copy already. A bad one makes room only when the source is known to be good."""
+        try:
+            await target.verify(key)
+        except CopyMissing:
+            return False
+        except CopyDamaged:
+            if source is target:
+                raise
+            await source.verify(key)
+            return await target.discard(key, self._index.mark()) is Held.LIVE
+        return True
+
+    async def _note_bad(self, message: MessageFacts, source: StorageNode, error: CopyMissing | CopyDamaged) -> None:
+        if source.id not in message.nodes:
+            return
+        if isinstance(error, CopyDamaged):
+            await self._index.note_bad(message.key, source.id, str(error))
+            return
+        try:
+            await compare_belief(self._index, source, [message.key])
+        except NodeTrouble as trouble:
+            self._world.log.event(Event.TROUBLE, worker="repair", node=source.id, error=str(trouble))
+
+    def _is_avoided(self, node: StorageNode) -> bool:
+        return self._world.clock.monotonic() < self._avoided.get(node.id, 0.0)
+
+    def _order(self, takers: frozenset[str]) -> list[StorageNode]:
+        """Nodes that take copies: as placement wants, also when fewer than R groups take mail."""
+        try:
+            placed: Sequence[StorageNode] = self._cluster.place()
+        except NotRedundant:
+            placed = self._cluster.admitted()
+        return [node for node in placed if node.id in takers]
 
     def _sources(self, message: MessageFacts) -> list[StorageNode]:
-        return [node for node in self._cluster.readable() if node.id in message.nodes]
+        """Nodes to copy from: believed ones first, then the others, because belief may be old."""
+        readable = [node for node in self._cluster.readable() if node.incarnation]
+        readable.sort(key=lambda node: (node.id not in message.nodes, self._is_avoided(node), self._cluster.is_slow(node.id)))
+        return readable
 
 
-class Scrubber:
-    """Reads every copy of every node in turn, at a pace, and reports the bad ones."""
-
-    def __init__(self, world: World, cluster: Cluster, index: Index) -> None:
-        self._world = world
-        self._cluster = cluster
-        self._index = index
-        self._at: dict[str, bytes] = {}
-        self.checked = 0
-        self.bad = 0
-
-    async def check(self, node: StorageNode, after: bytes, limit: int) -> tuple[bytes, int]:
-        """Verifies some copies behind `after`; (last key or b"" at the end, how many were bad)."""
-        keys = await node.live_keys(after, limit)
-        bad = 0
-        for key in keys:
-            try:
-                await node.verify(key)
-            except CopyMissing:
-                continue  # deleted meanwhile
-            except CopyDamaged as error:
-                bad += 1
-                self._world.log.event(Event.COPY_BAD, key=key, node=node.id, error=str(error))
-                await self._index.note_repair(key, node.id, str(error))
-        self.checked += len(keys)
-        self.bad += bad
-        return (keys[-1] if keys else b""), bad
-
-    async def step(self) -> float:
-        """A few copies of each node; the pace keeps the disks free for mail."""
-        for node in self._cluster.admitted():
-            self._at[node.id], _ = await self.check(node, self._at.get(node.id, b""), 20)
-        return 1.0
+_OVER = "over"

@@ -23,7 +23,8 @@ class Target(Struct, frozen=True, omit_defaults=True):
 class Commit(Struct, frozen=True, omit_defaults=True):
     """The record that makes a copy a message: enough to make entries and queue rows again from it (P15).
 
-    `sizes` are the octets of each chunk, uncompressed; `sha256` is over the message's octets, in hex.
+    `sizes` are the octets of each chunk, uncompressed; `sha256` is over the message's octets, in hex. Fields that are not
+    known here are passed over: records of the first release carry `mark`.
     """
 
     octets: int
@@ -38,7 +39,6 @@ class Commit(Struct, frozen=True, omit_defaults=True):
     smtputf8: bool = False
     hops: int = 0
     plain: bool = False  # every line ends in CRLF and none begins with a dot: it can be sent as it is (RFC 5321 §4.5.2)
-    mark: int = 0  # how many transactions the index had committed when this was written: fewer later means it lost some
     extra: dict[str, Any] = field(default_factory=dict)  # fields of newer versions, kept as they are (P19)
 
 

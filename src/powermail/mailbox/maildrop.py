@@ -12,10 +12,10 @@ from collections.abc import AsyncIterator
 from typing import NamedTuple
 
 from powermail.base import limits
-from powermail.base.errors import IndexTrouble
 from powermail.base.tasks import Tasks
-from powermail.cluster.fetch import Fetcher, Small
+from powermail.cluster.packing import Small
 from powermail.index.contract import Index, MailboxFacts
+from powermail.message.opener import Opener
 
 _KEY_OCTETS = 16
 
@@ -136,22 +136,13 @@ class Maildrop:
             listed = self.get(number)
             if listed is not None:
                 keys[listed.key] = number
-        if not keys:
-            return
-        try:
-            known = await self._drops.index.messages(list(keys))
-        except IndexTrouble:
-            return  # whoever asks for one of them will see it
-        found = await self._drops.fetcher.read_small({message.key: message.nodes for message in known})
-        self._ahead.update((keys[key], small) for key, small in found.items())
+        if keys:
+            found = await self._drops.opener.read_small(list(keys))  # whoever asks for one that is left out will see why
+            self._ahead.update((keys[key], small) for key, small in found.items())
 
-    async def read(self, key: bytes) -> AsyncIterator[bytes]:
-        """A message's octets in pieces. Raises MessageUnreadable."""
-        known = await self._drops.index.message(key)
-        nodes = known.nodes if known is not None else ()
-        commit = await self._drops.fetcher.commit(key, nodes)
-        async for part in self._drops.fetcher.chunks(key, nodes, commit):
-            yield part
+    def read(self, key: bytes) -> AsyncIterator[bytes]:
+        """A message's octets in pieces. Raises IndexTrouble, MessageUnreadable."""
+        return self._drops.opener.read(key)
 
     async def update(self) -> int:
         """Deletes what is marked; durable when it returns. Raises IndexTrouble."""
@@ -170,10 +161,10 @@ class Maildrop:
 class Maildrops:
     """Opens maildrops."""
 
-    def __init__(self, index: Index, fetcher: Fetcher, tasks: Tasks) -> None:
+    def __init__(self, index: Index, opener: Opener, tasks: Tasks) -> None:
         """`tasks` own what reads ahead of a session."""
         self.index = index
-        self.fetcher = fetcher
+        self.opener = opener
         self.tasks = tasks
         self._held: dict[str, Maildrop | None] = {}
 

@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Awaitable, Callable
 
 from powermail.base import limits
 from powermail.base.clock import utc
 from powermail.base.errors import MessageUnreadable
 from powermail.base.world import World
-from powermail.cluster.fetch import Fetcher
-from powermail.index.contract import Index, QueueRow
+from powermail.index.contract import QueueRow
 from powermail.mail.dsn import Failure, format_failure
 from powermail.mail.header import header_of
+from powermail.message.opener import Opener
 
-Submit = Callable[[str, bytes], Awaitable[bool]]
+Submit = Callable[[str, bytes, str], Awaitable[bool]]
 
 
 class Bouncer:
-    """Makes DSNs. `submit(address, octets)` delivers a message with the null reverse-path; False: try later."""
+    """Makes DSNs. `submit(address, octets, work)` delivers a message with the null reverse-path, at most one for the same
+    work; False: try later.
+    """
 
-    def __init__(self, world: World, index: Index, fetcher: Fetcher, hostname: str, submit: Submit) -> None:
+    def __init__(self, world: World, opener: Opener, hostname: str, submit: Submit) -> None:
         self._world = world
-        self._index = index
-        self._fetcher = fetcher
+        self._opener = opener
         self._hostname = hostname
         self._submit = submit
 
     async def bounce(self, row: QueueRow, failures: list[Failure]) -> bool:
         """Tells the sender of `row`'s message. Never called for the null reverse-path."""
         world = self._world
-        known = await self._index.message(row.key)
-        nodes = known.nodes if known is not None else ()
         head = b""
         try:
-            commit = await self._fetcher.commit(row.key, nodes)
-            async for part in self._fetcher.chunks(row.key, nodes, commit):
-                head = header_of(part[: limits.DSN_HEADER_OCTETS_MAX])
-                break
+            message = await self._opener.open(row.key)
+            head = header_of((await message.first())[: limits.DSN_HEADER_OCTETS_MAX])
         except MessageUnreadable:
             pass  # the sender is told all the same
         octets = format_failure(
@@ -50,4 +48,5 @@ class Bouncer:
             failures,
             head,
         )
-        return await self._submit(row.reverse_path, octets)
+        told = hashlib.sha256(repr(sorted(failure.destination for failure in failures)).encode()).hexdigest()
+        return await self._submit(row.reverse_path, octets, f"bounce of {row.key.hex()} for {told}")

@@ -14,9 +14,9 @@ from powermail.base.errors import Trouble
 from powermail.base.log import Event
 from powermail.base.settings import OutboundSettings
 from powermail.base.world import World
-from powermail.cluster.fetch import Fetcher
 from powermail.index.contract import Index, QueueRow
 from powermail.mail.dsn import Failure, printable
+from powermail.message.opener import Opener
 from powermail.outbound.bounce import Bouncer
 from powermail.outbound.client import HopTrouble, Route, SmtpClient
 from powermail.wire.smtp_client import Reply
@@ -31,7 +31,7 @@ class Outbound:
         self,
         world: World,
         index: Index,
-        fetcher: Fetcher,
+        opener: Opener,
         bouncer: Bouncer,
         settings: OutboundSettings,
         hostname: str,
@@ -39,7 +39,7 @@ class Outbound:
     ) -> None:
         self._world = world
         self._index = index
-        self._fetcher = fetcher
+        self._opener = opener
         self._bouncer = bouncer
         self._settings = settings
         self._hostname = hostname
@@ -63,7 +63,10 @@ class Outbound:
 
         async def one(group: list[QueueRow]) -> None:
             async with limit:
-                await self._send_group(group)
+                try:
+                    await self._send_group(group)
+                except Trouble as error:  # the lease ends, and it is tried again; the others are not held up by it
+                    self._world.log.event(Event.TROUBLE, worker="outbound", key=group[0].key, error=str(error))
 
         parts = [
             group[start : start + _RECIPIENTS_PER_TRANSACTION]
@@ -142,11 +145,8 @@ class Outbound:
 
     async def _body(self, row: QueueRow) -> AsyncIterator[bytes]:
         """The octets without our Return-Path field, which is for final delivery only (RFC 5321 §4.4)."""
-        known = await self._index.message(row.key)
-        nodes = known.nodes if known is not None else ()
-        commit = await self._fetcher.commit(row.key, nodes)
         first = True
-        async for part in self._fetcher.chunks(row.key, nodes, commit):
+        async for part in self._opener.read(row.key):
             if first and part.startswith(b"Return-Path:"):
                 part = part[part.index(b"\r\n") + 2 :]
             first = False

@@ -190,6 +190,8 @@ class SimDisk:
         self.journal.append(Op("unlink", old))
 
     def unlink(self, path: str) -> None:
+        if path not in self.names:
+            raise FileNotFoundError(errno.ENOENT, "no such file")
         del self.names[path]
         self.journal.append(Op("unlink", path))
 

@@ -1,17 +1,23 @@
 """Owns the faults of a simulation: which may happen, and that damage stays within what R copies must bear.
 
-What takes data away for good (an emptied disk, rot) happens to one node at a time and only while every message is redundant;
-so whatever a client then misses is our bug.
+Several streams of faults run at once, so they overlap. What takes data away for good (an emptied or older disk, rot) happens to
+one node at a time and only while every message is redundant; so whatever a client then misses is our bug.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
+from powermail.base.errors import OperatorError
 from powermail.sim.disk import SimDisk
 from powermail.sim.world import DATA, Machine
+
+_STREAMS = 3
+_HEAL_S = 240.0
 
 
 class Site(Protocol):
@@ -24,10 +30,16 @@ class Site(Protocol):
         """Closes what a killed process had open."""
 
     def forget_deletions(self, since: float) -> None:
-        """Deletions since then may be undone: they were only in what a backup does not have."""
+        """Deletions since then may be undone, unless a node holds a tombstone: they were only in what a backup lacks."""
 
     async def restart(self, pause_s: float) -> None:
         """Starts a new process after a kill."""
+
+    async def checkpointed(self) -> float:
+        """Writes checkpoints; the time from which on a rebuild may undo deletions."""
+
+    async def rebuild(self) -> None:
+        """Makes the index anew from the nodes, while nothing serves."""
 
     async def healed(self, within_s: float) -> bool:
         """Waits until every message is redundant. False if it takes too long."""
@@ -37,134 +49,293 @@ class Site(Protocol):
 
 
 class Faults:
-    """Draws faults for a seed: a random part of all kinds (a swarm), one after the other."""
+    """Draws faults for a seed: a random part of all kinds (a swarm), in several streams at once."""
 
-    def __init__(self, site: Site, chance: random.Random) -> None:
+    def __init__(self, site: Site, chance: random.Random, only: Sequence[str] = ()) -> None:
+        """`only` names the kinds that may happen, all of them then; else the seed draws some. Raises OperatorError."""
         self.happened: dict[str, int] = {}
         self._site = site
+        self._machine = site.machine
         self._chance = chance
-        kinds = {
+        self._process = asyncio.Lock()  # one death of the process at a time
+        self._damage = asyncio.Lock()  # one loss of data at a time: what R copies must bear
+        self._old_disks: dict[str, SimDisk] = {}
+        kinds: dict[str, Callable[[], Awaitable[None]]] = {
             "kill": self._kill,
             "power-cut": self._power_cut,
             "disk-away": self._disk_away,
             "disk-emptied": self._disk_emptied,
+            "disk-returned": self._disk_returned,
             "rot": self._rot,
             "disk-full": self._disk_full,
+            "no-space": self._no_space,
             "write-error": self._write_error,
+            "read-error": self._read_error,
             "slow-disk": self._slow_disk,
-            "hanging-disk": self._hanging_disk,
+            "hung-disk": self._hung_disk,
+            "keys-zeroed": self._keys_zeroed,
+            "index-away": self._index_away,
+            "index-unknown": self._index_unknown,
+            "index-hung": self._index_hung,
+            "slow-index": self._slow_index,
+            "directory-away": self._directory_away,
             "resets": self._resets,
             "stall": self._stall,
             "clock-jump": self._clock_jump,
             "old-index": self._old_index,
+            "hot-index": self._hot_index,
+            "rebuild": self._rebuild,
+            "blocked": self._blocked,
         }
-        count = chance.randint(3, len(kinds))
-        self._kinds = {name: kinds[name] for name in sorted(chance.sample(sorted(kinds), count))}
+        unknown = [name for name in only if name not in kinds]
+        if unknown:
+            raise OperatorError(f"no fault is called {unknown[0]!r}; there are {', '.join(sorted(kinds))}")
+        drawn = sorted(chance.sample(sorted(kinds), chance.randint(4, len(kinds))))
+        self._kinds = {name: kinds[name] for name in only or drawn}
 
     async def run(self, until: float) -> None:
-        """One fault after the other until that time; all are over at the end."""
+        """Faults until that time; all are over at the end."""
+        await asyncio.gather(*(self._stream(until, number) for number in range(_STREAMS)))
+
+    async def _stream(self, until: float, number: int) -> None:
         loop = asyncio.get_running_loop()
         while loop.time() < until:
-            await asyncio.sleep(self._chance.uniform(0.5, 5.0))
+            await asyncio.sleep(self._chance.uniform(0.5, 5.0 * _STREAMS))
             name = self._chance.choice(list(self._kinds))
-            self._site.machine.note(f"fault {name}")
+            self._machine.note(f"fault {name}, stream {number}")
             await self._kinds[name]()
+            self._machine.note(f"over: {name}, stream {number}")
             self.happened[name] = self.happened.get(name, 0) + 1
 
     def _node(self) -> str:
         return self._chance.choice(self._site.node_names)
 
+    def _disk(self, node: str) -> SimDisk:
+        return self._machine.disk.parts[f"{DATA}/nodes/{node}"]
+
+    # -- the process --------------------------------------------------------------------------------------------------
+
     async def _kill(self) -> None:
-        self._site.machine.kill()
-        await self._site.restart(self._chance.uniform(0.1, 2.0))
+        async with self._process:
+            self._machine.kill()
+            await self._site.restart(self._chance.uniform(0.1, 2.0))
 
     async def _power_cut(self) -> None:
-        self._site.machine.cut_power()
-        await self._site.restart(self._chance.uniform(0.5, 5.0))
+        async with self._process:
+            self._machine.cut_power()
+            await self._site.restart(self._chance.uniform(0.5, 5.0))
+
+    # -- data that is gone -------------------------------------------------------------------------------------------
+
+    async def _disk_emptied(self) -> None:
+        """A new disk in the place of one that is lost; the old one may come back later."""
+        async with self._damage:
+            if not await self._site.healed(_HEAL_S):
+                return
+            name = self._node()
+            prefix = f"{DATA}/nodes/{name}"
+            self._machine.disk.away[prefix] = None
+            await asyncio.sleep(self._chance.uniform(2.0, 10.0))
+            empty = SimDisk()
+            empty.make_directory(prefix)
+            self._old_disks[name] = self._machine.replace_disk(prefix, empty)
+            self._machine.disk.away.pop(prefix, None)
+            for _ in range(120):  # refused while a write still hangs there: the operator tries again
+                if await self._site.operation("node_replace", node=name) is not None:
+                    break
+                await asyncio.sleep(1.0)
+            await self._site.healed(_HEAL_S)
+
+    async def _disk_returned(self) -> None:
+        """The disk that was replaced, or an older state of this one, is put back (F16, F31)."""
+        async with self._damage:
+            name = self._node()
+            prefix = f"{DATA}/nodes/{name}"
+            old = self._old_disks.pop(name, None)
+            if old is None:
+                old = self._older_state(name)
+                await asyncio.sleep(self._chance.uniform(5.0, 30.0))
+            if not await self._site.healed(_HEAL_S):
+                return
+            self._machine.disk.away[prefix] = None
+            await asyncio.sleep(self._chance.uniform(2.0, 10.0))
+            old.clear_faults()
+            old.locks.clear()
+            self._machine.replace_disk(prefix, old)
+            self._machine.disk.away.pop(prefix, None)
+            await asyncio.sleep(5.0)
+            await self._site.operation("node_confirm", node=name)
+            await self._site.healed(_HEAL_S)
+
+    def _older_state(self, name: str) -> SimDisk:
+        disk = self._disk(name)
+        disk.settle()  # a copy of a disk that is used holds at least what was synced; here it holds all
+        old = disk.clone()
+        self._machine.bases[f"{DATA}/nodes/{name}"] = disk.clone()
+        old.free = disk.free
+        return old
+
+    async def _rot(self) -> None:
+        async with self._damage:
+            if not await self._site.healed(_HEAL_S):
+                return
+            name = self._node()
+            disk = self._disk(name)
+            segments = sorted(path for path in disk.names if path.endswith(".seg"))
+            if not segments:
+                return
+            content = disk.content[disk.names[self._chance.choice(segments)]]
+            for _ in range(self._chance.randint(1, 8)):
+                content[self._chance.randrange(len(content))] ^= 1 << self._chance.randrange(8)
+            self._machine.settle()
+            await self._site.operation("node_scrub", node=name)
+            await self._site.healed(_HEAL_S)
+
+    # -- disks in trouble --------------------------------------------------------------------------------------------
 
     async def _disk_away(self) -> None:
         prefix = f"{DATA}/nodes/{self._node()}"
-        self._site.machine.disk.away[prefix] = None
+        self._machine.disk.away[prefix] = None
         await asyncio.sleep(self._chance.uniform(0.5, 20.0))
-        self._site.machine.disk.away.pop(prefix, None)
-
-    async def _disk_emptied(self) -> None:
-        if not await self._site.healed(120.0):
-            return
-        name = self._node()
-        prefix = f"{DATA}/nodes/{name}"
-        machine = self._site.machine
-        machine.disk.away[prefix] = None
-        await asyncio.sleep(self._chance.uniform(2.0, 10.0))
-        machine.disk.parts[prefix] = SimDisk()
-        machine.disk.parts[prefix].make_directory(prefix)
-        machine.bases[prefix] = machine.disk.parts[prefix].clone()
-        machine.disk.away.pop(prefix, None)
-        for _ in range(120):  # refused while a write still hangs there: the operator tries again
-            if await self._site.operation("node_replace", node=name) is not None:
-                break
-            await asyncio.sleep(1.0)
-        await self._site.healed(300.0)
-
-    async def _rot(self) -> None:
-        if not await self._site.healed(120.0):
-            return
-        name = self._node()
-        disk = self._site.machine.disk.parts[f"{DATA}/nodes/{name}"]
-        segments = sorted(path for path in disk.names if path.endswith(".seg"))
-        if not segments:
-            return
-        content = disk.content[disk.names[self._chance.choice(segments)]]
-        for _ in range(self._chance.randint(1, 8)):
-            content[self._chance.randrange(len(content))] ^= 1 << self._chance.randrange(8)
-        self._site.machine.settle()
-        await self._site.operation("node_scrub", node=name)
-        await self._site.healed(300.0)
+        self._machine.disk.away.pop(prefix, None)
 
     async def _disk_full(self) -> None:
-        disk = self._site.machine.disk.parts[f"{DATA}/nodes/{self._node()}"]
+        disk = self._disk(self._node())
         disk.free = 1000
         await asyncio.sleep(self._chance.uniform(1.0, 10.0))
         disk.free = 1 << 40
 
+    async def _no_space(self) -> None:
+        disk = self._disk(self._node())
+        disk.fail(self._chance.choice(["write", "allocate"]), self._chance.randint(1, 10), errno.ENOSPC)
+        await asyncio.sleep(self._chance.uniform(1.0, 10.0))
+        disk.clear_faults()
+
     async def _write_error(self) -> None:
-        """A node that fails stays failed until the process starts anew (P18)."""
-        disk = self._site.machine.disk.parts[f"{DATA}/nodes/{self._node()}"]
+        """A node that fails an fsync stays failed until the process starts anew (P18)."""
+        disk = self._disk(self._node())
         disk.fail(self._chance.choice(["write", "sync"]), self._chance.randint(1, 30))
         await asyncio.sleep(self._chance.uniform(1.0, 10.0))
         disk.clear_faults()
-        self._site.machine.kill()
-        await self._site.restart(self._chance.uniform(0.1, 2.0))
+        await self._kill()
 
-    async def _slow(self, seconds: float) -> None:
-        lane = f"{self._node()}-{self._chance.choice(['write', 'read'])}"
-        self._site.machine.slow[lane] = seconds
-        await asyncio.sleep(self._chance.uniform(2.0, 15.0))
-        self._site.machine.slow.pop(lane, None)
+    async def _read_error(self) -> None:
+        disk = self._disk(self._node())
+        for _ in range(self._chance.randint(1, 5)):
+            disk.fail("read", self._chance.randint(1, 10))
+            await asyncio.sleep(self._chance.uniform(0.2, 2.0))
+        disk.clear_faults()
 
     async def _slow_disk(self) -> None:
-        await self._slow(self._chance.uniform(0.05, 1.0))
+        lane = f"{self._node()}-{self._chance.choice(['write', 'read'])}"
+        self._machine.slow[lane] = self._chance.uniform(0.05, 1.0)
+        await asyncio.sleep(self._chance.uniform(2.0, 15.0))
+        self._machine.slow.pop(lane, None)
 
-    async def _hanging_disk(self) -> None:
-        await self._slow(self._chance.uniform(15.0, 40.0))
+    async def _hung_disk(self) -> None:
+        """Calls of a disk do not end, for longer than anybody waits; deaths of the process fall into it."""
+        name = self._node()
+        lanes = [f"{name}-{which}" for which in self._chance.choice([["write"], ["read"], ["write", "read"]])]
+        for lane in lanes:
+            self._machine.hung[lane] = None
+        await asyncio.sleep(self._chance.uniform(5.0, 90.0))
+        for lane in lanes:
+            self._machine.hung.pop(lane, None)
+
+    async def _keys_zeroed(self) -> None:
+        """A page of a node's derived key index is lost; the node makes it anew (law 14)."""
+        prefix = f"{DATA}/nodes/{self._node()}"
+        if prefix in self._machine.disk.away:
+            return
+        path = self._machine.disk.keys_path(f"{prefix}/keys.db")
+        self._machine.zero_page(path)
+        if self._chance.random() < 0.5:
+            await self._kill()
+
+    async def _blocked(self) -> None:
+        name = self._node()
+        await self._site.operation("node_block", node=name, blocked=True)
+        await asyncio.sleep(self._chance.uniform(1.0, 10.0))
+        for _ in range(600):
+            if await self._site.operation("node_block", node=name, blocked=False) is not None:
+                return
+            await asyncio.sleep(1.0)
+
+    # -- index and directory -----------------------------------------------------------------------------------------
+
+    async def _ill(self, lanes: list[str], how: str) -> None:
+        for lane in lanes:
+            self._machine.ill[lane] = how
+        await asyncio.sleep(self._chance.uniform(1.0, 30.0))
+        for lane in lanes:
+            self._machine.ill.pop(lane, None)
+
+    async def _index_away(self) -> None:
+        await self._ill(["index-write", "index-read"], "error")
+
+    async def _index_unknown(self) -> None:
+        await self._ill(["index-write"], "unknown")
+
+    async def _index_hung(self) -> None:
+        self._machine.hung["index-write"] = None
+        await asyncio.sleep(self._chance.uniform(1.0, 40.0))
+        self._machine.hung.pop("index-write", None)
+
+    async def _slow_index(self) -> None:
+        """Slow, but within what a 250 waits for: then what is acknowledged is listed at once."""
+        self._machine.slow["index-write"] = self._chance.uniform(0.02, 0.3)
+        await asyncio.sleep(self._chance.uniform(2.0, 15.0))
+        self._machine.slow.pop("index-write", None)
+
+    async def _directory_away(self) -> None:
+        await self._ill(["directory"], "error")
+
+    async def _old_index(self) -> None:
+        """A backup is put under a process that is down (F28)."""
+        self._machine.snapshot_index()
+        backup_at = asyncio.get_running_loop().time()
+        await asyncio.sleep(self._chance.uniform(1.0, 40.0))
+        async with self._process:
+            await self._restore(backup_at)
+
+    async def _hot_index(self) -> None:
+        """A copy taken while it is used is put back, then the same again: no number may be given twice."""
+        async with self._process:
+            self._machine.snapshot_index()
+            backup_at = asyncio.get_running_loop().time()
+            for _ in range(self._chance.randint(1, 3)):
+                await asyncio.sleep(self._chance.uniform(0.2, 20.0))
+                await self._restore(backup_at)
+
+    async def _restore(self, backup_at: float) -> None:
+        self._machine.kill()
+        self._site.forget_deletions(backup_at)
+        self._site.let_go()
+        self._machine.restore_index()
+        await self._site.restart(self._chance.uniform(0.1, 2.0))
+
+    async def _rebuild(self) -> None:
+        """The index is lost; the operator makes it anew, sometimes killed in the middle of it."""
+        async with self._process, self._damage:
+            if not await self._site.healed(_HEAL_S):
+                return
+            since = await self._site.checkpointed()
+            await asyncio.sleep(self._chance.uniform(0.0, 5.0))
+            self._machine.kill()
+            self._site.forget_deletions(since)
+            self._site.let_go()
+            self._machine.lose_index()
+            await self._site.rebuild()
+            await self._site.restart(self._chance.uniform(0.1, 2.0))
+
+    # -- network and clock -------------------------------------------------------------------------------------------
 
     async def _resets(self) -> None:
-        self._site.machine.net.break_some("server", self._chance.uniform(0.2, 1.0))
+        self._machine.net.break_some("server", self._chance.uniform(0.2, 1.0))
 
     async def _stall(self) -> None:
         until = asyncio.get_running_loop().time() + self._chance.uniform(0.5, 8.0)
-        self._site.machine.net.stalled_until[self._chance.choice(["server", "fleet", "peer"])] = until
+        self._machine.net.stalled_until[self._chance.choice(["server", "fleet", "peer"])] = until
 
     async def _clock_jump(self) -> None:
-        self._site.machine.clock.skew_s += self._chance.uniform(-300.0, 300.0)
-
-    async def _old_index(self) -> None:
-        machine = self._site.machine
-        machine.snapshot_index()
-        backup_at = asyncio.get_running_loop().time()
-        await asyncio.sleep(self._chance.uniform(1.0, 10.0))
-        machine.kill()
-        self._site.let_go()
-        machine.restore_index()
-        self._site.forget_deletions(backup_at)
-        await self._site.restart(self._chance.uniform(0.1, 2.0))
+        self._machine.clock.skew_s += self._chance.uniform(-300.0, 300.0)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from powermail.base.net import Network
 from powermail.sim.client import LineClient, Lost, number_of
+from powermail.sim.users import IMAP_MAILBOXES
 
 SMTP_PORT, LMTP_PORT, POP_PORT, PEER_PORT = 25, 24, 110, 26
 PASSWORD = "secret"
@@ -31,6 +34,7 @@ class Message:
     acked_at: float = -1.0
     acks: int = 0
     unknown: int = 0
+    keys: list[bytes] = field(default_factory=list)  # under which it was acknowledged
 
     @property
     def acked(self) -> bool:
@@ -46,6 +50,7 @@ class History:
     expunged: dict[tuple[str, int], float] = field(default_factory=dict)  # (mailbox, number): when QUIT was asked
     expunged_acked: dict[tuple[str, int], float] = field(default_factory=dict)
     uidls: dict[tuple[str, bytes], int] = field(default_factory=dict)  # (mailbox, UIDL): number
+    shown: dict[tuple[str, int], None] = field(default_factory=dict)  # (mailbox, number) that a listing has shown
     problems: list[str] = field(default_factory=list)
     listings: int = 0
     retrieved: int = 0
@@ -60,8 +65,19 @@ class History:
 class Fleet:
     """The clients."""
 
-    def __init__(self, net: Network, chance: random.Random) -> None:
+    def __init__(
+        self,
+        net: Network,
+        chance: random.Random,
+        acknowledged: Callable[[bytes], None],
+        entered_late: Callable[[bytes], bool],
+    ) -> None:
+        """`acknowledged` is told the key of each message when its 250 is read; `entered_late` says which of them the index did
+        not answer for in time.
+        """
+        self._entered_late = entered_late
         self.history = History()
+        self._acknowledged = acknowledged
         self.stopping = False
         self._net = net
         self._chance = chance
@@ -73,6 +89,8 @@ class Fleet:
         recipients = chance.sample(MAILBOXES, chance.choice([1, 1, 1, 2, 5]))
         if chance.random() < 0.15:
             recipients.append(chance.choice(list(FORWARDS)))
+        if chance.random() < 0.4:
+            recipients.append(chance.choice(IMAP_MAILBOXES))
         size = chance.choice([200, 1500, 4000, 4000, 30_000]) if chance.random() > 0.02 else 600_000
         lines = [b"%08d " % chance.randrange(10**8) * 8 for _ in range(size // 72 + 1)]
         if chance.random() < 0.2:
@@ -94,7 +112,7 @@ class Fleet:
                 if message.acked:
                     break
                 await asyncio.sleep(self._chance.uniform(0.2, 2.0))
-            await asyncio.sleep(self._chance.expovariate(1 / 0.15))
+            await asyncio.sleep(self._chance.expovariate(1 / 0.5))
 
     async def _send(self, message: Message) -> None:
         lmtp = self._chance.random() < 0.2
@@ -102,19 +120,25 @@ class Fleet:
         try:
             await client.reply()
             await client.ask(b"LHLO fleet" if lmtp else b"EHLO fleet")
-            if (await client.ask(b"MAIL FROM:<sender@elsewhere.example>"))[:1] != b"2":
-                self.history.refused += 1
+            if self._refused(await client.ask(b"MAIL FROM:<sender@elsewhere.example>")):
                 return
             for recipient in message.recipients:
-                if (await client.ask(b"RCPT TO:<%s>" % recipient.encode()))[:1] != b"2":
-                    self.history.refused += 1
+                if self._refused(await client.ask(b"RCPT TO:<%s>" % recipient.encode())):
                     return
-            if (await client.ask(b"DATA"))[:1] != b"3":
-                self.history.refused += 1
+            if self._refused(await client.ask(b"DATA")):
                 return
             await self._data(client, message, lmtp)
         finally:
             client.close()
+
+    def _refused(self, reply: bytes) -> bool:
+        """Counts a refusal. All our senders and recipients are good: trouble is temporary, never for good (P12)."""
+        if reply[:1] in (b"2", b"3"):
+            return False
+        self.history.refused += 1
+        if reply[:1] == b"5":
+            self.history.problem(f"a good message was refused for good: {reply.decode().strip()} (P12)")
+        return True
 
     async def _data(self, client: LineClient, message: Message, lmtp: bool) -> None:
         octets = message.octets.replace(b"\r\n.", b"\r\n..")
@@ -129,9 +153,16 @@ class Fleet:
         if all(reply[:1] == b"2" for reply in replies):
             message.acks += 1
             message.acked_at = asyncio.get_running_loop().time()
+            stored = re.search(rb"Stored as ([0-9a-f]{32})", replies[0])
+            if stored is None:
+                self.history.problem(f"message {message.number}: a 250 without its key: {replies[0]!r}")
+            else:
+                message.keys.append(bytes.fromhex(stored[1].decode()))
+                self._acknowledged(message.keys[-1])
             client.send(b"QUIT\r\n")
         else:
-            self.history.refused += 1
+            for reply in replies:
+                self._refused(reply)
 
     # -- reading --------------------------------------------------------------------------------------------------------
 
@@ -194,12 +225,15 @@ class Fleet:
                     and 0 <= message.acked_at < began
                     and (mailbox, message.number) not in history.expunged
                     and message.number not in seen
+                    # What was accepted while the index was away appears when it is back (P14); once shown, it stays (P7).
+                    and ((mailbox, message.number) in history.shown or not self._entered_late(message.keys[-1]))
                 ):
                     history.problem(
                         f"{mailbox}: message {message.number}, acked at {message.acked_at:.3f}, is not listed"
                         f" at {began:.3f} (P1, P7)"
                     )
         for number in seen:
+            history.shown[mailbox, number] = None
             gone_at = history.expunged_acked.get((mailbox, number))
             if gone_at is not None and gone_at < began and history.messages[number].attempts == 1:
                 history.problem(f"{mailbox}: message {number}, deleted at {gone_at:.3f}, is listed at {began:.3f} (P8)")
@@ -238,4 +272,4 @@ class Fleet:
 
 def kept_in(message: Message) -> list[str]:
     """The mailboxes a message belongs in."""
-    return [name for name in message.recipients if name not in FORWARDS]
+    return [name for name in message.recipients if name in MAILBOXES]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import traceback
 from asyncio import base_events
+from collections.abc import Callable
 from typing import Any
 
 
@@ -61,15 +63,27 @@ class SimLoop(base_events.BaseEventLoop):
         """Nobody sleeps."""
 
 
-def run(work: Any, seed: int) -> tuple[Any, SimLoop]:
-    """Runs a coroutine to its end in a loop of its own; its result and the loop."""
+def run(work: Any, seed: int, complain: Callable[[str], None]) -> tuple[Any, SimLoop]:
+    """Runs a coroutine to its end in a loop of its own; its result and the loop. `complain` hears of errors nobody awaited."""
     loop = SimLoop(seed)
-    loop.set_exception_handler(lambda _, context: None)  # what a killed process leaves behind
+
+    def handle(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if isinstance(error, Exception):  # not what cancelling a killed process leaves behind
+            trace = traceback.extract_tb(error.__traceback__)
+            place = f" at {trace[-1].filename.rsplit('/', 2)[-1]}:{trace[-1].lineno}" if trace else ""
+            complain(f"nobody awaited {type(error).__name__}: {error}{place} ({context.get('message')})")
+
+    loop.set_exception_handler(handle)
     asyncio.set_event_loop(loop)
     try:
         return loop.run_until_complete(work), loop
     finally:
-        asyncio.set_event_loop(None)
-        for task in asyncio.all_tasks(loop):
+        left = asyncio.all_tasks(loop)  # of killed processes, which wait for what never comes
+        for task in left:
             task._log_destroy_pending = False  # type: ignore[attr-defined]
+            task.cancel()
+        if left:
+            loop.run_until_complete(asyncio.wait(left, timeout=60.0))
+        asyncio.set_event_loop(None)
         loop.close()

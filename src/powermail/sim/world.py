@@ -8,10 +8,10 @@ import os
 import random
 import shutil
 import sqlite3
-from collections.abc import MutableSequence
+from collections.abc import Callable, MutableSequence
 from typing import Any
 
-from powermail.base.disk import File, Lock
+from powermail.base.disk import File, Lock, SystemDisk
 from powermail.base.lane import Lane
 from powermail.base.log import Event, format_text
 from powermail.base.world import World
@@ -62,6 +62,8 @@ class TraceLog:
         if self._generation != self._machine.generation:
             return  # a killed process says nothing more
         self._machine.trace.append(f"{asyncio.get_running_loop().time():.6f} {format_text('', event, fields)}")
+        if event is Event.INDEX_LATE:
+            self._machine.late[fields["key"]] = None
         if event is Event.BUG:
             self._machine.bugs.append(self._machine.trace[-1])
 
@@ -69,14 +71,20 @@ class TraceLog:
 class MachineDisk:
     """The disks of a machine under one tree: one for the data directory and one for each node. Implements `base.disk.Disk`."""
 
-    def __init__(self, nodes: list[str]) -> None:
+    def __init__(self, nodes: list[str], real: str) -> None:
+        """`real` is a directory of the real machine, for what SQLite keeps."""
+        self._real, self._real_disk = real, SystemDisk()
+        self._serials: dict[int, int] = {}  # disks by identity: each has its own key index
+        self._numbered: list[SimDisk] = []
         self.parts: dict[str, SimDisk] = {f"{DATA}/nodes/{name}": SimDisk() for name in nodes}
         self.system = SimDisk()
         self.system.make_directory(DATA)
         self.away: dict[str, None] = {}
 
-    def part(self, path: str) -> SimDisk:
+    def part(self, path: str) -> SimDisk | SystemDisk:
         """The disk a path lies on. Raises FileNotFoundError when it was taken away."""
+        if path == self._real or path.startswith(f"{self._real}/"):
+            return self._real_disk
         for prefix, disk in self.parts.items():
             if path == prefix or path.startswith(f"{prefix}/"):
                 if prefix in self.away:
@@ -96,6 +104,8 @@ class MachineDisk:
 
     def exists(self, path: str) -> bool:
         try:
+            if "/keys.db" in path:  # a real file, which goes with the simulated disk
+                return os.path.exists(self.keys_path(path))
             return self.part(path).exists(path)
         except FileNotFoundError:
             return False
@@ -119,7 +129,23 @@ class MachineDisk:
         self.part(old).rename(old, new)
 
     def unlink(self, path: str) -> None:
+        if "/keys.db" in path:
+            os.unlink(self.keys_path(path))
+            return
         self.part(path).unlink(path)
+
+    def keys_path(self, path: str) -> str:
+        """Where the derived key index of the disk at `path` really lies: it goes with the disk, not with the place."""
+        disk = self.part(path)
+        assert isinstance(disk, SimDisk)
+        self.same(disk, disk)
+        return f"{self._real}/keys-{self._serials[id(disk)]}.db{path.rpartition('keys.db')[2]}"
+
+    def same(self, disk: SimDisk, before: SimDisk) -> None:
+        """What was derived from `before` lies on `disk` now."""
+        if id(disk) not in self._serials:
+            self._serials[id(disk)] = self._serials.get(id(before), len(self._numbered))
+            self._numbered.append(disk)  # kept, so that no other disk ever has its identity
 
     def sync_directory(self, path: str) -> None:
         self.part(path).sync_directory(path)
@@ -140,13 +166,16 @@ class Machine:
     def __init__(self, chance: random.Random, nodes: list[str], real: str) -> None:
         """`real` is a directory for what SQLite keeps; only committed transactions are ever seen there."""
         self.chance = chance
-        self.disk = MachineDisk(nodes)
+        self.disk = MachineDisk(nodes, real)
         self.clock = SimClock()
         self.net = SimNetwork(chance)
         self.real = real
         self.trace: list[str] = []
         self.bugs: list[str] = []
         self.slow: dict[str, float] = {}  # lane name: seconds that each call takes more
+        self.hung: dict[str, None] = {}  # lanes whose calls do not end
+        self.ill: dict[str, str] = {}  # lane name: "error" (calls fail) or "unknown" (they are done, the answer is lost)
+        self.late: dict[bytes, None] = {}  # messages that were acknowledged without the index (P14)
         self.generation = 0
         self.bases: dict[str, SimDisk] = {}  # what each disk held when it was last all durable
         self.settle()
@@ -160,11 +189,38 @@ class Machine:
             def delay() -> float:
                 return self.chance.expovariate(1 / 0.0004) + self.slow.get(name, 0.0)
 
-            return SimLane(delay, lambda: self.generation == mine)
+            return SimLane(delay, lambda: self.generation == mine, lambda: name in self.hung, lambda: self._illness(name))
 
         return World(
             self.clock, self.disk, self.net.named("server"), SimEntropy(self.chance), lane, TraceLog(self), simulated=True
         )
+
+    def _illness(self, lane: str) -> Callable[[Callable[[], Any]], Any] | None:
+        how = self.ill.get(lane)
+        if how is None or self.chance.random() < 0.3:  # now and then one gets through
+            return None
+
+        def fail(call: Callable[[], Any]) -> Any:
+            if how == "unknown":
+                call()
+            raise sqlite3.OperationalError("database is locked" if how == "error" else "disk I/O error")
+
+        return fail
+
+    def zero_page(self, path: str) -> None:
+        """One page of a real file holds nothing but zeros."""
+        if os.path.exists(path) and os.path.getsize(path):
+            with open(path, "r+b") as file:
+                file.seek(4096 * self.chance.randrange(max(1, os.path.getsize(path) // 4096)))
+                file.write(bytes(4096))
+
+    def replace_disk(self, prefix: str, disk: SimDisk) -> SimDisk:
+        """Puts another disk in that place; the one that was there."""
+        before = self.disk.parts[prefix]
+        self.disk.parts[prefix] = disk
+        disk.settle()
+        self.bases[prefix] = disk.clone()
+        return before
 
     def note(self, what: str) -> None:
         """A line of the trace that is not an event of the program."""
@@ -198,6 +254,8 @@ class Machine:
         chosen = sorted([*durable, *kept], key=lambda op: order[id(op)])
         after = disk.image(self.bases[prefix], chosen)
         after.free = disk.free
+        self.disk.same(disk, disk)
+        self.disk.same(after, disk)
         return after
 
     def settle(self) -> None:
@@ -207,11 +265,17 @@ class Machine:
             self.bases[prefix] = disk.clone()
 
     def snapshot_index(self) -> None:
-        """A backup of the index, as an operator makes it."""
-        with sqlite3.connect(f"{self.real}/index.db") as source, sqlite3.connect(f"{self.real}/backup.db") as target:
-            source.backup(target)
+        """A backup of the index, as an operator makes it while it is used (a hot copy)."""
+        source, target = sqlite3.connect(f"{self.real}/index.db"), sqlite3.connect(f"{self.real}/backup.db")
+        source.backup(target)
         source.close()
         target.close()
+
+    def lose_index(self) -> None:
+        """The index file is gone."""
+        for suffix in ("", "-wal", "-shm"):
+            if os.path.exists(f"{self.real}/index.db{suffix}"):
+                os.unlink(f"{self.real}/index.db{suffix}")
 
     def restore_index(self) -> None:
         """The index file is what it was at the backup (F28)."""

@@ -2,14 +2,18 @@
 
 Implementations: `storage.node.LocalNode` on a real or simulated disk, `sim.memory.MemoryNode`; one test-suite for all.
 
-Rules: `commit`, `abort`, `delete` and `put_checkpoint` return only when what they name is durable here. A write error or
-fsync error makes the node read-only (P18). Absence is never inferred: `CopyMissing` says "not here", nothing more.
+Rules
+- What changes something returns only when it is durable here; what a node answers or shows is durable (law 1).
+- A write error or fsync error makes the node read-only (P18).
+- Absence is never inferred: `Held.ABSENT` and `CopyMissing` say "not here", `Held.UNKNOWN` "I cannot tell"; nothing more.
+- Every call ends within its deadline: `NodeTrouble` then says that the outcome is unknown (law 14).
+- Tombstones, drops, checkpoints and compaction carry a `Mark` of the index, durable before or with the act (law 10).
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Sequence
-from enum import Enum
+from enum import Enum, IntEnum
 from typing import NamedTuple, Protocol
 
 from msgspec import Struct
@@ -25,6 +29,69 @@ class Position(NamedTuple):
 
 
 START = Position(0, 0)
+
+
+class Origin(IntEnum):
+    """Who wrote a commit record. Only what a delivery wrote may be entered as new mail (law 6)."""
+
+    DELIVERY = 0
+    REPAIR = 1
+    MOVED = 2  # by compaction, whoever wrote it first
+
+
+class Stamp(NamedTuple):
+    """A moment of a node: which opening of its log, and its own monotonic clock then (law 2). Only that node compares it."""
+
+    boot: str
+    at: float
+
+
+class Receipt(NamedTuple):
+    """A node's word that a copy is durable there (law 1). `position` is that of the commit record."""
+
+    node: str
+    incarnation: str
+    position: Position
+
+
+class Mark(Struct, frozen=True, omit_defaults=True):
+    """What an index had committed when it was made; nodes remember the highest they have seen (law 10).
+
+    `slots` maps the sequence number of a writer slot to (tag, count of its transactions); `sequence` is the highest
+    number given to a slot, so that a slot that is missing below it was pruned. `retired` are incarnations that never come back.
+    """
+
+    sequence: int = 0
+    slots: dict[int, tuple[str, int]] = {}
+    epoch: int = 0
+    uidvalidity: int = 0
+    retired: tuple[str, ...] = ()
+
+    def with_seen(self, seen: Mark) -> Mark:
+        """What a node that remembers this one remembers after it was shown `seen`: the highest of each, without the slots
+        that `seen` says were pruned.
+        """
+        slots = {n: slot for n, slot in self.slots.items() if n in seen.slots or n > seen.sequence}
+        for number, (tag, count) in seen.slots.items():
+            before = slots.get(number)
+            if before is None or before[0] != tag or before[1] < count:
+                slots[number] = (tag, count)
+        return Mark(
+            max(self.sequence, seen.sequence),
+            slots,
+            max(self.epoch, seen.epoch),
+            max(self.uidvalidity, seen.uidvalidity),
+            tuple(sorted({*self.retired, *seen.retired})),
+        )
+
+
+class Held(Enum):
+    """What a node says of one key."""
+
+    LIVE = "live"
+    DEAD = "dead"  # a tombstone stands here
+    ABSENT = "absent"  # neither a copy nor a tombstone
+    UNKNOWN = "unknown"  # the log was found damaged where it may have been
 
 
 class Chunk(NamedTuple):
@@ -50,16 +117,58 @@ class NodeState(Enum):
     READ_WRITE = "read-write"
     BLOCKED = "blocked"  # by the operator: reads and deletes only
     FULL = "full"  # under its reserve: reads and deletes only
-    FAILED = "failed"  # a write or fsync failed: reads only, until the process starts anew
-    MISSING = "missing"  # its directory is away
+    FAILED = "failed"  # a write or fsync failed, or it does not answer: reads only, if at all
+    MISSING = "missing"  # its directory is away or refused
     CLOSED = "closed"
 
 
 class Scanned(NamedTuple):
-    """A committed, not aborted, not deleted message found in the log."""
+    """A record found in the log: a live copy (`origin` set) or a tombstone (`origin` None)."""
 
     key: bytes
     position: Position
+    origin: Origin | None
+
+
+class Unread(NamedTuple):
+    """A stretch of the log that could not be read; it may hide records, so it is noted and tried again (law 6).
+
+    With `octets` 0 it is the one record that begins there, whatever its length: the keeper notes so a commit record that a
+    scan showed and that was bad when it was read.
+    """
+
+    position: Position
+    octets: int
+
+
+class Scan(NamedTuple):
+    """A part of a log. `end` is its durable end now: what lies before it is shown or named in `unread`."""
+
+    incarnation: str
+    items: list[Scanned]
+    following: Position  # where to go on; `after` again when there is nothing more
+    end: Position
+    unread: list[Unread]
+
+
+class Item(NamedTuple):
+    """One key of a node's inventory: a live copy with its position and origin, or a tombstone (`held` DEAD)."""
+
+    key: bytes
+    held: Held
+    position: Position
+    origin: Origin
+
+
+class NodeFacts(NamedTuple):
+    """What a node knows of itself since it was opened (laws 10, 12)."""
+
+    incarnation: str
+    end: Position  # durable
+    boots: tuple[str, ...]  # openings whose record is durable, oldest first; long chains forget their beginning
+    birth: Position  # nothing before it is ever entered as mail; START when there is none
+    damaged: bool  # this opening found damage, or lost its key index: belief must be checked
+    mark: Mark
 
 
 class NodeStat(Struct, frozen=True):
@@ -100,10 +209,15 @@ class StorageNode(Protocol):
 
     @property
     def incarnation(self) -> str:
-        """Changes when the directory is made anew or was rolled back."""
+        """Changes when the directory is made anew or was rolled back; "" while it is not open."""
 
     def stat(self) -> NodeStat:
         """As last known; never blocks."""
+
+    def stamp(self) -> Stamp | None:
+        """The node's stamp as last heard, at most a moment old; None if there is none young enough (law 2). Never blocks."""
+
+    # -- life ---------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
         """Opens and recovers; fine if open. Raises OperatorError or NodeTrouble with the reason it is refused."""
@@ -111,23 +225,57 @@ class StorageNode(Protocol):
     async def initialise(self) -> None:
         """Makes an empty directory this node's store, with a new incarnation. Raises OperatorError."""
 
+    async def facts(self) -> NodeFacts:
+        """What it knows of itself. Raises NodeTrouble."""
+
+    async def probe(self) -> None:
+        """A real write and fsync, and a turn of the reading lane. Raises NodeTrouble."""
+
+    def block(self, blocked: bool) -> None:
+        """The operator's switch: no new mail, reads and deletes go on."""
+
+    async def close(self) -> None:
+        """Finishes what was promised and gives the directory back; waits for a hung disk only so long."""
+
+    # -- copies -------------------------------------------------------------------------------------------------
+
     async def append(self, key: bytes, chunks: Sequence[Chunk]) -> None:
         """Takes chunks of a message that streams in. Not durable. Raises NodeTrouble."""
 
-    def commit(self, key: bytes, chunks: Sequence[Chunk], commit: bytes, count: int) -> Awaitable[None]:
+    def commit(
+        self, key: bytes, chunks: Sequence[Chunk], commit: bytes, count: int, stamp: Stamp | None, origin: Origin
+    ) -> Awaitable[Receipt]:
         """Takes the last chunks and the commit record of a message of `count` chunks; done when all is durable here.
 
-        Idempotent by key. Raises NodeTrouble; the outcome is then unknown until `abort` or a later look.
+        A delivery brings the stamp it froze when it first asked any node to commit (law 2); a repair may bring None.
+        Idempotent: a copy that is live here answers the position it has. Raises `CommitRefused` when the key is not here,
+        has no tombstone, and was not written: a definite refusal (law 5). Any other NodeTrouble leaves the outcome unknown:
+        also "refused, but here", and a tombstone.
         """
 
-    async def abort(self, key: bytes) -> None:
-        """Makes sure this key is not, and never becomes, a message here; durable when it returns. Raises NodeTrouble."""
+    async def cancel(self, key: bytes) -> None:
+        """Lets go of the chunks of a stream that was never asked to commit; writes nothing (law 5). Raises NodeTrouble."""
 
-    async def delete(self, keys: Sequence[bytes]) -> None:
-        """Writes tombstones, also for keys it never had; durable when it returns. Works on a full or blocked node.
+    async def delete(self, keys: Sequence[bytes], mark: Mark, at: float) -> None:
+        """Writes tombstones, also for keys it never had; durable when it returns. An abort is one too (law 1).
+
+        `at` is the keeper's stated date (UTC); works on a full or blocked node. Raises NodeTrouble.
+        """
+
+    async def drop(self, copies: Sequence[tuple[bytes, Position]], mark: Mark) -> None:
+        """Removes these copies, each named by the position it was first written at, also after it moved (law 1).
+
+        Says nothing about the key: another copy of it may be committed here. Works on a full or blocked node. A copy that is
+        not there is fine. Raises NodeTrouble.
+        """
+
+    async def discard(self, key: bytes, mark: Mark) -> Held:
+        """Verifies a copy and drops it if it is bad: LIVE (good, it stays), ABSENT (dropped, or not here) or DEAD.
 
         Raises NodeTrouble.
         """
+
+    # -- reading ------------------------------------------------------------------------------------------------
 
     async def read_commit(self, key: bytes) -> bytes:
         """The commit record's body. Raises CopyMissing, CopyDamaged, NodeTrouble."""
@@ -141,50 +289,53 @@ class StorageNode(Protocol):
         None where a message is not small, not here or not good: `read_commit` says which. Raises NodeTrouble.
         """
 
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
-        """Which keys are committed messages here."""
+    async def has(self, keys: Sequence[bytes]) -> list[Held]:
+        """What it says of each key. Raises NodeTrouble."""
 
-    async def deleted(self, keys: Sequence[bytes]) -> list[bool]:
-        """Which keys have a tombstone here: the record of a deletion, not mere absence."""
+    async def verify(self, key: bytes) -> Position:
+        """Reads and checks a whole copy; where it was first written. Raises CopyMissing, CopyDamaged, NodeTrouble."""
 
-    async def verify(self, key: bytes) -> None:
-        """Reads and checks a whole copy. Raises CopyMissing, CopyDamaged, NodeTrouble."""
+    # -- keeping ------------------------------------------------------------------------------------------------
 
-    async def discard(self, key: bytes) -> None:
-        """Lets go of a copy that fails its check, so that a good one can be committed. A good copy stays."""
-
-    async def scan(self, after: Position, limit: int, age_s: float, moved: bool) -> tuple[list[Scanned], Position]:
-        """Messages committed behind `after`, at most `limit`, older than `age_s`, and where to go on.
-
-        The same position back means the end. With `moved`, records that compaction moved are given too.
+    async def fence(self, stamp: Stamp) -> Position:
+        """From now on commits with an older stamp are refused; waits for every append that passed the check before, and
+        answers the durable end of the log behind them (laws 2, 9, 11). Raises NodeTrouble.
         """
 
-    async def live_keys(self, after: bytes, limit: int) -> list[bytes]:
-        """Keys of messages here behind `after`, in key order."""
+    async def scan(self, after: Position, limit: int, age_s: float) -> Scan:
+        """Live copies and tombstones behind `after` in the order of the log, at most `limit`, older than `age_s`.
 
-    async def put_checkpoint(self, name: bytes, number: int, octets: bytes) -> None:
-        """Keeps a mailbox checkpoint; number 0 replaces all of that name. Durable when it returns."""
+        Records that compaction moved are shown too. Raises NodeTrouble.
+        """
+
+    async def reread(self, unread: Unread) -> Scan | None:
+        """Tries a stretch again: what it holds (`unread` of the answer names what still cannot be read), or None when its
+        segment is gone. Raises NodeTrouble.
+        """
+
+    async def inventory(self, after: bytes, limit: int) -> list[Item]:
+        """Every key with a live copy or a tombstone behind `after`, in key order. Raises NodeTrouble."""
+
+    async def put_mark(self, mark: Mark) -> None:
+        """Remembers a mark. Raises NodeTrouble."""
+
+    async def rebirth(self) -> Position:
+        """A new incarnation and a birth mark at the end of the log, both durable (law 12); the mark. Raises NodeTrouble."""
+
+    async def put_checkpoint(self, name: bytes, number: int, octets: bytes, mark: Mark) -> None:
+        """Keeps a record under a name of 16 octets; number 0 replaces all of that name. Durable when it returns."""
 
     async def checkpoints(self, after: bytes, limit: int) -> list[tuple[bytes, int, bytes]]:
-        """Checkpoints as (name, number, octets) in order of name and number, names behind `after`."""
+        """Records of at most `limit` names behind `after`, as (name, number, octets) in order. Raises NodeTrouble."""
 
-    async def end(self) -> Position:
-        """Where the log ends now."""
+    async def compactable(self, below: Position, at: float) -> list[bytes] | None:
+        """What the next `compact` would like to let go: keys of tombstones stated before `at` in the segment that is most
+        worth rewriting, whole behind `below`; None when none is worth it. Raises NodeTrouble.
+        """
 
-    async def new_incarnation(self) -> str:
-        """Marks the directory as rolled back or made anew. Raises NodeTrouble."""
+    async def compact(self, below: Position, forgotten: Sequence[bytes], mark: Mark) -> int:
+        """One paced step: moves a bounded part of that segment, or removes it when all that counts was moved.
 
-    async def forget_tombstones(self, keys: Sequence[bytes]) -> None:
-        """These tombstones are confirmed by every holder: compaction may drop them."""
-
-    async def compact(self, below: Position) -> int:
-        """Rewrites one mostly dead segment that lies whole before `below`; octets freed, 0 if none is worth it."""
-
-    async def probe(self) -> None:
-        """A real write and fsync. Raises NodeTrouble."""
-
-    def block(self, blocked: bool) -> None:
-        """The operator's switch: no new mail, reads and deletes go on."""
-
-    async def close(self) -> None:
-        """Finishes what was promised and gives the directory back."""
+        Tombstones of `forgotten` keys may go, once no dead record of theirs is left. Octets freed by this step; call
+        `compactable` again when it was 0 or the segment went. Raises NodeTrouble.
+        """

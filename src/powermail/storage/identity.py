@@ -11,12 +11,17 @@ from msgspec import Struct
 from powermail.base.disk import Disk
 from powermail.base.entropy import Entropy
 from powermail.base.errors import OperatorError
+from powermail.storage.contract import START, Position
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Identity(Struct, frozen=True):
-    """What `identity` holds. All but `node` and `format` are hex."""
+    """What `identity` holds. `cluster`, `store`, `incarnation` and `salt` are hex.
+
+    `since` is the first segment of format 2: those below were written by the first release. `birth` is the birth mark
+    (law 12); it and the incarnation it came with change in one step, because they stand in one file.
+    """
 
     format: int
     cluster: str
@@ -24,6 +29,8 @@ class Identity(Struct, frozen=True):
     store: str
     incarnation: str
     salt: str
+    since: int = 0
+    birth: Position = START
 
 
 def read_identity(disk: Disk, path: str, cluster: str, node: str) -> Identity:
@@ -62,5 +69,5 @@ def make_store(disk: Disk, path: str, cluster: str, node: str, entropy: Entropy)
 
 
 def write_identity(disk: Disk, path: str, identity: Identity) -> None:
-    """Replaces `PATH/identity` atomically."""
+    """Replaces `PATH/identity` atomically. Raises OSError."""
     disk.replace_file(f"{path}/identity", msgspec.json.encode(identity))

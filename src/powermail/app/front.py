@@ -1,0 +1,211 @@
+"""Owns the role of a front end: what takes mail in, sends it out and lets it be read, with its doors."""
+
+from __future__ import annotations
+
+import ssl
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+
+from powermail.app.core import Core, inside
+from powermail.base import limits
+from powermail.base.connection import Door
+from powermail.base.errors import OperatorError
+from powermail.base.lane import Lane
+from powermail.base.log import Event
+from powermail.base.net import Listener, parse_host_port
+from powermail.base.settings import Settings
+from powermail.base.tasks import Tasks
+from powermail.base.tls import Certificates, client_context
+from powermail.base.world import World
+from powermail.delivery.internal import Postmaster
+from powermail.delivery.srs import Rewriter
+from powermail.delivery.transaction import DeliveryService
+from powermail.directory.authenticate import Authenticator
+from powermail.directory.resolve import DirectoryCache, Resolver
+from powermail.mailbox.maildrop import Maildrops
+from powermail.outbound.bounce import Bouncer
+from powermail.outbound.client import Route
+from powermail.outbound.sender import Outbound
+from powermail.popd.session import PopService, PopSession
+from powermail.popd.session import refuse as refuse_pop
+from powermail.smtpd.service import Kind, SmtpService
+from powermail.smtpd.session import SmtpSession
+from powermail.smtpd.session import refuse as refuse_smtp
+
+
+@dataclass
+class Front:
+    """The parts of a front end."""
+
+    resolver: Resolver
+    authenticator: Authenticator
+    delivery: DeliveryService
+    rewriter: Rewriter
+    outbound: Outbound
+    sessions: Tasks
+    doors: list[Door] = field(default_factory=list)
+    listeners: list[Listener] = field(default_factory=list)
+    listening: dict[str, int] = field(default_factory=dict)
+    certificates: Certificates | None = None
+    certificates_lane: Lane | None = None
+
+    def refuse(self) -> None:
+        """From now on nobody new comes in, and sessions are told to go."""
+        for listener in self.listeners:
+            listener.close()
+        self.listeners.clear()
+        for door in self.doors:
+            door.drain()
+
+    async def sweep(self) -> float:
+        """Deadlines of connections; certificates that changed on the disk."""
+        for door in self.doors:
+            door.sweep()
+        if self.certificates is not None and self.certificates_lane is not None:
+            await self.certificates_lane.run(self.certificates.reload)
+        return 1.0
+
+    def connections(self) -> dict[str, int]:
+        """Open connections of each door."""
+        return {door.name: door.connections for door in self.doors}
+
+
+def make_front(stack: AsyncExitStack, core: Core, tasks: Tasks, sessions: Tasks) -> Front:
+    """Composes a front end without doors. `tasks` finish what was promised, `sessions` belong to clients."""
+    world, settings = core.world, core.settings
+    cache = DirectoryCache(
+        core.directory, world.clock, world.counters, settings.directory.cache_ttl_s, settings.directory.stale_s
+    )
+    resolver = Resolver(cache, settings.directory.recipient_delimiter)
+    authenticator = Authenticator(world, resolver, core.directory, settings.directory.upgrade_passwords)
+    stack.callback(authenticator.close)
+    rewriter = Rewriter(settings.outbound.srs_domain or settings.hostname, _srs_keys(world, core.data))
+    delivery = DeliveryService(
+        world,
+        core.cluster,
+        core.index,
+        resolver,
+        tasks,
+        settings.hostname,
+        settings.cluster.compression,
+        settings.index.wait_s,
+        settings.directory.quota_strict,
+        rewriter.forward,
+    )
+    postmaster = Postmaster(delivery, rewriter)
+    bouncer = Bouncer(world, core.opener, settings.hostname, postmaster.submit)
+    route = _route(world, settings, core.data)
+    outbound = Outbound(world, core.index, core.opener, bouncer, settings.outbound, settings.hostname, route)
+    stack.push_async_callback(outbound.stop)
+    return Front(resolver, authenticator, delivery, rewriter, outbound, sessions)
+
+
+def _srs_keys(world: World, data: str) -> list[bytes]:
+    """The first line of `srs.keys` signs, all verify; made at the first start."""
+    path = f"{data}/srs.keys"
+    if not world.disk.exists(path):
+        world.disk.replace_file(path, world.entropy.octets(16).hex().encode() + b"\n")
+    return [line for line in world.disk.read_file(path).split() if line]
+
+
+def _route(world: World, settings: Settings, data: str) -> Route | None:
+    out = settings.outbound
+    if not out.smarthost:
+        return None
+    host, port = parse_host_port(out.smarthost)
+    password = ""
+    if out.smarthost_password_file:
+        try:
+            octets = world.disk.read_file(inside(data, out.smarthost_password_file))
+        except OSError as error:
+            raise OperatorError(f"outbound.smarthost_password_file: {error.strerror}") from error
+        password = octets.decode().strip()
+    context = None
+    if out.smarthost_tls != "none":
+        context = client_context(out.smarthost_tls != "opportunistic", out.smarthost_ca)
+    return Route(host, port, out.smarthost_tls, context, out.smarthost_user, password)
+
+
+def _connections_max(world: World, settings: Settings) -> tuple[int, int]:
+    """Caps of an SMTP door (there are three) and of POP3, as far as there are descriptors (X03)."""
+    smtp, pop = settings.smtp.connections_max, settings.pop.connections_max
+    wanted = 3 * smtp + pop
+    room = world.descriptors - world.descriptors // limits.SEGMENTS_OPEN_SHARE
+    room -= limits.DESCRIPTORS_RESERVED + settings.outbound.concurrency
+    if room >= wanted:
+        return smtp, pop
+    world.log.event(Event.TROUBLE, error=f"only {world.descriptors} open files are allowed: fewer connections")
+    return max(1, smtp * room // wanted), max(1, pop * room // wanted)
+
+
+def _make_doors(core: Core, front: Front, tls: ssl.SSLContext | None) -> tuple[dict[Kind, Door], Door]:
+    world, settings = core.world, core.settings
+    smtp = SmtpService(
+        world,
+        settings.smtp,
+        settings.hostname,
+        front.delivery,
+        front.resolver,
+        front.authenticator,
+        front.rewriter,
+        tls,
+        bool(settings.outbound.smarthost),
+    )
+    maildrops = Maildrops(core.index, core.opener, front.sessions)
+    pop = PopService(world, settings.pop, settings.hostname, maildrops, front.authenticator, tls, settings.directory.apop)
+    smtp_max, pop_max = _connections_max(world, settings)
+
+    def smtp_door(kind: Kind) -> Door:
+        return Door(
+            world,
+            kind.value,
+            front.sessions,
+            lambda connection: SmtpSession(smtp, kind, connection).run(),
+            refuse_smtp,
+            smtp_max,
+            settings.smtp.connections_per_address_max,
+        )
+
+    pop_door = Door(
+        world,
+        "popd",
+        front.sessions,
+        lambda connection: PopSession(pop, connection).run(),
+        refuse_pop,
+        pop_max,
+        settings.pop.connections_per_address_max,
+    )
+    return {kind: smtp_door(kind) for kind in (Kind.SMTP, Kind.SUBMISSION, Kind.LMTP)}, pop_door
+
+
+async def open_doors(stack: AsyncExitStack, core: Core, front: Front, use_tls: bool) -> None:
+    """Listens on all addresses of the settings. Raises OperatorError."""
+    world, settings = core.world, core.settings
+    tls: ssl.SSLContext | None = None
+    if use_tls:
+        front.certificates_lane = world.lane("certificates")
+        stack.callback(front.certificates_lane.close)
+        front.certificates = Certificates(
+            inside(core.data, settings.tls.certificate), inside(core.data, settings.tls.key), world.disk, world.log
+        )
+        tls = front.certificates.front
+    doors, pop_door = _make_doors(core, front, tls)
+    front.doors = [*doors.values(), pop_door]
+    submission = doors[Kind.SUBMISSION]
+    plan: list[tuple[str, list[str], Door, bool]] = [
+        ("smtp", settings.smtp.listen, doors[Kind.SMTP], False),
+        ("submission", settings.smtp.submission, submission, False),
+        ("submissions", settings.smtp.submissions, submission, True),
+        ("lmtp", settings.smtp.lmtp, doors[Kind.LMTP], False),
+        ("pop3", settings.pop.listen, pop_door, False),
+        ("pop3s", settings.pop.listen_tls, pop_door, True),
+    ]
+    for name, addresses, door, implicit in plan:
+        if implicit and tls is None:
+            continue
+        for address in addresses:
+            host, port = parse_host_port(address)
+            listener = await world.net.listen(host, port, door, tls if implicit else None)
+            front.listeners.append(listener)
+            front.listening.setdefault(name, listener.port)
+            world.log.event(Event.LISTENING, door=name, address=f"{host}:{listener.port}")

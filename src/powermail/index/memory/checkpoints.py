@@ -1,0 +1,101 @@
+"""Owns what goes to the nodes, in memory: which checkpoint is due, what it must name, what it made durable (law 13)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from powermail.base import limits
+from powermail.index import laws
+from powermail.index.contract import CheckpointPlan
+from powermail.index.memory.mailboxes import MailboxPart
+from powermail.index.memory.state import Gone, MailboxRow
+from powermail.index.memory.transaction import STARTS_BEHIND
+from powermail.storage.contract import Position
+
+
+class CheckpointPart(MailboxPart):
+    """`index.contract.Checkpoints` in memory."""
+
+    async def checkpoint_due(self, now: float, limit: int) -> list[int]:
+        due = sorted((row.due, row.id) for row in self.state.mailboxes.values() if row.due is not None and row.due <= now)
+        return [mailbox for _, mailbox in due][:limit]
+
+    async def checkpoint_plan(self, mailbox: int, whole: bool = False) -> CheckpointPlan | None:
+        row = self.state.mailboxes.get(mailbox)
+        if row is not None and self.state.starts - row.numbers.start >= STARTS_BEHIND and self.state.numbering:
+            row = self.transact(lambda: self.number(mailbox, 0))  # before it must leap too far (law 11)
+        if row is None:
+            return None
+        if row.base and row.written == row.numbers.modseq and not row.skipped:
+            if row.due is not None:
+                self.transact(lambda: self._not_due(mailbox))
+            return None
+        changes = self.changes_of(mailbox, row.base)
+        arrived = [entry for entry in self.rows_of(mailbox) if entry.uid >= row.base_uid]
+        tail_rows = len(arrived) + sum(len(change.uids) for change in changes)
+        gone = not row.holders or any(node not in self.state.nodes for node in row.holders)
+        outgrown = laws.wants_whole(row.base, row.messages, tail_rows, gone, row.skipped)
+        if whole := whole or outgrown or row.trimmed > row.base:
+            await self.merge(mailbox)
+        return self._plan(self.mailbox(mailbox), whole)
+
+    def _not_due(self, mailbox: int) -> None:
+        self.state.mailboxes[mailbox] = self.mailbox(mailbox)._replace(due=None)
+
+    def _plan(self, row: MailboxRow, whole: bool) -> CheckpointPlan:
+        s = self.state
+        since = 0 if whole else row.base
+        gone = {key: each for (at, key), each in sorted(s.gone.items()) if at == row.id and each.modseq > since}
+        named = {key: each for key, each in gone.items() if self._durable(each)}
+        account = {each.id for each in s.mailboxes.values() if each.account == row.account}
+        shown = {entry.key for (at, _), entry in s.entries.items() if at in account}
+        return CheckpointPlan(
+            mailbox=row.facts(),
+            whole=whole,
+            base=row.numbers.modseq if whole else row.base,
+            side=1 - (row.whole_side if whole else row.tail_side),
+            nodes=row.holders,
+            gone=tuple(named),
+            skipped=len(named) < len(gone),
+            left=tuple(key for key in named if key not in shown),
+            first=tuple(sorted({each.to for key, each in gone.items() if key not in named})),
+            epoch=row.numbers.epoch,
+            base_uid=row.numbers.uid_next if whole else row.base_uid,
+        )
+
+    def _durable(self, gone: Gone) -> bool:
+        """A moved key is named as expunged only once the destination's checkpoint is durable (law 13)."""
+        to = self.state.mailboxes.get(gone.to)
+        return to is None or to.written >= gone.to_modseq
+
+    async def checkpoint_done(self, plan: CheckpointPlan, nodes: Sequence[str], now: float) -> None:
+        def done() -> None:
+            row = self.state.mailboxes.get(plan.mailbox.id)
+            if row is None or row.numbers.uidvalidity != plan.mailbox.uidvalidity:
+                return
+            at, numbers = plan.mailbox, row.numbers
+            numbers = numbers._replace(  # law 11: JUMP numbers more
+                base_uid=max(numbers.base_uid, at.uid_next), base_modseq=max(numbers.base_modseq, at.modseq)
+            )
+            behind = numbers.modseq > at.modseq or plan.skipped
+            row = row._replace(
+                numbers=numbers,
+                written=max(row.written, at.modseq),
+                skipped=plan.skipped,
+                due=now + limits.CHECKPOINT_INTERVAL_S if behind else None,
+            )
+            if plan.whole:
+                row = row._replace(base=plan.base, base_uid=plan.base_uid, whole_side=plan.side, holders=tuple(sorted(nodes)))
+            else:
+                row = row._replace(tail_side=plan.side, holders=tuple(sorted({*row.holders, *nodes})))
+            self.state.mailboxes[row.id] = row
+
+        self.transact(done)
+
+    async def checkpoints_lost(self, node: str) -> int:
+        return self.transact(lambda: self.lose_checkpoints(node))
+
+    async def queue_state(self, after: int, limit: int) -> tuple[dict[str, tuple[str, Position]], list[tuple[int, bytes, str]]]:
+        watermarks = {name: (row.incarnation, row.watermark) for name, row in sorted(self.state.nodes.items())}
+        rows = [(number, row.key, row.destination) for number, row in sorted(self.state.queue.items()) if number > after]
+        return watermarks, rows[:limit]

@@ -1,0 +1,382 @@
+"""Owns fates and copies, in memory: delivery and abort, reconcile, beliefs, orders, nodes, forgetting (laws 3-9, 12)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from powermail.base.errors import IndexTrouble, OperatorError
+from powermail.index import laws
+from powermail.index.contract import (
+    Batch,
+    Delivery,
+    DropOrder,
+    Fate,
+    MessageFacts,
+    NodeRow,
+    Outcome,
+    Reconciled,
+)
+from powermail.index.laws import Deed
+from powermail.index.memory.transaction import Transactions, Undo
+from powermail.mail.envelope import Commit
+from powermail.storage.contract import Held, Position, Receipt, Unread
+
+
+class CopyPart(Transactions):
+    """`index.contract.Copies` in memory."""
+
+    # -- deciding ---------------------------------------------------------------------------------------------------------
+
+    def expect(self, count: int) -> None:
+        """Nothing waits here."""
+
+    def deliver(self, delivery: Delivery) -> asyncio.Future[Outcome]:
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        try:
+            future.set_result(self.transact(lambda: self._deliver(delivery)))
+        except IndexTrouble as error:
+            future.set_exception(error)
+        return future
+
+    def _deliver(self, delivery: Delivery) -> Outcome:
+        row = self.state.keys.get(delivery.key)
+        if row is not None:  # law 3: who inserts first decides
+            raise Undo(Outcome.ABORTED if row.fate is Fate.ABORTED else Outcome.KNOWN)
+        self._may_number()
+        if any(self._settled(receipt) for receipt in delivery.receipts):
+            raise Undo(Outcome.SETTLED)  # law 7: it was decided, and forgotten, before
+        fate = self.enter(delivery.key, delivery.commit, [receipt.node for receipt in delivery.receipts])
+        return Outcome.ENTERED if fate is Fate.LIVE else Outcome.KNOWN
+
+    def _settled(self, receipt: Receipt) -> bool:
+        """Law 7: reconcile has passed that place, or it is not a place of the node as the index knows it."""
+        node = self.state.nodes.get(receipt.node)
+        return node is None or node.incarnation != receipt.incarnation or receipt.position < node.watermark
+
+    async def abort(self, key: bytes, asked: Sequence[str]) -> Fate:
+        def aborting() -> Fate:
+            row = self.state.keys.get(key)
+            if row is not None and row.fate is not Fate.ABORTED:
+                raise Undo(row.fate)
+            if row is None:
+                self.decide(key, Fate.ABORTED)  # law 3
+            for node in asked:
+                self.order(node, key)  # law 5: nodes are told only after this was decided
+            return Fate.ABORTED
+
+        return self.transact(aborting)
+
+    async def message(self, key: bytes) -> MessageFacts | None:
+        found = await self.messages([key])
+        return found[0] if found else None
+
+    async def messages(self, keys: Sequence[bytes]) -> list[MessageFacts]:
+        return [self._facts(key) for key in sorted(set(keys)) if self._fate(key) is Fate.LIVE]
+
+    def _facts(self, key: bytes) -> MessageFacts:
+        row = self.state.keys[key]
+        nodes = tuple(sorted(node for held, node in self.state.copies if held == key))
+        return MessageFacts(key, row.octets, row.sha256, nodes, row.refs)
+
+    def _fate(self, key: bytes) -> Fate | None:
+        row = self.state.keys.get(key)
+        return None if row is None else row.fate
+
+    async def fates(self, keys: Sequence[bytes]) -> dict[bytes, Fate]:
+        return {key: fate for key in keys if (fate := self._fate(key)) is not None}
+
+    # -- comparing with nodes -------------------------------------------------------------------------------------------
+
+    async def reconcile(self, batch: Batch) -> Reconciled:
+        return self.transact(lambda: self._reconcile(batch))
+
+    def _reconcile(self, batch: Batch) -> Reconciled:
+        """Law 6, whole: the batch, the watermark and the end seen are one transaction."""
+        s = self.state
+        node = s.nodes.get(batch.node)
+        if node is None or node.incarnation != batch.incarnation or node.watermark != batch.from_:
+            raise Undo(Reconciled(False))
+        died = [key for key in batch.tombstones if self._fate(key) is Fate.LIVE]
+        if died and not node.owes_walk:
+            raise Undo(Reconciled(False, lost=True))  # law 11: it died, and the index has forgotten that
+        deeds = [
+            (key, position, laws.deed(self._fate(key), origin, position < batch.birth))
+            for key, position, origin in batch.copies
+        ]
+        self._need({key for key, _, deed in deeds if deed is Deed.ENTER}, batch.commits)
+        entered = 0
+        for key, position, origin in batch.copies:
+            entered += self._do(
+                laws.deed(self._fate(key), origin, position < batch.birth), node.id, key, position, batch.commits
+            )
+        self._bury(died)  # that commits were lost is known, and this node's walk is still owed
+        for unread in batch.unread:
+            s.unread[node.id, unread] = None  # it holds back forgetting (law 9)
+        s.nodes[node.id] = node._replace(
+            watermark=batch.to,
+            end_seen=max(node.end_seen, batch.end),
+            scan_round=node.scan_round if batch.round is None else max(node.scan_round, batch.round),
+        )
+        return Reconciled(True, entered)
+
+    @staticmethod
+    def _need(keys: set[bytes], commits: Mapping[bytes, Commit]) -> None:
+        """Ends the transaction if commit records are missing."""
+        if missing := tuple(sorted(key for key in keys if key not in commits)):
+            raise Undo(Reconciled(False, missing=missing))
+
+    def _do(self, deed: Deed, node: str, key: bytes, position: Position, commits: Mapping[bytes, Commit]) -> int:
+        if deed is Deed.ENTER:
+            return int(self.enter(key, commits[key], [node]) is Fate.LIVE)
+        if deed is Deed.BELIEVE:
+            if (key, node) not in self.state.suspects:  # what failed its check counts no more until the keeper has looked
+                self.state.copies[key, node] = None
+        elif deed is Deed.BURY:
+            self.order(node, key)
+        else:
+            self.drop(node, key, position)  # never a tombstone: that there is no row says nothing about the key (law 6)
+        return 0
+
+    async def settle_inventory(
+        self, node: str, incarnation: str, items: Sequence[tuple[bytes, Held, Position]], birth: Position,
+        commits: Mapping[bytes, Commit], enter: bool,
+    ) -> Reconciled:  # fmt: skip
+        def settling() -> Reconciled:
+            row = self.state.nodes.get(node)
+            if row is None or row.incarnation != incarnation:
+                raise Undo(Reconciled(False))
+            died = [key for key, held, _ in items if held is Held.DEAD and self._fate(key) is Fate.LIVE]
+            if died and not (enter or row.owes_walk or row.owes_compare):
+                raise Undo(Reconciled(False, lost=True))
+            deeds = [(key, position, self._deed(row, key, held, position, birth, enter)) for key, held, position in items]
+            self._need({key for key, _, deed in deeds if deed is Deed.ENTER}, commits)
+            entered = 0
+            for key, held, position in items:
+                found = self._deed(row, key, held, position, birth, enter)
+                entered += 0 if found is None else self._do(found, node, key, position, commits)
+            if enter:
+                self._bury([key for key, held, _ in items if held is Held.DEAD])
+            else:  # an owed walk decides; what the first release aborted says nothing about the key
+                for key in died:
+                    self.state.copies.pop((key, node), None)
+            return Reconciled(True, entered)
+
+        return self.transact(settling)
+
+    def _deed(self, node: NodeRow, key: bytes, held: Held, position: Position, birth: Position, enter: bool) -> Deed | None:
+        """What an item of an inventory comes to (laws 11, 12); None: nothing."""
+        if held is not Held.LIVE:
+            return None
+        fate = self._fate(key)
+        if fate is not None:
+            return Deed.BELIEVE if fate is Fate.LIVE else Deed.BURY
+        if any((node.id, key) == (at, named) for at, named, _ in self.state.drops):
+            return None
+        if enter:
+            return Deed.DROP if position < birth else Deed.ENTER  # the walk enters whatever the origin
+        if node.owes_walk:
+            return None  # what has no row may have been lost with it
+        return Deed.DROP if position < node.watermark else None  # what lies at or above it is reconcile's
+
+    def _bury(self, keys: Sequence[bytes]) -> None:
+        """Tombstones were found: those keys are dead, whatever the index has kept of them (law 11)."""
+        s = self.state
+        for key in keys:
+            if key not in s.keys:
+                self.decide(key, Fate.DEAD)
+        live = {key for key in keys if s.keys[key].fate is Fate.LIVE}
+        shown: dict[int, list[int]] = defaultdict(list)
+        for (mailbox, uid), entry in sorted(s.entries.items()):
+            if entry.key in live:
+                shown[mailbox].append(uid)
+        for mailbox, uids in shown.items():
+            self.leave(mailbox, uids)
+        for number in [number for number, row in s.queue.items() if row.key in live]:
+            del s.leases[number]
+            self.release(s.queue.pop(number).key)
+
+    # -- belief ---------------------------------------------------------------------------------------------------------
+
+    async def under_copied(self, groups: Mapping[str, str], required: int, after: bytes, limit: int) -> list[MessageFacts]:
+        return [facts for facts in self._under_copied(groups, required) if facts.key > after][:limit]
+
+    async def under_copied_total(self, groups: Mapping[str, str], required: int) -> tuple[int, int]:
+        found = self._under_copied(groups, required)
+        return len(found), sum(facts.octets for facts in found)
+
+    def _under_copied(self, groups: Mapping[str, str], required: int) -> list[MessageFacts]:
+        live = [self._facts(key) for key, row in sorted(self.state.keys.items()) if row.fate is Fate.LIVE]
+        return [facts for facts in live if len({groups[node] for node in facts.nodes if node in groups}) < required]
+
+    async def copies_on(self, node: str, after: bytes, limit: int) -> list[bytes]:
+        return sorted(key for key, holder in self.state.copies if holder == node and key > after)[:limit]
+
+    async def believe(self, key: bytes, node: str) -> bool:
+        def believing() -> bool:
+            fate = self._fate(key)
+            if fate is None or node not in self.state.nodes:
+                raise Undo(False)  # reconcile will order a drop (law 6)
+            if fate is not Fate.LIVE:
+                self.order(node, key)  # law 8
+                return False
+            self.state.copies[key, node] = None
+            self.state.suspects.pop((key, node), None)
+            return True
+
+        return self.transact(believing)
+
+    async def disbelieve(self, node: str, keys: Sequence[bytes]) -> None:
+        def disbelieving() -> None:
+            for key in keys:
+                self.state.copies.pop((key, node), None)
+
+        self.transact(disbelieving)
+
+    async def note_bad(self, key: bytes, node: str, why: str) -> None:
+        def noting() -> None:
+            if self._fate(key) is Fate.LIVE and node in self.state.nodes:
+                self.state.copies.pop((key, node), None)
+                self.state.suspects[key, node] = why
+
+        self.transact(noting)
+
+    async def suspects(self, node: str, after: bytes, limit: int) -> list[bytes]:
+        return sorted(key for key, holder in self.state.suspects if holder == node and key > after)[:limit]
+
+    async def clear_suspect(self, key: bytes, node: str) -> None:
+        self.transact(lambda: self.state.suspects.pop((key, node), None))
+
+    # -- orders ---------------------------------------------------------------------------------------------------------
+
+    async def orders(self, node: str, limit: int) -> list[bytes]:
+        return sorted(key for at, key in self.state.orders if at == node)[:limit]
+
+    async def confirm_orders(self, node: str, keys: Sequence[bytes]) -> None:
+        def confirming() -> None:
+            for key in keys:
+                self.state.orders.pop((node, key), None)
+
+        self.transact(confirming)
+
+    async def drops(self, node: str, limit: int) -> list[DropOrder]:
+        return [DropOrder(key, position) for at, key, position in sorted(self.state.drops) if at == node][:limit]
+
+    async def confirm_drops(self, node: str, drops: Sequence[DropOrder]) -> None:
+        def confirming() -> None:
+            for key, position in drops:
+                if (node, key, position) in self.state.drops:
+                    del self.state.drops[node, key, position]
+                    self.state.copies.pop((key, node), None)  # law 6: the belief goes too
+
+        self.transact(confirming)
+
+    async def orders_total(self, node: str) -> tuple[int, int]:
+        s = self.state
+        return sum(at == node for at, _ in s.orders), sum(at == node for at, _, _ in s.drops)
+
+    # -- nodes ----------------------------------------------------------------------------------------------------------
+
+    async def node_rows(self) -> list[NodeRow]:
+        return [row for _, row in sorted(self.state.nodes.items())]
+
+    async def admit_node(self, node: str, group: str, incarnation: str, boot: str, watermark: Position, end: Position) -> None:
+        def admitting() -> None:
+            s = self.state
+            if incarnation in s.retired:
+                raise OperatorError(f"node {node}: this disk was expelled; it returns only emptied")  # law 9
+            old = s.nodes.get(node)
+            if old is not None and old.incarnation == incarnation:  # nothing new but the names
+                s.nodes[node] = old._replace(group=group, boot=boot)
+                return
+            owes_walk = s.catching_up or (old is not None and old.owes_walk)
+            blocked = old is not None and old.blocked
+            # law 9: the round begins anew; law 11: a walk that was owed is owed by whatever comes in its place
+            s.nodes[node] = NodeRow(node, group, incarnation, watermark, end, boot, 0, owes_walk, blocked, 0.0)
+            if old is not None:
+                s.retired = tuple(sorted({*s.retired, old.incarnation}))  # law 9: that disk never comes back as it is
+                self.lose_checkpoints(node)  # law 13: a disk that takes another's place has not what lay there
+            # Nothing before a new incarnation's birth is ever entered: what could not be read there matters no more.
+            s.unread = {at: None for at in s.unread if at[0] != node}
+
+        self.transact(admitting)
+
+    def _set_node(self, node: str, **values: object) -> None:
+        s = self.state
+        if node in s.nodes:
+            s.nodes[node] = NodeRow(**{**s.nodes[node]._asdict(), **values})
+
+    async def note_boot(self, node: str, incarnation: str, boot: str) -> None:
+        def noting() -> None:
+            if node in self.state.nodes and self.state.nodes[node].incarnation == incarnation:
+                self._set_node(node, boot=boot)
+
+        self.transact(noting)
+
+    async def note_compared(self, node: str) -> None:
+        self.transact(lambda: self._set_node(node, owes_compare=False))
+
+    async def set_node_flags(self, node: str, blocked: bool | None, missing_since: float | None) -> None:
+        values = {"blocked": blocked, "missing_since": missing_since}
+        self.transact(lambda: self._set_node(node, **{name: value for name, value in values.items() if value is not None}))
+
+    async def expel(self, node: str) -> None:
+        def expelling() -> None:
+            s = self.state
+            row = s.nodes.pop(node, None)
+            if row is not None:
+                s.retired = tuple(sorted({*s.retired, row.incarnation}))  # law 9: for ever
+            s.orders = {at: None for at in s.orders if at[0] != node}
+            s.drops = {at: None for at in s.drops if at[0] != node}
+            s.unread = {at: None for at in s.unread if at[0] != node}
+            s.copies = {at: None for at in s.copies if at[1] != node}
+            s.suspects = {at: why for at, why in s.suspects.items() if at[1] != node}
+            self.lose_checkpoints(node)
+
+        self.transact(expelling)
+
+    async def unread(self, node: str, limit: int) -> list[Unread]:
+        return sorted(stretch for at, stretch in self.state.unread if at == node)[:limit]
+
+    async def clear_unread(self, node: str, unread: Unread) -> None:
+        self.transact(lambda: self.state.unread.pop((node, unread), None))
+
+    # -- forgetting -----------------------------------------------------------------------------------------------------
+
+    async def raise_round(self) -> int:
+        def raising() -> int:
+            s = self.state
+            # law 10: a slot is pruned only by a round completed after it stopped
+            done = self._scanned()
+            s.slots = {n: slot for n, slot in s.slots.items() if slot.ended is None or slot.ended >= done}
+            s.round += 1
+            return s.round
+
+        return self.transact(raising)
+
+    async def dead_total(self) -> int:
+        return sum(row.fate is not Fate.LIVE for row in self.state.keys.values())
+
+    async def forget(self, limit: int) -> int:
+        return self.transact(lambda: self._forget(limit))
+
+    def _forget(self, limit: int) -> int:
+        """Law 9, whole: scanned by every member since, nothing ordered, nothing owed, nothing unread."""
+        s = self.state
+        scanned = self._scanned()
+        if any(row.owes_walk for row in s.nodes.values()) or s.unread:
+            raise Undo(0)
+        ordered = {key for _, key in s.orders}
+        old = sorted((row.round, key) for key, row in s.keys.items() if row.fate is not Fate.LIVE and row.round < scanned)
+        forgotten = [key for _, key in old if key not in ordered][:limit]
+        for key in forgotten:
+            del s.keys[key]
+        return len(forgotten)
+
+    def _scanned(self) -> int:
+        """The round for which every member was scanned whole; 0 without members."""
+        return min((row.scan_round for row in self.state.nodes.values()), default=0)
+
+    async def forgotten(self, keys: Sequence[bytes]) -> list[bytes]:
+        return [key for key in keys if key not in self.state.keys]

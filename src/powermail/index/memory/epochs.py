@@ -1,0 +1,151 @@
+"""Owns lost commits, in memory: marks, epochs, walks (laws 10, 11); and totals and the audit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from powermail.base import limits
+from powermail.base.errors import IndexTrouble
+from powermail.index import laws
+from powermail.index.contract import Fate, Head
+from powermail.index.memory.transaction import Transactions
+from powermail.storage.contract import Mark, Position
+
+
+class EpochPart(Transactions):
+    """`index.contract.Epochs` in memory."""
+
+    @property
+    def catching_up(self) -> bool:
+        """Readers wait: not every log was walked since commits were lost."""
+        return self.state.catching_up
+
+    @property
+    def numbering(self) -> bool:
+        """False while nothing may get a number."""
+        return self.state.numbering
+
+    @property
+    def epoch(self) -> int:
+        return self.state.epoch
+
+    def mark(self) -> Mark:
+        s = self.state
+        slots = {number: (slot.tag, slot.commits) for number, slot in s.slots.items()}
+        return Mark(s.sequence, slots, s.epoch, s.uidvalidity, s.retired)
+
+    def lost(self, mark: Mark) -> str:
+        mine = self.mark()
+        return self._why_lost or laws.loss(mark, mine.epoch, mine.sequence, mine.slots)
+
+    async def raise_epoch(self, marks: Sequence[Mark], why: str) -> int:
+        def raising() -> int:
+            s = self.state
+            known = [self.mark(), *marks]
+            s.epoch = max(mark.epoch for mark in known) + 1
+            s.uidvalidity = max(mark.uidvalidity for mark in known) + limits.EPOCH_JUMP
+            s.retired = tuple(sorted({incarnation for mark in known for incarnation in mark.retired}))
+            # Slots are numbered on from the highest known: what nodes know of those that were lost proves nothing any more.
+            s.sequence = max(mark.sequence for mark in known)
+            s.slots = {}
+            s.numbering, s.catching_up = False, True
+            for row in s.nodes.values():
+                s.nodes[row.id] = row._replace(owes_walk=True, scan_round=0)  # its round begins anew (law 9)
+            return s.epoch
+
+        lost, self._why_lost = self._why_lost, ""
+        try:
+            return self.transact(raising, anew=True)
+        except BaseException:
+            self._why_lost = lost
+            raise
+
+    async def learn_heads(self, heads: Sequence[Head]) -> None:
+        def learning() -> None:
+            s = self.state
+            rows = {(row.account, row.name): row.id for row in s.mailboxes.values()}
+            for head in heads:
+                s.uidvalidity = max(s.uidvalidity, head.uidvalidity)
+                if (mailbox := rows.get((head.account, head.name))) is not None:
+                    row = s.mailboxes[mailbox]
+                    numbers = laws.learned(row.numbers, head.uidvalidity, head.uid_next, head.modseq)
+                    if numbers != row.numbers:
+                        s.mailboxes[mailbox] = row._replace(numbers=numbers)
+                        self._touch(mailbox)
+
+        self.transact(learning)
+
+    async def begin_epoch(self) -> None:
+        def beginning() -> None:
+            self.state.numbering = True
+
+        self.transact(beginning)
+
+    async def walked(self, node: str, incarnation: str, watermark: Position, end: Position, round: int) -> bool:
+        def walking() -> bool:
+            row = self.state.nodes.get(node)
+            if row is None or row.incarnation != incarnation:
+                return False
+            self.state.nodes[node] = row._replace(
+                watermark=max(row.watermark, watermark),
+                end_seen=max(row.end_seen, end),
+                scan_round=max(row.scan_round, round),
+                owes_walk=False,
+            )
+            return True
+
+        return self.transact(walking)
+
+    async def caught_up(self) -> None:
+        def catching() -> None:
+            if not self.state.numbering:
+                raise IndexTrouble("the new epoch has not begun")
+            self.state.catching_up = False
+
+        self.transact(catching)
+
+    async def rest(self) -> None:
+        self.transact(lambda: None, stopping=True)  # law 10: a later transaction says again that it goes on
+
+    # -- what status and tests ask ------------------------------------------------------------------------------------
+
+    async def totals(self) -> dict[str, int]:
+        """Sizes for status."""
+        s = self.state
+        return {
+            "mailboxes": len(s.mailboxes),
+            "entries": len(s.entries),
+            "messages": sum(row.fate is Fate.LIVE for row in s.keys.values()),
+            "queue": len(s.queue),
+            "orders": len(s.orders),
+            "drops": len(s.drops),
+            "suspects": len(s.suspects),
+        }
+
+    async def audit(self) -> list[str]:
+        """Recounts what can be recounted; what does not agree."""
+        s, problems = self.state, []
+        for row in s.mailboxes.values():
+            entries, view = self.rows_of(row.id), self.view_of(row.id)
+            if (row.messages, row.octets) != (len(entries), sum(entry.octets for entry in entries)):
+                problems.append(
+                    f"mailbox {row.id}: {row.messages} messages and {row.octets} octets are not what its entries say"
+                )
+            if [(entry.uid, entry.key) for entry in entries] != [(uid, key) for uid, key, *_ in view.rows()]:
+                problems.append(f"mailbox {row.id}: its view does not show its entries")
+            if any(each.uid >= row.numbers.uid_next or each.modseq > row.numbers.modseq for each in entries):
+                problems.append(f"mailbox {row.id}: its numbers lie behind its entries")
+        references = Counter([entry.key for entry in s.entries.values()] + [row.key for row in s.queue.values()])
+        for key, decided in s.keys.items():
+            refs = decided.refs
+            if refs != references[key] or (decided.fate is Fate.LIVE) != (refs > 0):
+                problems.append(f"message {key.hex()}: {refs} references, {references[key]} found, {decided.fate.name}")
+        problems += [f"message {key.hex()}: shown, but not known" for key in references if key not in s.keys]
+        for key, node in (*s.copies, *s.suspects):
+            if key not in s.keys or s.keys[key].fate is not Fate.LIVE:
+                problems.append(f"message {key.hex()}: not live, but believed or suspected on {node}")
+        for node, key in s.orders:
+            if key in s.keys and s.keys[key].fate is Fate.LIVE:
+                problems.append(f"message {key.hex()}: live, but a tombstone is ordered on {node}")
+        return problems

@@ -1,0 +1,225 @@
+"""Owns what goes to the nodes, on SQLite: which checkpoint is due, what it must name, what it made durable (law 13).
+
+Due mailboxes are found by an index on the time, whatever their number; a mailbox enters it at its first change behind a
+checkpoint and leaves it with the next one, so deliveries to a mailbox that is due already do not touch it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from powermail.base import limits
+from powermail.index import laws
+from powermail.index.contract import CheckpointPlan, MailboxFacts
+from powermail.index.sqlite.connection import STARTS_BEHIND, Untouched
+from powermail.index.sqlite.mailboxes import MailboxPart
+from powermail.index.sqlite.nodes import NodePart
+from powermail.index.sqlite.numbers import MAILBOX, trimmed
+from powermail.index.sqlite.rows import select_in, split
+from powermail.index.view import unpack_uids
+from powermail.storage.contract import Position
+
+_LOST_ROWS = 5000  # mailboxes that lose their checkpoint in one transaction
+_STATE = (
+    "checkpoint_modseq, whole_modseq, whole_uid, whole_side, tail_side, skipped, epoch, start, due_at,"
+    " (SELECT nodes FROM holders h WHERE h.id = m.holders)"
+)
+
+
+class _State(NamedTuple):
+    """Where the checkpoints of a mailbox stand."""
+
+    modseq: int
+    base: int
+    base_uid: int
+    whole_side: int
+    tail_side: int
+    skipped: bool
+    epoch: int
+    start: int
+    due_at: float
+    nodes: tuple[str, ...]
+
+
+class CheckpointPart(MailboxPart, NodePart):
+    """`index.contract.Checkpoints` on SQLite."""
+
+    async def checkpoint_due(self, now: float, limit: int) -> list[int]:
+        return await self._ask(self._checkpoint_due, now, limit)
+
+    def _checkpoint_due(self, now: float, limit: int) -> list[int]:
+        rows = self._reader.execute(
+            "SELECT id FROM mailboxes WHERE due_at > 0 AND due_at <= ? ORDER BY due_at, id LIMIT ?", (now, limit)
+        )
+        return [row[0] for row in rows]
+
+    async def checkpoint_plan(self, mailbox: int, whole: bool = False) -> CheckpointPlan | None:
+        found = await self._read(self._checkpoint_state, mailbox)
+        if found is None:
+            return None
+        facts, state = found
+        if self._shared.starts - state.start >= STARTS_BEHIND and self.numbering:
+            await self._write(self._in_leap, mailbox)  # before it must leap too far (law 11)
+            found = await self._read(self._checkpoint_state, mailbox)
+            if found is None:
+                return None
+            facts, state = found
+        if state.base and state.modseq == facts.modseq and not state.skipped:
+            if state.due_at:
+                await self._write(self._in_not_due, mailbox, facts.modseq)
+            return None
+        whole = whole or await self._read(self._wants_whole, facts, state)
+        if whole:
+            await self.merge(mailbox)
+        return await self._read(self._plan, mailbox, whole)
+
+    def _in_leap(self, mailbox: int) -> None:
+        self._in_renumber(mailbox, 0)
+
+    def _in_not_due(self, mailbox: int, modseq: int) -> None:
+        self._db.execute(
+            "UPDATE mailboxes SET due_at = 0 WHERE id = ? AND modseq = ? AND checkpoint_modseq = ?", (mailbox, modseq, modseq)
+        )
+        self._boxes.clear()
+
+    def _checkpoint_state(self, mailbox: int) -> tuple[MailboxFacts, _State] | None:
+        row = self._reader.execute(f"SELECT {MAILBOX}, {_STATE} FROM mailboxes m WHERE id = ?", (mailbox,)).fetchone()
+        if row is None:
+            return None
+        *values, nodes = row[8:]
+        return MailboxFacts(*row[:8]), _State._make([*values, split(nodes or "")])
+
+    def _wants_whole(self, facts: MailboxFacts, state: _State) -> bool:
+        db = self._reader
+        if trimmed(db, facts.id) > state.base:
+            return True
+        rows: int = db.execute(
+            "SELECT count(*) FROM entries WHERE mailbox = ? AND uid >= ?", (facts.id, state.base_uid)
+        ).fetchone()[0]
+        for (uids,) in db.execute("SELECT uids FROM changes WHERE mailbox = ? AND modseq > ?", (facts.id, state.base)):
+            rows += len(unpack_uids(uids))
+        members = {row[0] for row in db.execute("SELECT id FROM nodes")}
+        gone = not state.nodes or not members.issuperset(state.nodes)
+        return laws.wants_whole(state.base, facts.messages, rows, gone, state.skipped)
+
+    def _plan(self, mailbox: int, whole: bool) -> CheckpointPlan | None:
+        found = self._checkpoint_state(mailbox)
+        if found is None:
+            return None
+        facts, state = found
+        rows = self._reader.execute(
+            "SELECT g.key, g.to_mailbox, coalesce(m.checkpoint_modseq >= g.to_modseq, 1) FROM gone g"
+            " LEFT JOIN mailboxes m ON m.id = g.to_mailbox WHERE g.mailbox = ? AND g.modseq > ? ORDER BY g.key",
+            (mailbox, 0 if whole else state.base),
+        ).fetchall()
+        # A moved key is named as expunged only once the destination's checkpoint is durable.
+        named = [key for key, _, durable in rows if durable]
+        first = sorted({to for _, to, durable in rows if not durable})
+        return CheckpointPlan(
+            mailbox=facts,
+            whole=whole,
+            base=facts.modseq if whole else state.base,
+            side=1 - (state.whole_side if whole else state.tail_side),
+            nodes=state.nodes,
+            gone=tuple(named),
+            skipped=bool(first),
+            left=self._left(facts.account, named),
+            first=tuple(first),
+            epoch=state.epoch,
+            base_uid=facts.uid_next if whole else state.base_uid,
+        )
+
+    def _left(self, account: str, keys: Sequence[bytes]) -> tuple[bytes, ...]:
+        """Those that no mailbox of the account shows any more; looked for only where keys are gone and live elsewhere."""
+        shown = {
+            row[0]
+            for row in select_in(
+                self._reader,
+                "SELECT e.key FROM mailboxes m JOIN entries e ON e.mailbox = m.id WHERE m.account = ? AND e.key IN",
+                keys,
+                "",
+                (account,),
+            )
+        }
+        return tuple(key for key in keys if key not in shown)
+
+    async def checkpoint_done(self, plan: CheckpointPlan, nodes: Sequence[str], now: float) -> None:
+        await self._write(self._in_checkpoint_done, plan, nodes, now)
+
+    def _in_checkpoint_done(self, plan: CheckpointPlan, nodes: Sequence[str], now: float) -> Untouched[None] | None:
+        """The mailbox may get JUMP numbers more (law 11)."""
+        db, at = self._db, plan.mailbox
+        row = db.execute(
+            "SELECT modseq, coalesce((SELECT nodes FROM holders h WHERE h.id = m.holders), '') FROM mailboxes m"
+            " WHERE id = ? AND uidvalidity = ?",
+            (at.id, at.uidvalidity),
+        ).fetchone()
+        if row is None:
+            return Untouched(None)
+        behind = row[0] > at.modseq or plan.skipped
+        holders = self._in_holders(nodes if plan.whole else {*split(row[1]), *nodes})
+        where = "whole_modseq = ?, whole_uid = ?, whole_side = ?" if plan.whole else "tail_side = ?"
+        values = (plan.base, plan.base_uid, plan.side) if plan.whole else (plan.side,)
+        db.execute(
+            f"UPDATE mailboxes SET {where}, holders = ?, checkpoint_modseq = max(checkpoint_modseq, ?), skipped = ?,"
+            " base_uid = max(base_uid, ?), base_modseq = max(base_modseq, ?), due_at = ? WHERE id = ?",
+            (
+                *values, holders, at.modseq, int(plan.skipped), at.uid_next, at.modseq,
+                now + limits.CHECKPOINT_INTERVAL_S if behind else 0, at.id,
+            ),
+        )  # fmt: skip
+        self._boxes.pop((at.account, at.name), None)
+        return None
+
+    def _in_holders(self, nodes: Sequence[str] | set[str]) -> int:
+        """The number of a set of nodes that hold a checkpoint."""
+        row = self._db.execute(
+            "INSERT INTO holders (nodes) VALUES (?) ON CONFLICT (nodes) DO UPDATE SET nodes = excluded.nodes RETURNING id",
+            (" ".join(sorted(nodes)),),
+        ).fetchone()
+        return int(row[0])
+
+    async def checkpoints_lost(self, node: str) -> int:
+        lost = 0
+        while part := await self._write(self._in_lose_some, node):
+            lost += part
+        return lost
+
+    def _in_lose_some(self, node: str) -> int | Untouched[int]:
+        """A bounded part of the mailboxes whose checkpoint lay there."""
+        db = self._db
+        numbers = [number for number, nodes in db.execute("SELECT id, nodes FROM holders") if node in split(nodes)]
+        lost = 0
+        for number in numbers:
+            lost += db.execute(
+                "UPDATE mailboxes SET holders = 0, whole_modseq = 0, checkpoint_modseq = 0, due_at = ? WHERE id IN"
+                " (SELECT id FROM mailboxes WHERE holders = ? AND holders > 0 ORDER BY id LIMIT ?)",
+                (self._world.clock.now(), number, _LOST_ROWS - lost),
+            ).rowcount
+        self._boxes.clear()
+        return lost or Untouched(0)
+
+    async def admit_node(self, node: str, group: str, incarnation: str, boot: str, watermark: Position, end: Position) -> None:
+        """A disk that takes another's place has not what lay there."""
+        another = any(row.id == node and row.incarnation != incarnation for row in await self.node_rows())
+        if another and incarnation not in self._shared.retired:
+            await self.checkpoints_lost(node)
+        await super().admit_node(node, group, incarnation, boot, watermark, end)
+
+    async def expel(self, node: str) -> None:
+        """A whole checkpoint is due of what had one there: its holders are not what they were."""
+        await self.checkpoints_lost(node)
+        await super().expel(node)
+
+    async def queue_state(self, after: int, limit: int) -> tuple[dict[str, tuple[str, Position]], list[tuple[int, bytes, str]]]:
+        return await self._read(self._queue_state, after, limit)
+
+    def _queue_state(self, after: int, limit: int) -> tuple[dict[str, tuple[str, Position]], list[tuple[int, bytes, str]]]:
+        db = self._reader
+        marks = {
+            node: (incarnation, Position(segment, place))
+            for node, incarnation, segment, place in db.execute("SELECT id, incarnation, segment, place FROM nodes ORDER BY id")
+        }
+        rows = db.execute("SELECT id, key, destination FROM queue WHERE id > ? ORDER BY id LIMIT ?", (after, limit)).fetchall()
+        return marks, rows

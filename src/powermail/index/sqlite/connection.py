@@ -1,0 +1,353 @@
+"""Owns the file: opening it, one writing lane and one reading lane, and the transaction in which everything is changed.
+
+Every change is one transaction whose last statement raises this opening's writer slot (law 10); what a transaction taught the
+copies in memory is thrown away when it is rolled back. Those copies (node rows, counters, mailboxes by name, placements,
+views, the octets an account uses) are right only because this process is the only writer of the file: another deployment
+must read them in the transaction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Awaitable, Callable
+from typing import Any, Generic, NamedTuple, TypeVar
+from urllib.parse import quote
+
+from powermail.base import limits
+from powermail.base.errors import IndexLost, IndexTrouble, OperatorError
+from powermail.base.lane import Lane
+from powermail.base.world import World
+from powermail.index.contract import NodeRow
+from powermail.index.laws import NumbersSpent
+from powermail.index.sqlite import migration, schema
+from powermail.index.sqlite.rows import Placements
+from powermail.storage.contract import Mark, Position
+
+T = TypeVar("T")
+STARTS_BEHIND = limits.EPOCH_JUMP // limits.UNCLEAN_JUMP // 2  # unclean starts that use up half of a mailbox's numbers
+
+
+class Untouched(Generic[T]):
+    """What a call returns that turned out to change nothing: its transaction is rolled back, no number is used."""
+
+    def __init__(self, value: T) -> None:
+        self.value = value
+
+
+class Slot(NamedTuple):
+    """The writer slot of this opening: its number, its random tag, the count of its transactions (law 10)."""
+
+    number: int
+    tag: str
+    commits: int
+
+
+class Shared(NamedTuple):
+    """What is committed of the whole index but for the slot; replaced whole, so that any thread may read it."""
+
+    epoch: int
+    round: int
+    sequence: int
+    starts: int
+    uidvalidity: int
+    slots: dict[int, tuple[str, int]]  # of other openings
+    retired: tuple[str, ...]
+
+
+def connect(path: str, write: bool, create: bool = False) -> sqlite3.Connection:
+    """Opens the file as this program needs it; one that is missing is made only if asked for. Raises sqlite3.Error."""
+    connection = sqlite3.connect(
+        f"file:{quote(path)}?mode={'rwc' if create else 'rw'}",
+        uri=True,
+        isolation_level=None,
+        check_same_thread=False,
+        cached_statements=512,
+        timeout=limits.INDEX_BUSY_TIMEOUT_S,
+    )
+    if write:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA wal_autocheckpoint=8000")
+    else:
+        connection.execute("PRAGMA query_only=ON")
+    connection.execute("PRAGMA cache_size=-32768")
+    return connection
+
+
+def read_nodes(db: sqlite3.Connection) -> list[NodeRow]:
+    """All member nodes, by id."""
+    rows = db.execute(f"SELECT {schema.NODE_COLUMNS} FROM nodes ORDER BY id")
+    return [
+        NodeRow(r[0], r[1], r[2], Position(r[3], r[4]), Position(r[5], r[6]), r[7], r[8], bool(r[9]), bool(r[10]), r[11],
+                bool(r[12]))
+        for r in rows
+    ]  # fmt: skip
+
+
+class Core:
+    """What all parts of the index on SQLite stand on. Methods whose names begin with `_in_` run in the writing lane."""
+
+    def __init__(self, world: World, path: str) -> None:
+        self._world = world
+        self._path = path
+        self._write_lane: Lane = world.lane("index-write")
+        self._read_lane: Lane = world.lane("index-read")
+        self._db_open: sqlite3.Connection | None = None
+        self._reader_open: sqlite3.Connection | None = None
+        self._slot = Slot(0, "", 0)
+        self._shared = Shared(0, 0, 0, 0, 0, {}, ())
+        self._members: dict[str, NodeRow] = {}
+        self._sets: dict[tuple[str, ...], int] = {}  # numbers of placements by nodes in the order of receipts
+        self._fresh = 0  # the UIDVALIDITY given in this transaction
+        self._passed: dict[str, tuple[str, Position]] = {}  # incarnation and watermark of each member (law 7)
+        self._stale = False  # this transaction changed nodes or counters
+        self._resting = False  # this transaction is the last one
+        self._why_lost = ""  # this process met the proof itself: until a new epoch, nothing is numbered or listed
+        self._under_way = 0  # transactions on their way to the lane, or in it
+        self._changes = 0
+        self._used: dict[str, int] = {}  # octets of accounts asked for lately
+        self.catching_up = False
+        self.numbering = True
+        self.cluster = ""
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        """The writing lane's connection."""
+        if self._db_open is None:
+            raise IndexTrouble("the index is not open")
+        return self._db_open
+
+    @property
+    def _reader(self) -> sqlite3.Connection:
+        """The reading lane's connection."""
+        if self._reader_open is None:
+            raise IndexTrouble("the index is not open")
+        return self._reader_open
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    async def open(self, cluster: str = "") -> None:
+        """Opens or, with `cluster`, makes the database. Raises OperatorError."""
+        try:
+            await self._write_lane.run(self._in_open, cluster)
+            self._reader_open = await self._read_lane.run(connect, self._path, False)
+        except sqlite3.DatabaseError as error:
+            if "unable to open" in str(error):
+                raise OperatorError(
+                    f"the index {self._path} is missing or cannot be opened; if it is lost, `powermail rebuild` makes it anew"
+                ) from error
+            raise OperatorError(
+                f"the index {self._path} cannot be used: {error}; move it away and run `powermail rebuild`"
+            ) from error
+
+    def _in_open(self, cluster: str) -> None:
+        db = self._db_open = connect(self._path, write=True, create=bool(cluster))
+        if db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+            raise sqlite3.DatabaseError("integrity check failed")
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            migration.prepare(db, self._path, cluster, self._world.clock.now())
+            self._in_take_slot()
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+        self._in_forget_caches()
+        self.cluster = str(db.execute("SELECT value FROM meta WHERE name = 'cluster'").fetchone()[0])
+
+    def _in_take_slot(self) -> None:
+        """A fresh writer slot. If the one before does not say that it stopped, each mailbox leaps at its first numbering, and
+        so does UIDVALIDITY: a hot copy of the file, put back at once, leaves no other sign (law 10).
+        """
+        db = self._db
+        unclean = db.execute("SELECT count(*) FROM writers WHERE stopped = 0").fetchone()[0]
+        if unclean:
+            db.execute("UPDATE counters SET value = value + 1 WHERE name = 'starts'")
+            db.execute("UPDATE counters SET value = value + ? WHERE name = 'uidvalidity'", (limits.UNCLEAN_JUMP,))
+            # What was not numbered for many starts is checkpointed behind its leap, before the leap is too far (law 11).
+            db.execute(
+                "UPDATE mailboxes SET due_at = ? WHERE due_at = 0 AND start + ? <="
+                " (SELECT value FROM counters WHERE name = 'starts')",
+                (self._world.clock.now(), STARTS_BEHIND),
+            )
+        # This file has one writer at a time: whatever slot is open but mine is one whose process died.
+        db.execute(
+            "UPDATE writers SET stopped = 1, round = (SELECT value FROM counters WHERE name = 'round') WHERE stopped = 0"
+        )
+        self._in_new_slot()
+
+    def _in_new_slot(self) -> None:
+        """The next writer slot is ours from now on; inside a transaction that no count is raised for."""
+        number = self._db.execute("UPDATE counters SET value = value + 1 WHERE name = 'sequence' RETURNING value").fetchone()[0]
+        tag = self._world.entropy.octets(8).hex()
+        self._db.execute("INSERT INTO writers VALUES (?, ?, 1, 0, 0)", (number, tag))
+        self._slot = Slot(number, tag, 1)
+
+    async def close(self) -> None:
+        """Finishes what waits and closes."""
+        if self._reader_open is not None:
+            await self._read_lane.run(self._reader_open.close)
+        if self._db_open is not None:
+            await self._write_lane.run(self._db_open.close)
+        self._reader_open = self._db_open = None
+        self._write_lane.close()
+        self._read_lane.close()
+
+    def abandon(self) -> None:
+        """Lets go of the file as it is; the lanes are dead."""
+        for connection in (self._reader_open, self._db_open):
+            if connection is not None:
+                connection.close()
+
+    # -- transactions --------------------------------------------------------------------------------------------------
+
+    async def _write(self, call: Callable[..., T | Untouched[T]], *args: Any) -> T:
+        """Runs `call(*args)` in one transaction on the writing lane. Raises IndexTrouble."""
+        self._begin_change()
+        done = self._write_lane.run(self._in_transaction, call, args)
+        done.add_done_callback(self._end_change)
+        # Who waits may be cancelled; what has begun goes on, and is under way until it ends.
+        return await self._guard(asyncio.shield(done))
+
+    def _begin_change(self, clear: bool = True) -> None:
+        """Figures in memory that a change makes old are not kept while it is under way."""
+        self._changes += 1
+        self._under_way += 1
+        if clear:
+            self._used.clear()
+
+    def _end_change(self, _: object = None) -> None:
+        self._changes += 1
+        self._under_way -= 1
+
+    async def _ask(self, call: Callable[..., T], *args: Any) -> T:
+        """Runs `call(*args)`, which reads by one statement, on the reading lane. Raises IndexTrouble."""
+        return await self._guard(self._read_lane.run(call, *args))
+
+    async def _read(self, call: Callable[..., T], *args: Any) -> T:
+        """Runs `call(*args)` on the reading lane, in one snapshot. Raises IndexTrouble."""
+        return await self._guard(self._read_lane.run(self._in_snapshot, call, args))
+
+    @staticmethod
+    async def _guard(future: Awaitable[T]) -> T:
+        try:
+            return await future
+        except (sqlite3.Error, NumbersSpent) as error:
+            raise IndexTrouble(f"index: {error}") from error
+
+    def _in_snapshot(self, call: Callable[..., T], args: tuple[Any, ...]) -> T:
+        reader = self._reader
+        reader.execute("BEGIN")
+        try:
+            return call(*args)
+        finally:
+            if reader.in_transaction:
+                reader.execute("ROLLBACK")
+
+    def _in_transaction(self, call: Callable[..., T | Untouched[T]], args: tuple[Any, ...]) -> T:
+        db = self._db
+        before, slot = db.total_changes, self._slot
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            result = call(*args)
+            if isinstance(result, Untouched):
+                db.execute("ROLLBACK")
+                if db.total_changes != before:
+                    self._in_forget_caches()
+                return result.value
+            self._in_raise_count()
+            db.execute("COMMIT")
+            self._resting = False
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            self._slot = slot
+            self._in_forget_caches()
+            raise
+        self._slot = self._slot._replace(commits=self._slot.commits + 1)
+        if self._stale:
+            self._in_load()
+        elif self._fresh:
+            self._shared = self._shared._replace(uidvalidity=self._fresh)
+        self._fresh = 0
+        return result
+
+    def _in_raise_count(self) -> None:
+        """Last in each transaction. The file has one writer, so a row that is not as we left it is not our file (law 10)."""
+        slot = self._slot
+        raised = self._db.execute(
+            "UPDATE writers SET count = count + 1, stopped = ?, round = (SELECT value FROM counters WHERE name = 'round')"
+            " WHERE id = ? AND tag = ? AND count = ?",
+            (int(self._resting), slot.number, slot.tag, slot.commits),
+        )
+        if raised.rowcount != 1:
+            self._why_lost = f"writer slot {slot.number} is not where this process left it"
+            raise IndexLost(self._why_lost)
+
+    # -- copies in memory ----------------------------------------------------------------------------------------------
+
+    def _in_forget_caches(self) -> None:
+        """What is in memory may be wrong after a transaction that was rolled back. Parts add theirs."""
+        self._in_load()
+        self._placements = Placements(self._db)
+        self._sets.clear()
+
+    def _in_load(self) -> None:
+        """Reads node rows and counters again."""
+        self._fresh, self._resting = 0, False
+        db = self._db
+        before = self._shared
+        counters = dict(db.execute("SELECT name, value FROM counters").fetchall())
+        self._members = {row.id: row for row in read_nodes(db)}
+        self._passed = {row.id: (row.incarnation, row.watermark) for row in self._members.values()}
+        writers = db.execute("SELECT id, tag, count FROM writers ORDER BY id").fetchall()
+        self._shared = Shared(
+            counters["epoch"],
+            counters["round"],
+            counters["sequence"],
+            counters["starts"],
+            counters["uidvalidity"],
+            {number: (tag, count) for number, tag, count in writers if number != self._slot.number},
+            tuple(row[0] for row in db.execute("SELECT incarnation FROM retired ORDER BY incarnation")),
+        )
+        self.catching_up = bool(counters["catching_up"])
+        self.numbering = not counters["waiting"]
+        self._stale = False
+        if (before.epoch, before.starts) != (self._shared.epoch, self._shared.starts):
+            self._in_renumber_all()
+
+    def _in_renumber_all(self) -> None:
+        """Another epoch, or another start: what deliveries know of numbers is made anew."""
+        for statement in schema.arrivals(self._shared.epoch, self._shared.starts, self._slot.number, self._slot.tag):
+            self._db.execute(statement)
+
+    def _in_set(self, name: str, value: int) -> None:
+        """Sets a counter; copies in memory follow at the commit."""
+        self._db.execute("UPDATE counters SET value = ? WHERE name = ?", (value, name))
+        self._stale = True
+
+    def _complete(self) -> None:
+        """Raises IndexTrouble while a listing might be short (P7)."""
+        if self._why_lost:
+            raise IndexLost(self._why_lost)
+        if self.catching_up:
+            raise IndexTrouble("the index is catching up with the storage nodes")
+
+    # -- what was committed --------------------------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch."""
+        return self._shared.epoch
+
+    def mark(self) -> Mark:
+        """What is committed now. A count that is a moment old is fine: a mark never says more than is true (law 10)."""
+        slot, shared = self._slot, self._shared
+        slots: dict[int, tuple[str, int]] = {**shared.slots, slot.number: (slot.tag, slot.commits)}
+        return Mark(shared.sequence, slots, shared.epoch, shared.uidvalidity, shared.retired)
+
+    def _round(self) -> int:
+        """The round of law 9, read in the transaction that decides."""
+        return int(self._db.execute("SELECT value FROM counters WHERE name = 'round'").fetchone()[0])

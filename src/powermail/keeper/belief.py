@@ -1,0 +1,92 @@
+"""Owns comparing belief: what the index thinks a node holds against what the node says, and commit records read for the index.
+
+Danger: a copy that is believed and is not there counts as redundancy that does not exist (P1, P13).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from powermail.base.errors import CopyDamaged, CopyMissing
+from powermail.base.log import Event
+from powermail.base.world import World
+from powermail.index.contract import Fate, Index, NodeRow
+from powermail.mail.envelope import Commit
+from powermail.storage.contract import Held, StorageNode
+
+_decode = msgspec.json.Decoder(Commit).decode
+
+
+async def known_row(index: Index, node: StorageNode) -> NodeRow | None:
+    """What the index remembers of a node, if it is of the incarnation that the node has now. Raises IndexTrouble."""
+    for row in await index.node_rows():
+        if row.id == node.id:
+            return row if row.incarnation == node.incarnation else None
+    return None
+
+
+class Records(NamedTuple):
+    """Commit records of a node: those that could be read, and why others could not. What went meanwhile is in neither."""
+
+    good: dict[bytes, Commit]
+    bad: dict[bytes, str]
+
+
+async def read_commits(node: StorageNode, keys: Sequence[bytes]) -> Records:
+    """Reads commit records. Raises NodeTrouble: then nothing is known about the rest."""
+    good: dict[bytes, Commit] = {}
+    bad: dict[bytes, str] = {}
+    for key in keys:
+        try:
+            good[key] = _decode(await node.read_commit(key))
+        except CopyMissing:
+            continue  # deleted, aborted or dropped since it was shown
+        except (CopyDamaged, msgspec.DecodeError) as error:
+            bad[key] = str(error)
+    return Records(good, bad)
+
+
+class Doubts(NamedTuple):
+    """Outcome of a comparison: how many beliefs ended, and whether a live message has a tombstone there (law 6)."""
+
+    missing: int
+    lost: bool
+
+
+async def compare_belief(index: Index, node: StorageNode, keys: Sequence[bytes]) -> Doubts:
+    """Asks a node for keys that are believed to lie there; only what it holds keeps the belief (law 12).
+
+    What it cannot tell is suspected: a tombstone goes there too when the message dies. Raises NodeTrouble, IndexTrouble.
+    """
+    held = dict(zip(keys, await node.has(keys), strict=True))
+    gone = [key for key, state in held.items() if state in (Held.ABSENT, Held.DEAD)]
+    dead = [key for key, state in held.items() if state is Held.DEAD]
+    if dead and Fate.LIVE in (await index.fates(dead)).values():
+        return Doubts(0, True)
+    if gone:
+        await index.disbelieve(node.id, gone)
+    unknown = [key for key, state in held.items() if state is Held.UNKNOWN]
+    for key in unknown:
+        await index.note_bad(key, node.id, "the log was found damaged where it may have been")
+    return Doubts(len(gone) + len(unknown), False)
+
+
+async def is_good(world: World, index: Index, node: StorageNode, key: bytes) -> bool:
+    """Reads and checks a whole copy; a bad one is noted. False also if it went meanwhile. Raises NodeTrouble, IndexTrouble."""
+    try:
+        await node.verify(key)
+    except CopyMissing:
+        return False
+    except CopyDamaged as error:
+        world.log.event(Event.COPY_BAD, key=key, node=node.id, error=str(error))
+        await index.note_bad(key, node.id, str(error))
+        return False
+    return True
+
+
+async def is_proof(index: Index, tombstones: Sequence[bytes]) -> bool:
+    """True if a tombstone among these belongs to a live message: the index lost commits (law 6). Raises IndexTrouble."""
+    return bool(tombstones) and Fate.LIVE in (await index.fates(tombstones)).values()

@@ -1,0 +1,246 @@
+"""Owns lost commits: marks on the nodes by which they are noticed, and what follows when they are (laws 10, 11).
+
+Order of an epoch: raised above what nodes of G-R+1 groups know; durable on R groups; heads of checkpoints learned from G-R+1
+groups; numbers are given again; every node is walked; when G-R+1 groups are, readers are let in. Each step may be interrupted:
+the index remembers how far it came, and a process that finds it half done begins with a higher epoch.
+Danger: a number given before the epoch is durable, or the heads are known, may be given twice (P10).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from typing import TypeVar
+
+from powermail.base import limits
+from powermail.base.errors import NodeTrouble, Trouble
+from powermail.base.log import Event
+from powermail.base.world import World
+from powermail.cluster.cluster import Cluster
+from powermail.index.contract import Head, Index, NodeRow
+from powermail.storage.contract import Mark, NodeFacts, StorageNode
+
+T = TypeVar("T")
+Heads = Callable[[StorageNode], AsyncIterator[list[Head]]]
+_LOOK_S = 1.0
+_TRANSACTIONS_MAX = limits.MARK_NUMBERS_MAX // limits.INDEX_BATCH_MAX  # each gives a mailbox at most so many numbers
+
+
+def transactions(mark: Mark) -> int:
+    """How many transactions its slots have counted."""
+    return sum(count for _, count in mark.slots.values())
+
+
+class Marker:
+    """Puts the index's mark on every node: after 10 s of activity, after 10,000 numbers, at start and at stop (law 10)."""
+
+    def __init__(self, world: World, cluster: Cluster, index: Index) -> None:
+        self._world = world
+        self._cluster = cluster
+        self._index = index
+        self._put: dict[str, tuple[str, Mark, float]] = {}  # incarnation, mark and when, by node
+
+    async def step(self, node: StorageNode) -> float:
+        """Puts the mark on one node if it is due. Raises NodeTrouble."""
+        if node in self._cluster.admitted() and self._index.numbering and self._is_due(node):
+            await self.put(node)
+        return _LOOK_S
+
+    def _is_due(self, node: StorageNode) -> bool:
+        incarnation, before, at = self._put.get(node.id, ("", Mark(), 0.0))
+        mark = self._index.mark()
+        if incarnation != node.incarnation:
+            return True
+        if mark == before:
+            return False
+        numbered = transactions(mark) - transactions(before) >= _TRANSACTIONS_MAX
+        return numbered or self._world.clock.monotonic() - at >= limits.MARK_INTERVAL_S
+
+    async def put(self, node: StorageNode) -> None:
+        """Puts the mark on one node. Raises NodeTrouble."""
+        mark, incarnation = self._index.mark(), node.incarnation
+        await node.put_mark(mark)
+        self._world.counters.add("law.10.marks")
+        self._put[node.id] = incarnation, mark, self._world.clock.monotonic()
+
+    async def put_all(self, deadline_s: float = limits.NODE_CALL_TIMEOUT_S) -> None:
+        """At start and at stop: every node that answers in time gets the mark; nobody waits for a sick one (law 14)."""
+        await asyncio.gather(*(self._put_within(node, deadline_s) for node in self._cluster.admitted()))
+
+    async def _put_within(self, node: StorageNode, deadline_s: float) -> None:
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self.put(node)
+        except (Trouble, TimeoutError) as error:
+            self._world.log.event(Event.TROUBLE, worker="marks", node=node.id, error=str(error) or "no answer in time")
+
+
+class EpochKeeper:
+    """Notices that the index lost commits, and brings it back step by step. One of it does so at a time.
+
+    A node is *intact* while its history goes back to before the commits were lost: its row in the index names a boot. One that
+    was admitted with a new incarnation later has an empty boot there until the index has caught up.
+    """
+
+    def __init__(self, world: World, cluster: Cluster, index: Index, heads: Heads) -> None:
+        self._world = world
+        self._cluster = cluster
+        self._index = index
+        self._heads = heads
+        self._lock = asyncio.Lock()
+        self._new: dict[str, str] = {}  # incarnations admitted since the index was known to be whole, by node
+        self._compared: dict[str, None] = {}  # nodes whose marks proved nothing since then
+        self._raised = 0  # the epoch that this process raised and has not begun yet
+        self._marks_read = False
+        self._durable = False
+        self._heads_read: dict[str, str] = {}  # incarnations whose heads were learned, by node
+        self.why = ""  # the last loss, for status
+
+    # -- noticing ---------------------------------------------------------------------------------------------------
+
+    async def compare(self, node: StorageNode, facts: NodeFacts) -> bool:
+        """True if a node's mark proves that commits were lost: then the epoch was raised. Raises IndexTrouble."""
+        if not self._index.lost(facts.mark):
+            self._compared[node.id] = None
+            return False
+        async with self._lock:
+            why = self._index.lost(facts.mark)
+            if why:  # not dealt with while this waited
+                await self._raise([facts.mark], why)
+        return True
+
+    async def raise_epoch(self, why: str) -> None:
+        """Commits were lost, as something other than a mark shows. Raises IndexTrouble."""
+        async with self._lock:
+            await self._raise([], why)
+
+    def note_new(self, node: str, incarnation: str) -> None:
+        """This incarnation was admitted just now: if a loss is noticed later, its history does not go back far enough."""
+        self._new[node] = incarnation
+        self._compared.clear()
+
+    async def _raise(self, marks: list[Mark], why: str) -> None:
+        """From here on nothing is numbered. What other nodes know is read in `step`, which raises it again if need be."""
+        epoch = await self._index.raise_epoch(marks, why)  # law 11
+        self._world.counters.add("law.11.epochs")
+        self._raised, self.why = epoch, why
+        self._marks_read = self._durable = False
+        self._heads_read.clear()
+        for row in await self._index.node_rows():
+            if row.boot and self._new.get(row.id) == row.incarnation:
+                await self._index.note_boot(row.id, row.incarnation, "")
+        self._new.clear()
+        self._compared.clear()
+        self._world.log.event(Event.EPOCH_RAISED, epoch=epoch, error=why)
+
+    # -- coming back ------------------------------------------------------------------------------------------------
+
+    async def step(self) -> float:
+        """Goes on with an epoch that was raised as far as the nodes allow. Raises Trouble that says what lacks."""
+        if not self._index.numbering or self._index.lost(Mark()):  # what the index found out by itself needs no mark
+            async with self._lock:
+                await self._begin()
+        if self._index.catching_up:
+            await self._catch_up()
+        elif self._new:
+            old = [node for node in self._compared if node not in self._new]
+            if not self._lacks(await self._index.node_rows(), old, self._compared):
+                self._new.clear()  # the index has lost nothing so far: they belong to its history
+        return _LOOK_S
+
+    async def _begin(self) -> None:
+        why = self._index.lost(Mark())
+        if why or not self._raised:
+            await self._raise([], why or "a process stopped before the new epoch had begun")
+        rows = await self._index.node_rows()
+        if not self._marks_read:
+            await self._read_marks(rows)
+        if not self._durable:
+            await self._make_durable()
+        await self._read_heads(rows)
+        await self._index.begin_epoch()
+        self._world.log.event(Event.EPOCH_RAISED, epoch=self._index.epoch, begun=True)
+        self._raised = 0
+
+    async def _read_marks(self, rows: Sequence[NodeRow]) -> None:
+        """Law 11: no node of G-R+1 groups with intact history knows a higher epoch."""
+        answers = await self._ask_all(self._cluster.readable(), lambda node: node.facts())
+        marks = {node: facts.mark for node, facts in answers.items()}
+        whole = [node for node, facts in answers.items() if is_intact(rows, node, facts.incarnation)]
+        self._ask_groups(rows, whole, list(marks), "marks of")
+        if any(self._index.lost(mark) or self._rivals(mark) for mark in marks.values()):
+            await self._raise(list(marks.values()), self.why)
+        self._marks_read = True
+
+    def _rivals(self, mark: Mark) -> bool:
+        """True if a node knows this epoch, or a higher one, from another life of the index: a backup was restored twice."""
+        if mark.epoch < self._index.epoch:
+            return False
+        ours = self._index.mark().slots
+        number = max(mark.slots, default=0)
+        return number not in ours or ours[number][0] != mark.slots[number][0]
+
+    async def _make_durable(self) -> None:
+        """Law 11: the epoch stands on nodes of R groups before a number is given out in it."""
+        mark = self._index.mark()
+        done = await self._ask_all(self._cluster.admitted(), lambda node: node.put_mark(mark))
+        groups = {self._cluster.nodes[node].group for node in done}
+        if len(groups) < self._cluster.copies_required:
+            raise NodeTrouble(f"epoch {self._raised} is durable on {len(groups)} of {self._cluster.copies_required} groups")
+        self._durable = True
+
+    async def _read_heads(self, rows: Sequence[NodeRow]) -> None:
+        """Law 11: no mailbox gets a number before the heads of its checkpoints were read."""
+        asked = [node for node in self._cluster.readable() if self._heads_read.get(node.id) != node.incarnation]
+        self._heads_read.update(await self._ask_all(asked, self._learn_heads))
+        whole = [node for node, incarnation in self._heads_read.items() if is_intact(rows, node, incarnation)]
+        self._ask_groups(rows, whole, list(self._heads_read), "checkpoints of")
+
+    async def _learn_heads(self, node: StorageNode) -> str:
+        incarnation = node.incarnation
+        async for page in self._heads(node):
+            await self._index.learn_heads(page)
+        return incarnation
+
+    async def _ask_all(self, nodes: Sequence[StorageNode], ask: Callable[[StorageNode], Awaitable[T]]) -> dict[str, T]:
+        """What these nodes answer, all asked at once; who is in trouble is left out (law 14). Raises IndexTrouble."""
+        answers = await asyncio.gather(*(ask(node) for node in nodes), return_exceptions=True)
+        found: dict[str, T] = {}
+        for node, answer in zip(nodes, answers, strict=True):
+            if isinstance(answer, NodeTrouble):
+                self._world.log.event(Event.TROUBLE, worker="epochs", node=node.id, error=str(answer))
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                found[node.id] = answer
+        return found
+
+    async def _catch_up(self) -> None:
+        rows = await self._index.node_rows()
+        walked = [row.id for row in rows if not row.owes_walk]
+        whole = [row.id for row in rows if not row.owes_walk and row.boot]
+        self._ask_groups(rows, whole, walked, "walks of")
+        self._world.counters.add("law.11.caught_up")
+        await self._index.caught_up()  # every message has a copy, or a tombstone, on a node that was walked
+        self._world.log.event(Event.EPOCH_RAISED, epoch=self._index.epoch, caught_up=True)
+
+    def _ask_groups(self, rows: Sequence[NodeRow], whole: Collection[str], answered: Collection[str], what: str) -> None:
+        """Raises NodeTrouble unless nodes of G-R+1 groups are whole, or every node there is has answered."""
+        if lacks := self._lacks(rows, whole, answered):
+            raise NodeTrouble(f"lost commits: {what} {lacks}")
+
+    def _lacks(self, rows: Sequence[NodeRow], whole: Collection[str], answered: Collection[str]) -> str:
+        """What is missing to know what G-R+1 groups know; "" if nothing is. A group counts with all its members (law 11)."""
+        members = {row.id: row.group for row in rows} | self._cluster.groups()
+        groups = set(members.values())
+        done = {group for group in groups if all(node in whole for node, of in members.items() if of == group)}
+        needed = len(groups) - self._cluster.copies_required + 1
+        if len(done) >= needed or all(node in answered for node in members):
+            return ""
+        away = sorted(node for node in members if node not in answered)
+        return f"{needed} groups are needed, {len(done)} are there; not yet: {', '.join(away)}"
+
+
+def is_intact(rows: Sequence[NodeRow], node: str, incarnation: str) -> bool:
+    """True if the history of this incarnation goes back to before the commits were lost (law 11)."""
+    return any(row.id == node and row.incarnation == incarnation and row.boot for row in rows)

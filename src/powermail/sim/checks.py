@@ -1,0 +1,132 @@
+"""Owns the judgement of a simulation: what the disks really hold, and in calm, whether all is as the clients were told."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from powermail.base.errors import Trouble
+from powermail.cluster.cluster import Cluster
+from powermail.index.view import View
+from powermail.sim import fleet as fl
+from powermail.sim.client import Lost, Peer
+from powermail.sim.users import FOLDERS
+from powermail.sim.world import DATA, Machine
+from powermail.storage.contract import Held
+from powermail.storage.node import LocalNode
+
+if TYPE_CHECKING:
+    from powermail.sim.run import Simulation
+
+_CALM_S = 900.0  # virtual time within which all must be well again
+_SETTLED_S = 120.0  # what a killed front end left on one node is entered by then
+
+
+def live_groups(cluster: Cluster, machine: Machine, key: bytes) -> tuple[set[str], set[str]]:
+    """(groups that durably hold a live copy, groups whose disks cannot be looked at now)."""
+    live: set[str] = set()
+    unseen: set[str] = set()
+    for node in cluster.nodes.values():
+        assert isinstance(node, LocalNode)
+        held = node.look([key]) if f"{DATA}/nodes/{node.id}" not in machine.disk.away else None
+        if held is None:
+            unseen.add(node.group)
+        elif held[0] is Held.LIVE or held[0] is Held.DEAD:  # read and deleted already
+            live.add(node.group)
+    return live, unseen
+
+
+def buried_keys(cluster: Cluster) -> dict[bytes, None]:
+    """Keys that some node holds a tombstone of, as far as it can be looked at."""
+    found: dict[bytes, None] = {}
+    for node in cluster.nodes.values():
+        assert isinstance(node, LocalNode)
+        found.update(dict.fromkeys(node.tombstones()))
+    return found
+
+
+class Judge:
+    """The liveness phase, then the judgement of the whole history."""
+
+    def __init__(self, simulation: Simulation, peer: type[Peer], accounts: dict[str, str]) -> None:
+        self._simulation = simulation
+        self._peer = peer
+        self._accounts = accounts
+        self._problems = simulation.outcome.problems
+
+    async def judge(self) -> None:
+        """Adds what is wrong to the outcome's problems."""
+        simulation, problems = self._simulation, self._problems
+        await asyncio.sleep(_SETTLED_S)
+        await simulation.healed(_CALM_S)
+        for name in simulation.node_names:  # what rotted while the operator's scrub could not run is found now
+            await simulation.operation("node_scrub", node=name)
+        if not await simulation.healed(_CALM_S):
+            status = await simulation.operation("status")
+            what = status["degraded"] if isinstance(status, dict) else "no answer"
+            problems.append(f"not well {_CALM_S:.0f} s after the last fault: {what}")
+        for _ in range(int(_CALM_S)):
+            if await simulation.operation("queue_list", after=0, limit=100) == []:
+                break
+            await asyncio.sleep(1.0)
+        else:
+            problems.append("the queue is not empty")
+        verified = await simulation.operation("verify")
+        if not isinstance(verified, dict) or verified["problems"]:
+            found = verified["problems"][:3] if isinstance(verified, dict) else "no answer"
+            problems.append(f"verify: {found} (P3, P5)")
+        for mailbox in fl.MAILBOXES:
+            await self._mailbox(mailbox)
+        await self._accounts_whole()
+        for message in simulation.fleet.history.messages:
+            for name in message.recipients:
+                if name in fl.FORWARDS and message.acked and not self._peer.taken.get((message.number, fl.FORWARDS[name])):
+                    problems.append(f"message {message.number} to {name} was acked and never sent on (P1)")
+
+    async def _mailbox(self, mailbox: str) -> None:
+        history = self._simulation.fleet.history
+        counts: dict[int, int] | None = None
+        for _ in range(100):
+            try:
+                counts = await self._simulation.fleet.read(mailbox, delete=False)
+            except Lost:
+                counts = None
+            if counts is not None:
+                break
+            await asyncio.sleep(1.0)
+        if counts is None:
+            self._problems.append(f"{mailbox} cannot be read in calm")
+            return
+        for number, count in counts.items():
+            message = history.messages[number]
+            if count > message.acks + message.unknown:
+                self._problems.append(f"{mailbox}: message {number} is there {count} times; {message.acks} acks (P4)")
+
+    async def _accounts_whole(self) -> None:
+        """What users of mailboxes were told holds: nothing acknowledged is gone, nothing expunged is back, views are whole."""
+        index, ledger = self._simulation.index(), self._simulation.ledger
+        if index is None:
+            return
+        try:
+            for address, account in self._accounts.items():
+                shown: set[bytes] = set()
+                for name in FOLDERS:
+                    facts = await index.find_mailbox(account, name)
+                    if facts is None:
+                        continue
+                    entries = await index.entries(facts.id, 0, facts.uid_next, 1 << 20)
+                    shown.update(entry.key for entry in entries)
+                    view: View = await index.view(facts.id)
+                    if list(view.uids) != [entry.uid for entry in entries]:
+                        self._problems.append(f"{address}/{name}: view and entries differ")
+                for message in self._simulation.fleet.history.messages:
+                    if address not in message.recipients:
+                        continue
+                    for key in message.keys:
+                        which = (account, key)
+                        if key not in shown and which not in ledger.gone_asked:
+                            self._problems.append(f"{address}: message {message.number}, {key.hex()}, is nowhere (P1)")
+                        if key in shown and which in ledger.gone_told and which not in ledger.doubtful:
+                            self._problems.append(f"{address}: message {message.number}, {key.hex()}, is back (P8)")
+        except Trouble as error:
+            self._problems.append(f"mailboxes cannot be looked at in calm: {error}")

@@ -1,0 +1,36 @@
+"""An older state of a disk that has grown again is known by its chain of boots (law 12)."""
+
+from __future__ import annotations
+
+from powermail.storage.contract import START, Held
+from tests.keeper.rig import Rig, go
+
+
+def test_an_older_disk_whose_log_is_as_long_as_before_is_noticed() -> None:
+    """It took mail before anybody compared it, so its end tells nothing."""
+
+    async def body(rig: Rig) -> None:
+        gone = [await rig.deliver("ab") for _ in range(3)]
+        await rig.keep(200)
+        node = rig.nodes["a"]
+        old, before = node.snapshot(), node.incarnation
+        await rig.reopen("a")
+        for key in gone:
+            await rig.delete(key)
+        await rig.keep(2000)
+        assert [await rig.fate(key) for key in gone] == [None] * 3, "deleted and forgotten"
+        row = await rig.row("a")
+        await node.close()
+        node.put_back(old)
+        await node.open()
+        while (await node.facts()).end <= max(row.watermark, row.end_seen):
+            await rig.put("a", rig.key())
+        await rig.watch()
+        facts = await node.facts()
+        assert facts.incarnation != before
+        assert facts.birth > START
+        await rig.keep(300)
+        assert await rig.listed() == []
+        assert [await rig.held("a", key) for key in gone] == [Held.ABSENT] * 3
+
+    go(body)

@@ -1,0 +1,119 @@
+"""Forgetting: rounds (law 9)."""
+
+from __future__ import annotations
+
+import asyncio
+
+from powermail.base import limits
+from powermail.base.errors import CommitRefused, NodeTrouble
+from powermail.index.contract import Fate
+from powermail.storage.contract import Chunk, Held, Origin
+from tests.keeper.rig import DAY_S, Rig, go
+
+
+def test_dead_rows_are_forgotten_after_a_round() -> None:
+    async def body(rig: Rig) -> None:
+        keys = [await rig.deliver("ab") for _ in range(3)]
+        await rig.index.abort(aborted := rig.key(), ["a", "b"])
+        for key in keys:
+            await rig.delete(key)
+        await rig.keep(30)
+        assert await rig.index.dead_total() == 4
+        await rig.keep(limits.ROUND_INTERVAL_S + 100)
+        assert await rig.index.dead_total() == 0
+        assert await rig.held("a", aborted) is Held.DEAD, "tombstones stay longer"
+
+    go(body)
+
+
+def test_abort_rows_are_not_forgotten_while_a_node_is_away() -> None:
+    async def body(rig: Rig) -> None:
+        key = rig.key()
+        await rig.put("c", key)
+        await rig.index.abort(key, ["a", "b", "c"])
+        rig.away("c")
+        await rig.keep(2000)
+        rig.world.clock.skew_s += 8 * DAY_S  # type: ignore[attr-defined]
+        await rig.keep(2000)
+        assert await rig.fate(key) is Fate.ABORTED
+        assert any("node c is away" in alarm and "expel c" in alarm for alarm in rig.forgetter.alarms)
+        await rig.back("c")
+        await rig.keep(3000)
+        assert await rig.held("c", key) is Held.DEAD
+        assert await rig.fate(key) is None
+        assert rig.forgetter.alarms == []
+        assert await rig.listed() == []
+
+    go(body)
+
+
+def test_a_commit_that_slept_through_a_round_is_refused() -> None:
+    async def body(rig: Rig) -> None:
+        key = rig.key()
+        await rig.index.abort(key, ["b"])
+        await rig.each(rig.collector.step)
+        await rig.forgetter.step()
+        stamp = rig.nodes["a"].stamp()
+        await asyncio.sleep(1)
+        rig.forgetter._raised_at = float("-inf")  # without the wait, which is comfort
+        await rig.each(rig.forgetter.scan)
+        chunk = Chunk(0, 0, b"x", 1)
+        try:
+            await rig.nodes["a"].commit(key, [chunk], rig.commit(), 1, stamp, Origin.DELIVERY)
+        except CommitRefused:
+            pass
+        else:
+            raise AssertionError("a stamp that is older than the fence")
+        await rig.keep(1000)
+        assert await rig.fate(key) is None and await rig.held("a", key) is Held.ABSENT
+
+    go(body)
+
+
+def test_a_stretch_that_cannot_be_read_holds_forgetting_back() -> None:
+    async def body(rig: Rig) -> None:
+        hidden = rig.key()
+        await rig.put("a", hidden)
+        rig.nodes["a"].hide(hidden)
+        await rig.delete(await rig.deliver("ab"))
+        await rig.keep(2000)
+        assert await rig.index.dead_total() == 1
+        assert any("cannot be read" in alarm for alarm in rig.forgetter.alarms)
+        rig.nodes["a"].hide(hidden, False)
+        await rig.keep(2000)
+        assert await rig.index.dead_total() == 0
+        assert await rig.listed() == [hidden]
+
+    go(body)
+
+
+def test_a_node_without_a_stamp_is_not_scanned_for_a_round() -> None:
+    async def body(rig: Rig) -> None:
+        await rig.delete(await rig.deliver("ab"))
+        await rig.forgetter.step()
+        await asyncio.sleep(100)
+        rig.nodes["a"].stamp = lambda: None  # type: ignore[method-assign]
+        try:
+            await rig.forgetter.scan(rig.nodes["a"])
+        except NodeTrouble as error:
+            assert "stamp" in str(error)
+        else:
+            raise AssertionError("it must not count as scanned")
+        assert (await rig.row("a")).scan_round == 0
+
+    go(body)
+
+
+def test_a_new_incarnation_is_scanned_anew() -> None:
+    async def body(rig: Rig) -> None:
+        await rig.delete(await rig.deliver("ab"))
+        await rig.keep(60)
+        await rig.forgetter.step()
+        await rig.nodes["c"].close()
+        await rig.nodes["c"].initialise()
+        await rig.watch()
+        assert (await rig.row("c")).scan_round == 0
+        await rig.keep(2000)
+        assert await rig.index.dead_total() == 0
+
+    go(body)

@@ -1,0 +1,135 @@
+"""Repair: what is thin becomes whole again (P13)."""
+
+from __future__ import annotations
+
+import asyncio
+
+from powermail.base import limits
+from powermail.index.contract import Fate
+from powermail.storage.contract import Held, Origin
+from tests.keeper.rig import Rig, go
+
+
+def test_a_thin_message_gets_a_copy_in_another_group() -> None:
+    async def body(rig: Rig) -> None:
+        key = await rig.deliver("a")
+        await rig.repairer.step()
+        believed = await rig.believed(key)
+        assert len(believed) == 2 and "a" in believed
+        origins = [item.origin for node in believed for item in await rig.nodes[node].inventory(b"", 10)]
+        assert sorted(origins) == [Origin.DELIVERY, Origin.REPAIR]
+        assert rig.repairer.rate > 0
+
+    go(body)
+
+
+def test_64_unrepairable_messages_starve_nobody() -> None:
+    async def body(rig: Rig) -> None:
+        lost = [await rig.deliver("a") for _ in range(limits.REPAIR_BATCH)]
+        thin = [await rig.deliver("a") for _ in range(3)]
+        assert max(lost) < min(thin), "they come first"
+        for key in lost:
+            rig.nodes["a"].damage(key)
+        await rig.keep(60)
+        assert [len(await rig.believed(key)) for key in thin] == [2, 2, 2]
+        assert rig.repairer.unrepairable_total == limits.REPAIR_BATCH
+        assert set(rig.repairer.unrepairable) <= set(lost) and rig.repairer.unrepairable
+        assert [await rig.held("a", key) for key in lost] == [Held.LIVE] * len(lost), "nothing is thrown away"
+
+    go(body)
+
+
+def test_totals_are_not_counted_for_every_batch() -> None:
+    async def body(rig: Rig) -> None:
+        for _ in range(3 * limits.REPAIR_BATCH):
+            await rig.deliver("a")
+        count, counted = rig.index.under_copied_total, []
+
+        async def counting(*asked: object) -> tuple[int, int]:
+            counted.append(asked)
+            return await count(*asked)  # type: ignore[arg-type]
+
+        rig.index.under_copied_total = counting  # type: ignore[method-assign,assignment]
+        for _ in range(4):
+            await rig.repairer.step()
+        assert len(counted) == 1
+        assert rig.repairer.left == 0
+
+    go(body)
+
+
+def test_a_bad_source_is_noted_and_another_is_used() -> None:
+    async def body(rig: Rig) -> None:
+        key = await rig.deliver("ab")
+        rig.nodes["a"].damage(key)
+        rig.away("b")
+        await rig.repairer.step()
+        await asyncio.sleep(301)
+        await rig.repairer.step()
+        assert await rig.index.suspects("a", b"", 10) == [key]
+        assert await rig.held("a", key) is Held.LIVE, "it may be the best there is"
+        await rig.back("b")
+        await rig.keep(100)
+        believed = await rig.believed(key)
+        assert len(believed) == 2
+        for node in believed:
+            await rig.nodes[node].verify(key)
+        await rig.check()
+
+    go(body)
+
+
+def test_a_copy_that_is_there_already_is_believed_and_not_made_again() -> None:
+    async def body(rig: Rig) -> None:
+        key = await rig.deliver("a")
+        await rig.put("b", key, Origin.REPAIR)
+        await rig.put("c", key, Origin.REPAIR)
+        await rig.repairer.step()
+        assert len(await rig.believed(key)) == 2
+        assert not any("append" in node.calls for node in rig.nodes.values())
+
+    go(body)
+
+
+def test_a_copy_of_a_message_that_died_meanwhile_is_ordered_away() -> None:
+    async def body(rig: Rig) -> None:
+        key = await rig.deliver("a")
+        believe = rig.index.believe
+
+        async def late(key: bytes, node: str) -> bool:
+            rig.index.believe = believe  # type: ignore[method-assign]
+            await rig.delete(key)
+            return await believe(key, node)
+
+        rig.index.believe = late  # type: ignore[method-assign]
+        await rig.repairer.step()
+        assert await rig.fate(key) is Fate.DEAD
+        await rig.each(rig.collector.step)
+        assert Held.LIVE not in [await rig.held(node, key) for node in "abc"]
+
+    go(body)
+
+
+def test_a_node_that_hangs_delays_repair_once() -> None:
+    async def body(rig: Rig) -> None:
+        keys = [await rig.deliver("a") for _ in range(20)]
+        rig.nodes["b"].hang()
+        began = rig.world.clock.monotonic()
+        while min([len(await rig.believed(key)) for key in keys]) < 2:
+            await rig.repairer.step()
+        assert rig.world.clock.monotonic() - began < 3 * limits.NODE_CALL_TIMEOUT_S
+        rig.nodes["b"].release()
+
+    go(body)
+
+
+def test_short_absences_are_not_repaired_around() -> None:
+    async def body(rig: Rig) -> None:
+        key = await rig.deliver("ab")
+        rig.away("b")
+        await rig.keep(200)
+        assert await rig.believed(key) == ("a", "b")
+        await rig.keep(200)
+        assert await rig.believed(key) == ("a", "b", "c")
+
+    go(body)

@@ -1,0 +1,80 @@
+"""Background jobs survive what goes wrong, say it, slow down, and recover (law 14)."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from powermail.base.clock import SystemClock
+from powermail.base.errors import InvariantBroken, NodeTrouble
+from powermail.base.log import MemoryLog
+from powermail.base.tasks import Worker
+
+
+class Job:
+    """A step that goes wrong as often as a test says."""
+
+    def __init__(self, *errors: BaseException) -> None:
+        self.errors = list(errors)
+        self.done = asyncio.Event()
+
+    async def step(self) -> float:
+        if self.errors:
+            raise self.errors.pop(0)
+        self.done.set()
+        return 60.0
+
+
+def worker(job: Job, log: MemoryLog, broken: list[BaseException]) -> Worker:
+    return Worker("job", job.step, SystemClock(), log, broken.append)
+
+
+async def until(condition: object) -> None:
+    """Lets others run until it is so."""
+    async with asyncio.timeout(5):
+        while not condition():  # type: ignore[operator]
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), RuntimeError("bug"), AssertionError(), NodeTrouble("away"), OSError(5, "EIO")]
+)
+async def test_a_worker_survives_every_exception_and_says_so(error: Exception) -> None:
+    log, job = MemoryLog(), Job(error)
+    made = worker(job, log, [])
+    task = asyncio.create_task(made.run())
+    await until(lambda: made.errors == 1)
+    assert type(error).__name__ in made.trouble
+    assert made.describe()["status"] == made.trouble
+    made.poke()
+    await asyncio.wait_for(job.done.wait(), 5)
+    await until(lambda: made.status == "idle")
+    assert made.trouble == ""
+    task.cancel()
+    kinds = [line.split()[1] for line in log.lines]
+    assert ("bug" in kinds) is not isinstance(error, NodeTrouble | OSError)
+
+
+async def test_a_broken_invariant_ends_the_process_and_not_only_the_worker() -> None:
+    broken: list[BaseException] = []
+    error = InvariantBroken("two messages under one key")
+    made = worker(Job(error), MemoryLog(), broken)
+    with pytest.raises(InvariantBroken):
+        await made.run()
+    assert broken == [error]
+
+
+async def test_a_worker_in_trouble_slows_down() -> None:
+    job = Job(*[RuntimeError("the same")] * 3)
+    log = MemoryLog()
+    made = worker(job, log, [])
+    task = asyncio.create_task(made.run())
+    pauses = []
+    for number in (1, 2, 3):
+        await until(lambda number=number: made.errors == number)
+        pauses.append(made._pause_s)
+        made.poke()
+    task.cancel()
+    assert pauses == [1.0, 2.0, 4.0]
+    assert len([line for line in log.lines if "bug" in line]) == 1, "the same error is written once"
