@@ -95,7 +95,7 @@ def _membership(laws: Laws, bounds: Bounds, state: State, i: int, node: Node) ->
             gone = put(gone, i, ask="done")
         yield f"!node {i} is expelled", forgive(commit(change(gone, harm=state.harm + 1)))
     if not node.known.member:
-        if laws.retired_for_ever:
+        if laws.retired_for_ever:  # law 9
             boots = state.boots + 1
             back = put(state, i, log=str(boots), inc=boots, birth=0, epoch=0, ahead=False, ask=node.ask and "done")
             back = change(put(back, i, known=Known(inc=boots, mark=1, boot=str(boots))), boots=boots)

@@ -66,7 +66,7 @@ def _reconcile(laws: Laws, bounds: Bounds, state: State, i: int, node: Node) -> 
     if node.known.mark < len(node.log):
         yield from _scanned(laws, bounds, state, i, False)
     if decided and not node.known.scanned:
-        named = put(state, i, shut=True) if laws.names_stamp else state
+        named = put(state, i, shut=True) if laws.names_stamp else state  # laws 2, 9
         yield from _scanned(laws, bounds, named, i, True)
 
 
@@ -90,7 +90,7 @@ def _apply_kept(laws: Laws, bounds: Bounds, state: State, i: int, scan: Scan) ->
     known = state.nodes[i].known
     after = put(state, i, kept=())
     yield f"the keeper of node {i} dies", after
-    same = known.inc == scan.inc and known.mark == scan.start and not known.owes
+    same = known.inc == scan.inc and known.mark == scan.start
     if known.member and (same or not laws.compare_and_set):  # law 6
         yield f"the keeper of node {i} applies what it read", apply(laws, after, i, scan)
 
@@ -105,13 +105,13 @@ def apply(laws: Laws, state: State, i: int, scan: Scan) -> State:
     )
     after = commit(put(after, i, caught=True))
     if scan.found == "t":
-        return lose(laws, state) if state.row == "live" else after
+        return lose(laws, state) if state.row == "live" else after  # law 6: proof of lost commits
     if not scan.found:
         return after
     if state.row == "live":
         return know(after, i, copy=True)
     if decided:
-        return order(laws, after, i) if laws.dead_row else after
+        return order(laws, after, i) if laws.dead_row else after  # law 6
     if (scan.found == "d" or not laws.origin) and (scan.at >= state.nodes[i].birth or not laws.birth_mark):
         return know(decide(after, "live"), i, copy=True)
     return drop(laws, after, i, scan.at)
@@ -165,6 +165,7 @@ def _forget(laws: Laws, state: State) -> Steps:
     if state.row not in ("dead", "aborted"):
         return
     members = [node.known for node in state.nodes if node.known.member]
+    # law 9: no orders, all scanned in a later round, and no walk owed
     if laws.forget_waits_orders and any(known.order for known in members):
         return
     if laws.forget_waits_scan and not all(known.scanned for known in members):
@@ -211,7 +212,7 @@ def _compaction(laws: Laws, bounds: Bounds, state: State, i: int, node: Node) ->
     at = live(node.log)
     if state.moves >= bounds.moves or at < 0 or not fits(laws, state, node) or node.known.owes:
         return
-    if at < node.known.mark or not laws.behind_watermark:
+    if at < node.known.mark or not laws.behind_watermark:  # law 10
         log = node.log[:at] + "," + node.log[at + 1 :] + "m"
         ahead = node.ahead or (state.dirty and laws.compaction_marks)
         yield f"node {i} moves the record", change(put(state, i, log=log, ahead=ahead), moves=state.moves + 1)
@@ -236,7 +237,7 @@ def _walk(laws: Laws, state: State, i: int, node: Node) -> Steps:
         return
     known: Known = node.known
     log, at = node.log, live(node.log)
-    after = put(state, i, shut=True) if laws.walk_names_stamp else state
+    after = put(state, i, shut=True) if laws.walk_names_stamp else state  # laws 2, 11
     after = know(after, i, owes=False, mark=len(log), seen=len(log), boot=boots_in(log)[-1:] or known.boot)
     after = commit(put(after, i, caught=True))
     if "t" in log:
@@ -246,7 +247,7 @@ def _walk(laws: Laws, state: State, i: int, node: Node) -> Steps:
             after = decide(after, "dead")
             for j in others:
                 after = know(after, j, order=True, copy=False)
-        elif state.row == "" and laws.walk_dead_row:
+        elif state.row == "" and laws.walk_dead_row:  # law 11: also when there is no row yet
             after = decide(after, "dead")
     elif at < 0:
         after = know(after, i, copy=False)
@@ -270,7 +271,7 @@ def _admission(laws: Laws, state: State, i: int, node: Node) -> Steps:
     older = node.inc <= known.inc or (state.restores > 0 and not laws.newer_disk and node.birth < len(node.log))
     if older:
         boots = state.boots + 1
-        birth = len(node.log) if laws.birth_mark else 0
+        birth = len(node.log) if laws.birth_mark else 0  # law 12
         yield (
             f"node {i} is told that it is older: new incarnation and birth mark",
             change(put(state, i, inc=boots, birth=birth), boots=boots),

@@ -68,7 +68,8 @@ def _front_end(laws: Laws, bounds: Bounds, state: State) -> Steps:
     if front == "feeding":
         for i, node in enumerate(state.nodes):
             if not node.ask and not enough:
-                yield f"front end asks node {i}", put(state, i, ask="sent", shut=node.shut and laws.frozen)
+                shut = node.shut and laws.frozen  # law 2: a stamp taken now would be good
+                yield f"front end asks node {i}", put(state, i, ask="sent", shut=shut)
         if not enough:
             yield "front end sends abort", gives_up(state)
     elif front == "delivering":
@@ -77,7 +78,7 @@ def _front_end(laws: Laws, bounds: Bounds, state: State) -> Steps:
         if not state.deliver:
             yield "front end sends deliver again", change(state, deliver=True)
     elif front == "aborting":
-        if not laws.index_first:
+        if not laws.index_first:  # law 5
             yield "index is silent, front end tells the nodes to abort", keep_replies(change(state, front="telling"), "N")
     else:
         yield from _tell(laws, state)
@@ -116,7 +117,7 @@ def _tell(laws: Laws, state: State) -> Steps:
 def _node(laws: Laws, bounds: Bounds, state: State, i: int, node: Node) -> Steps:
     """A node takes a commit in two steps: it checks the stamp, then it appends (law 2)."""
     if node.ask == "sent":
-        if node.shut and laws.window:
+        if node.shut and laws.window:  # law 2
             gone = live(node.log) < 0 and "t" not in node.log
             refused = put(state, i, ask="done")
             yield f"node {i} refuses the stamp", _said(refused, i, "n") if gone else refused
@@ -127,7 +128,7 @@ def _node(laws: Laws, bounds: Bounds, state: State, i: int, node: Node) -> Steps
         if "t" in node.log and laws.tombstone_refuses:  # law 1
             yield f"node {i} refuses: a tombstone", put(state, i, ask="done")
         elif at >= 0:
-            yield f"node {i} has it already", _receipt(put(state, i, ask="done"), i, at)
+            yield f"node {i} has it already", _receipt(put(state, i, ask="done"), i, at)  # law 1
         elif "t" in node.log:
             log = node.log.replace("t", ".") + "d"
             yield f"node {i} commits behind a tombstone", _receipt(put(state, i, ask="done", log=log), i, len(log) - 1)
@@ -176,18 +177,18 @@ def _deliver(laws: Laws, state: State) -> Steps:
     waits = state.front == "delivering"
     after = change(state, deliver=False, looked=False)
     if state.row == "":
-        settled = laws.late_deliver and _settled(laws, state)
-        if not laws.insert_first:
+        settled = laws.late_deliver and _settled(laws, state)  # law 7
+        if not laws.insert_first:  # law 7: it looks in one transaction and inserts in the next
             if not state.looked:
                 if not settled:
                     yield "deliver looks: not settled", change(state, looked=True)
                     return
             else:
                 settled = False
-        if settled:
+        if settled:  # law 4: then it closes
             yield from _answers("deliver undoes its insert: settled before", waits, after, close(after))
             return
-        entered = decide(after, "live")
+        entered = decide(after, "live")  # law 3
         for i in _receipts(state):
             known = state.nodes[i].known
             if known.member and (state.nodes[i].receipt[0] == known.inc or not laws.late_incarnation):
@@ -209,7 +210,7 @@ def _abort(laws: Laws, bounds: Bounds, state: State) -> Steps:
         yield from _answers(f"abort finds it {state.row}", waits, after, close(after, "250" if enough else ""))
         return
     if state.row == "":
-        after = decide(after, "aborted")
+        after = decide(after, "aborted")  # law 3
         for i, node in enumerate(state.nodes):
             if node.ask and node.known.member:
                 after = know(after, i, order=True)
@@ -250,6 +251,14 @@ def aborting(state: State, *nodes: int) -> State:
 def gives_up(state: State) -> State:
     """The front end asks for an abort."""
     return change(state, front="aborting", abort=True, asked_abort=True)
+
+
+def refused(state: State, *nodes: int) -> State:
+    """The abort was taken, these nodes wrote tombstones, and the front end answered 451."""
+    state = decide(state, "aborted")
+    for i in nodes:
+        state = know(put(state, i, log=state.nodes[i].log + "t", ahead=state.dirty), i, order=True)
+    return change(state, front="done", answer="451", asked_abort=True)
 
 
 def acknowledged(state: State, *nodes: int, entered: bool) -> State:

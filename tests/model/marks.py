@@ -1,11 +1,16 @@
 """Owns the model of law 10: writer slots with (number, tag, count), marks on a node, and an index that is restored.
 
 Every commit has a name of its own here, so the truth is known: the index has some commits, and the node has seen effects of
-some. The property: no comparison passes while the node has seen effects of a commit that the index lost. Besides: where nothing
-was lost, nothing is ever taken for a loss; and after a loss was dealt with there is a way to numbers and listings again.
+some. The property: no comparison passes while the node has seen effects of a commit that the index lost. Besides: where
+nothing was lost, nothing is ever taken for a loss; and after a loss was dealt with there is a way to numbers and listings
+again.
 
 A restored backup ends all connections; each process compares before its next number or listing (law 10). What it had read of
 the index before may reach the node afterwards: a batch in a keeper's hand.
+
+One node stands for a quorum: what is durable on R groups is met by whoever reads G-R+1. Not covered: a commit that no node has
+seen and whose process is gone, or found its slot pruned; system identifier and timeline, which catch most of these; what a
+process does between the restore and its next connection.
 """
 
 from __future__ import annotations
@@ -229,7 +234,8 @@ class Marks:
             assert process.slot
             return self._with(state, i, change(process, slot=change(process.slot, count=process.slot.count + 1)))
         if kind != "lost":
-            return self._with(state, i, change(process, slot=(), compared=False, old=False))
+            told = process.told if kind == "lower" else 0  # not covered: see `_compare`
+            return self._with(state, i, change(process, slot=(), compared=False, old=False, told=told))
         return self._lost(state, i, process)
 
     def _own_row(self, index: Index, slot: Row | tuple[()]) -> str:

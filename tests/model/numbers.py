@@ -4,7 +4,11 @@ Every number goes to another message, so giving a pair (UIDVALIDITY, UID) twice 
 and restored, the same one perhaps several times; a loss is noticed, and then every step of law 11 may be interrupted by the
 next loss; or nobody notices, because no mark was written since, and the process only knows that the one before it did not stop
 in good order (law 10, SQLite). The whole index may be lost and rebuilt from what the groups hold (law 13). A mailbox may be
-removed and made again under its name, with a fresh UIDVALIDITY. One group may lose its disk.
+removed and made again under its name, with a fresh UIDVALIDITY. One group may lose its disk. A keeper may sleep over a
+checkpoint and write it when a later one is there.
+
+JUMP is 3 here and the small jump 2. One group stands for its nodes. That a loss is noticed is the business of `marks`; here it
+is, or it leaves no mark. MODSEQs are numbers like UIDs and need no model of their own.
 """
 
 from __future__ import annotations

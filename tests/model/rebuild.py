@@ -6,7 +6,13 @@ will say is fixed then), reaches node after node, and is durable on R; it may be
 mailboxes go on at the same time. In every state, for every set of nodes that may be read, the rebuild is made and compared
 with what was acknowledged.
 
-Three nodes, three groups, R = 2; the message lies on nodes 0 and 1.
+Three nodes, three groups, R = 2; the message lies on nodes 0 and 1. A deletion is durable when tombstones lie on R groups, or
+when each mailbox of the account where the message was has a durable checkpoint of a later time.
+
+With the word whether a key left the account (`left_word`) the rule about moved keys is not needed any more; without it, as the
+law is written, it is, and it is not enough (`law-13-as-written`). A checkpoint is one record here: that an unfinished one of
+many records never counts is assumed. Not modelled: flags, the queue's checkpoint, nodes that lost their disks before the
+rebuild, an index that was restored between two checkpoints.
 """
 
 from __future__ import annotations
