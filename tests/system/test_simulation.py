@@ -80,7 +80,7 @@ def test_a_seed_repeats_in_another_process() -> None:
 @pytest.mark.timeout(600)
 def test_a_shorter_run_is_the_beginning_of_a_longer_one() -> None:
     """What `powermail sim --shrink` stands on."""
-    short, long = simulate(5, 5.0), simulate(5, 15.0)
+    short, long = simulate(5, 5.0), simulate(5, 40.0)
     at = next(n for n, (a, b) in enumerate(zip(short.trace, long.trace, strict=False)) if a != b)
     assert float(long.trace[at].split()[0]) >= 1005.0
 
