@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import uvloop
 
-from bench import machine, pop
+from bench import leaving, machine, pop
 from bench.incumbent import Incumbent, installed
 from bench.load import MESSAGE_4K, Plan, send
 from bench.ours import MAILBOXES, PASSWORD, Server, mailbox
@@ -163,6 +163,7 @@ async def main(quick: bool, alone: bool) -> None:
     try:
         for system in systems.values():
             await system.start()
+        print(machine.interpreter(), flush=True)
         await asyncio.sleep(1.0)
         for system in systems.values():  # warm: every mailbox has its row
             count = 2000 if isinstance(system, Server) else 200
@@ -176,6 +177,7 @@ async def main(quick: bool, alone: bool) -> None:
                 await large(system)
         for name, system in systems.items():
             await read(name, system, 400 * scale, (400 if isinstance(system, Server) else 60) * scale)
+        await leaving.measure(1000 * scale)
     finally:
         for system in systems.values():
             await system.stop()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -44,6 +46,11 @@ def resident_octets(pid: int, peak: bool = False) -> int:
         if line.startswith(wanted):
             return int(line.split()[1]) * 1024
     raise ProcessLookupError(pid)
+
+
+def interpreter() -> str:
+    """Which Python this is: one built with profiles (PGO, LTO; a distribution's own is) needs a tenth less CPU."""
+    return f"{platform.python_implementation()} {platform.python_version()}, {platform.python_compiler()}, {sys.executable}"
 
 
 def disk_writes(path: str) -> tuple[int, int]:

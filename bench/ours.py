@@ -29,6 +29,7 @@ class Server:
         self.data = f"{self.root}/data"
         self.copies = copies
         self.ports: dict[str, int] = {}
+        self.more: tuple[str, ...] = ()  # settings
 
     async def command(self, *words: str) -> None:
         """Runs the command line."""
@@ -55,6 +56,7 @@ class Server:
             "pop.connections_per_address_max=1000",
             "pop.plaintext_login=true",
             "log.json=true",
+            *self.more,
         ):
             words += ["--set", setting]
         with open(f"{self.root}/log", "wb") as log:  # noqa: ASYNC230

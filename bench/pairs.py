@@ -57,6 +57,7 @@ def interval(ratios: list[float]) -> tuple[float, float, float]:
 async def main() -> int:
     """Measures and prints; 1 if this tree is dearer."""
     other, pairs, messages = sys.argv[1], *(int(word) for word in [*sys.argv[2:4], "30", "1500"][:2])
+    print(machine.interpreter(), flush=True)
     ours, theirs = await start(os.getcwd()), await start(os.path.abspath(other))
     dearer = False
     try:

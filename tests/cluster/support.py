@@ -15,7 +15,7 @@ from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
 from powermail.cluster.packing import Packer
 from powermail.cluster.replicate import Replication
-from powermail.mail.envelope import Commit, Target
+from powermail.mail.envelope import Commit, Envelope, Target
 from powermail.sim.disk import SimDisk
 from powermail.sim.lane import SimLane
 from powermail.sim.loop import SimLoop
@@ -108,7 +108,7 @@ def replication(cluster: Cluster, key: bytes = b"k" * 16) -> Replication:
 def record(octets: int, sha256: str, sizes: list[int]) -> Commit:
     """A commit record for one mailbox."""
     return Commit(
-        octets, sha256, list(sizes), 1.5, "from@elsewhere.example", [Target(account="7", recipient="to@here.example")]
+        octets, sha256, list(sizes), 1.5, Envelope("from@elsewhere.example"), [Target(account="7", recipient="to@here.example")]
     )
 
 

@@ -5,26 +5,26 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-import msgspec
-
 from powermail.base import limits
 from powermail.base.errors import OutcomeUnknown
 from powermail.base.tasks import Tasks
 from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
-from powermail.delivery.transaction import DeliveryService, Sender, Transaction
+from powermail.delivery.srs import Rewritten
+from powermail.delivery.transaction import DeliveryService, Transaction
 from powermail.directory.contract import Account
 from powermail.directory.resolve import DirectoryCache, Resolver
 from powermail.index.contract import Batch, Delivery, Fate, Outcome
 from powermail.index.memory import MemoryIndex
 from powermail.mail.address import parse
-from powermail.mail.envelope import Commit
+from powermail.mail.envelope import Commit, Envelope, Peer
 from powermail.mail.status import Status
 from powermail.sim.memory import MemoryNode
 from powermail.storage.contract import StorageNode
 from tests.cluster.support import make_world
 
-SENDER = Sender("192.0.2.1", "elsewhere.example", "ESMTP", "", "from@elsewhere.example", 0, "", False, "", "")
+PEER = Peer("[192.0.2.1]", "elsewhere.example", "ESMTP")
+ENVELOPE = Envelope("from@elsewhere.example")
 ACCOUNT = Account("7", "to@here.example")
 
 
@@ -91,7 +91,7 @@ class Office:
             True,
             limits.INDEX_WAIT_S_DEFAULT,
             False,
-            lambda reverse_path, now: reverse_path,
+            lambda reverse_path, now: Rewritten(reverse_path),
         )
 
     async def open(self) -> Office:
@@ -108,7 +108,7 @@ class Office:
         """A message that has streamed in."""
         recipients = self.service.recipients(len(octets))
         assert (await recipients.add(parse(ACCOUNT.address), "", "", None)).positive
-        transaction = self.service.begin(SENDER, recipients)
+        transaction = self.service.begin(PEER, ENVELOPE, recipients)
         for start in range(0, len(octets), 50_000):
             await transaction.write(octets[start : start + 50_000])
         return transaction
@@ -137,7 +137,7 @@ class Office:
         scan = await node.scan(row.watermark, 100, 0.0)
         found = [(item.key, item.position, item.origin) for item in scan.items if item.origin is not None]
         buried = [item.key for item in scan.items if item.origin is None]
-        commits = {key: msgspec.json.decode(await node.read_commit(key), type=Commit) for key, _, _ in found}
+        commits = {key: Commit.parse(await node.read_commit(key)) for key, _, _ in found}
         batch = Batch(name, scan.incarnation, row.watermark, scan.following, scan.end, found, buried, commits)
         assert (await self.index.reconcile(batch)).moved
 

@@ -16,24 +16,30 @@ from powermail.base.digest import hash_octets
 from powermail.base.errors import OperatorError
 from powermail.base.settings import load
 from powermail.delivery.srs import Rewriter, SrsError
+from powermail.delivery.submission import Submission
 from powermail.directory import password
 from powermail.keeper import checkpoint_form as form
 from powermail.mail import header
-from powermail.mail.address import AddressError, is_hello_name, parse, parse_canonical, parse_path
+from powermail.mail import status as st
+from powermail.mail.address import Address, AddressError, is_hello_name, parse, parse_canonical, parse_path
 from powermail.mail.dsn import is_xtext, printable
-from powermail.mail.envelope import Commit
+from powermail.mail.envelope import Commit, Peer
+from powermail.mail.mailboxes import parse_list
 from powermail.mail.status import Status
 from powermail.storage.log import record as rec
 from powermail.wire import pop3, sasl, smtp
 from powermail.wire.buffer import BareLineEnd, InputBuffer, LineTooLong
 from powermail.wire.dot import DotReader, DotWriter, stuff
 from powermail.wire.proxy import ProxyError, parse_proxy
-from powermail.wire.smtp_client import ReplyError, ReplyReader
+from powermail.wire.smtp import MailCommand, RcptCommand
+from powermail.wire.smtp_client import SmtpClient, Verb
+from powermail.wire.smtp_events import Begin, Body, Close, End, Login, Response, StartTls
+from powermail.wire.smtp_server import SmtpServer
+from powermail.wire.smtp_table import Kind, Offer, State
 
 Target = Callable[[bytes], None]
 _CODEC = rec.Codec(b"salt" * 8)
 _REWRITER = Rewriter("ours.example", [b"key"])
-_commit = msgspec.json.Decoder(Commit).decode
 
 
 def _cut(data: bytes) -> tuple[bytes, list[bytes]]:
@@ -76,14 +82,11 @@ def addresses(data: bytes) -> None:
 
 
 def smtp_commands(data: bytes) -> None:
-    """Every line gives a reply or a value whose texts can stand in a record."""
-    verb, argument = smtp.split_command(data)
-    for state in smtp.State:
-        refusal = smtp.check_command(verb, argument, state)
-        assert refusal is None or refusal.code >= 500
+    """Every line gives a refusal or a value whose texts can stand in a record."""
+    _, argument = smtp.split_command(data)
     mail = smtp.parse_mail(argument)
     if not isinstance(mail, Status):
-        for text in (mail.envid, mail.ret, mail.body):
+        for text in (mail.envelope.envid, mail.envelope.ret, mail.envelope.body):
             _is_safe(text)
         assert mail.size >= 0
     rcpt = smtp.parse_rcpt(argument, True)
@@ -93,8 +96,53 @@ def smtp_commands(data: bytes) -> None:
     size = smtp.parse_bdat(argument)
     assert size is None or 0 <= size[0] < 10**18
     if is_hello_name(argument):
-        field = header.received_field(argument, argument, "host", "ESMTP", b"k" * 16, "date", "", argument)
+        field = header.received_field(Peer(argument, argument, "ESMTP", argument), "host", b"k" * 16, "date", "")
         assert b"\r\n" not in field.replace(b"\r\n\t", b"")[:-2]
+
+
+def smtp_sessions(data: bytes) -> None:
+    """A whole session gives the same replies and the same messages for every chunking of what the client says."""
+    rest, pieces = _cut(data)
+    for kind in Kind:
+        whole, parts = _smtp_session(kind, [rest]), _smtp_session(kind, pieces)
+        assert whole == parts, (kind, whole, parts)
+
+
+def _smtp_session(kind: Kind, pieces: list[bytes]) -> tuple[bytes, list[bytes]]:
+    """The replies, and the octets of each message that was complete; the session says yes to everything."""
+    machine = SmtpServer(kind, Offer("host.example", 1000, 100, True, ("PLAIN", "LOGIN")))
+    machine.trusted = True
+    machine.greet("hello")
+    sent, messages, body = machine.to_send(), list[bytes](), b""
+    for piece in pieces:
+        machine.receive(piece)
+        while (event := machine.next_event()) is not None:
+            match event:
+                case MailCommand():
+                    machine.answer(st.SENDER_OK)
+                case RcptCommand():
+                    machine.answer(st.RECIPIENT_OK if event.address.local != "no" else st.UNKNOWN_RECIPIENT)
+                case Begin():
+                    body = b""
+                    machine.answer(st.START_INPUT)
+                case Body():
+                    body += event.octets
+                case End():
+                    assert not event.plain or stuff(body) == body + b".\r\n"
+                    messages.append(body)
+                    machine.answer(st.DELIVERED)
+                case Login():
+                    machine.challenge("")
+                case Response():
+                    machine.answer(st.AUTH_FAILED if event.text == "!" else st.LOGGED_IN)
+                case StartTls():
+                    machine.answer(st.DIRECTORY_TROUBLE)
+                case Close():
+                    return sent + machine.to_send(), messages
+        sent += machine.to_send()
+        assert machine.state in State
+    assert b"\n" not in sent.replace(b"\r\n", b"")
+    return sent, messages
 
 
 def lines(data: bytes) -> None:
@@ -193,7 +241,12 @@ def pop3_commands(data: bytes) -> None:
         number = pop3.parse_number(word, 0)
         assert number is None or str(number) == (word.lstrip("0") or "0")
     if data:
-        assert data[1:].startswith(pop3.top(data[1:], data[0] % 4))
+        _, pieces = _cut(data)
+        whole = pop3.TopReader(data[0] % 4)
+        reader = pop3.TopReader(data[0] % 4)
+        found = b"".join(reader.feed(piece) for piece in pieces)
+        assert whole.feed(data[1:]) == found
+        assert data[1:].startswith(found)
 
 
 def replies(data: bytes) -> None:
@@ -203,19 +256,21 @@ def replies(data: bytes) -> None:
 
 
 def _replies(pieces: list[bytes]) -> list[object]:
-    reader, found = ReplyReader(), list[object]()
+    """What a session takes them for: it has said hello and waits for MAIL and RCPT."""
+    machine, found = SmtpClient(), list[object]()
+    machine.receive(b"220 hop\r\n")
+    machine.ask(Verb.EHLO, "here")
+    machine.receive(b"250 hop\r\n")
+    machine.ask(Verb.MAIL, "FROM:<a@b>")
+    machine.ask(Verb.RCPT, "TO:<c@d>")
     for piece in pieces:
-        try:
-            for reply in reader.feed(piece):
-                assert 200 <= reply.code < 600
-                assert reply.enhanced.isascii()
-                assert "\n" not in reply.enhanced and len(printable(reply.text)) <= 400
-                _is_safe(printable(reply.text))
-                found.append(reply)
-        except ReplyError:
-            found.append("error")
-            break
-    return [one for one in found if one != "error"] if found[-1:] != ["error"] else ["error"]
+        for verb, reply in machine.receive(piece):
+            assert 100 <= reply.code < 600
+            assert reply.enhanced.isascii()
+            assert "\n" not in reply.enhanced and len(printable(reply.text)) <= 400
+            _is_safe(printable(reply.text))
+            found += [verb, reply]
+    return [*found, machine.end, machine.state, machine.clean]
 
 
 def log_records(data: bytes) -> None:
@@ -259,16 +314,18 @@ def return_addresses(data: bytes) -> None:
         _REWRITER.reverse(address, 1e9)
     except SrsError:
         pass
-    rewritten = _REWRITER.forward(text, 1e9)
+    rewritten, original = _REWRITER.forward(text, 1e9)
     parsed = parse(rewritten)
-    if _REWRITER.is_ours(parsed) and rewritten != text and not address.local[:5].upper().startswith(("SRS0=", "SRS1=")):
+    if original:
+        assert original == text and len(parsed.local.encode()) <= 64
+    elif _REWRITER.is_ours(parsed) and rewritten != text and not address.local[:5].upper().startswith(("SRS0=", "SRS1=")):
         assert parse(_REWRITER.reverse(parsed, 1e9)) == address
 
 
 def stored_records(data: bytes) -> None:
     """Commit records and checkpoints of a damaged or newer node are read or refused."""
     try:
-        _commit(data)
+        Commit.parse(data)
     except msgspec.DecodeError:
         pass
     for read in (
@@ -282,6 +339,24 @@ def stored_records(data: bytes) -> None:
             read()
         except form.BadRecord:
             continue
+
+
+def originators(data: bytes) -> None:
+    """A list of authors is read or refused; what is read are addresses. A submitted header is the same for every chunking."""
+    try:
+        found = parse_list(data.decode("utf-8", "replace"))
+    except AddressError:
+        pass
+    else:
+        assert all(parse(address.text) == address for address in found)
+    rest, pieces = _cut(data)
+    assert _submitted([rest]) == _submitted(pieces)
+
+
+def _submitted(pieces: list[bytes]) -> tuple[bytes, object, list[Address]]:
+    submission = Submission("a@b.cc", "today", "1@host")
+    octets = b"".join([submission.feed(piece) for piece in pieces]) + submission.end()
+    return octets, submission.refusal, submission.authors
 
 
 def settings_files(data: bytes) -> None:
@@ -315,6 +390,8 @@ TARGETS: dict[str, Target] = {
     for target in (
         addresses,
         smtp_commands,
+        smtp_sessions,
+        originators,
         lines,
         dots,
         stuffing,

@@ -18,7 +18,7 @@ from powermail.base.world import World
 from powermail.index.contract import Batch, Delivery, Head, Index, Outcome, Reconciled
 from powermail.index.memory import MemoryIndex, MemoryStore
 from powermail.index.sqlite import SqliteIndex
-from powermail.mail.envelope import Commit, Target
+from powermail.mail.envelope import Commit, Envelope, Target
 from powermail.sim.world import SimEntropy
 from powermail.storage.contract import START, Mark, Origin, Position, Receipt, Unread
 
@@ -205,7 +205,9 @@ def elsewhere(address: str = "far@example.net") -> Target:
 
 def commit(number: int, *targets: Target) -> Commit:
     """The commit record of a message."""
-    return Commit(100 + number, f"{number:064x}", [100 + number], NOW + number, "from@example.org", list(targets or (inbox(),)))
+    return Commit(
+        100 + number, f"{number:064x}", [100 + number], NOW + number, Envelope("from@example.org"), list(targets or (inbox(),))
+    )
 
 
 def place(number: int) -> Position:

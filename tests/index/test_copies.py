@@ -107,6 +107,24 @@ async def test_a_bad_copy_counts_no_more_until_the_keeper_has_looked(index: Inde
     assert await nodes_of(index, 1) == ("a", "b")
 
 
+async def test_a_disk_that_damages_copies_leaves_a_trace_also_when_they_were_repaired(index: Index) -> None:
+    await deliver(index, 1, 2)
+    assert await index.damages() == {}
+    await index.note_bad(key(1), "a", "checksum")
+    await index.note_bad(key(1), "a", "the same, seen again")
+    await index.note_bad(key(9), "a", "of no message")
+    await index.believe(key(1), "a")
+    await index.note_bad(key(2), "a", "checksum")
+    found = await index.damages()
+    assert list(found) == ["a"]
+    assert found["a"].copies == 2 and found["a"].last_at > 0
+    await index.forget_damages("a")
+    assert await index.damages() == {}
+    await index.note_bad(key(2), "b", "checksum")
+    await index.expel("b")
+    assert await index.damages() == {}
+
+
 async def test_a_suspected_copy_is_ordered_away_when_the_message_dies(index: Index) -> None:
     """Law 8: every node believed or suspected; also one that was never believed."""
     await deliver(index, 1)

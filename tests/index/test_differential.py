@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from powermail.base.errors import IndexTrouble, OperatorError
-from powermail.index.contract import Batch, Delivery, FlagChange, Head, Index
+from powermail.index.contract import Attempt, Batch, Delivery, FlagChange, Head, Index
 from powermail.mail.envelope import Commit, Target
 from powermail.storage.contract import START, Held, Mark, Origin, Position, Receipt, Unread
 from tests.index.support import NODES, NOW, RIGS, Rig, commit, elsewhere, inbox, key
@@ -69,7 +70,8 @@ async def shown(index: Index) -> dict[str, Any]:
         "unread": {node: await index.unread(node, 99) for node in names},
         "copies": {node: await index.copies_on(node, b"", 999) for node in names},
         "under": await index.under_copied(NODES, 2, b"", 999),
-        "queue": (await index.queue_rows(0, 999), await index.queue_state(0, 999)),
+        "queue": (await index.queue_rows(0, 999), await index.queue_state(0, 999), await index.held_domains()),
+        "attempts": [await index.queue_attempts(row.id) for row in await index.queue_rows(0, 999)],
         "boxes": boxes,
         "accounts": await index.accounts("", 99),
         "due": await index.checkpoint_due(NOW + 1e7, 99),
@@ -342,14 +344,23 @@ class Operations:
     # -- queue and checkpoints ------------------------------------------------------------------------------------------
 
     async def do_queue(self) -> None:
-        now, what = self.twins.rigs[0].clock.at, self.chance.randrange(4)
+        now, what = self.twins.rigs[0].clock.at, self.chance.randrange(6)
         rows = await self.twins.ask("lease", lambda index: index.lease_due("me", now + 100, 300.0, 3))
         if what == 0:
             await self.twins.ask("finish", lambda index: index.finish(list(rows)))
         elif what == 1:
-            await self.twins.ask("defer", lambda index: index.defer(list(rows), [now + 50 for _ in rows], "later"))
+            told = [replace(row, delay_told=self.chance.random() < 0.5) for row in rows]
+            attempt = Attempt(now, "hop", "", 1.5, "later")
+            for _ in range(self.chance.choice([1, 1, 2])):  # an answer that was lost is asked for again
+                await self.twins.ask("defer", lambda index: index.defer(told, [now + 50 for _ in rows], attempt))
         elif what == 2:
             await self.twins.ask("give back", lambda index: index.release_leases("me"))
+        elif what == 3:
+            await self.twins.ask("renew", lambda index: index.renew_leases("me", now + 500))
+            await self.twins.ask("give some back", lambda index: index.give_back(list(rows[:1]), now + 20))
+        elif what == 4:
+            domain, stays = self.chance.choice(["example.net", "example.org"]), self.chance.random() < 0.5
+            await self.twins.ask("hold", lambda index: index.hold_domain(domain, stays))
         held = self.chance.choice([None, True, False])
         await self.twins.ask("set", lambda index: index.queue_set([1, 2], held, now))
 

@@ -328,6 +328,13 @@ async def test_a_name_that_comes_again_has_another_uidvalidity(index: Index) -> 
     assert after.id != before.id
 
 
+async def test_the_address_of_an_account_is_remembered_until_it_gets_another(index: Index) -> None:
+    assert await index.owners(["7"]) == {}
+    await index.note_owners({"7": "ann@example.org", "8": "bob@example.org"})
+    await index.note_owners({"8": "bert@example.org"})
+    assert await index.owners(["8", "9", "7"]) == {"7": "ann@example.org", "8": "bert@example.org"}
+
+
 async def test_purged_accounts_are_remembered(index: Index) -> None:
     for account in ("cat", "ann", "bob", "ann"):
         await index.note_purged(account)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from powermail.index.contract import Fate, Index
+from powermail.base import limits
+from powermail.index.contract import Attempt, Fate, Index
+from powermail.mail.envelope import Target
 from tests.index.support import NOW, deliver, elsewhere, inbox, key
 
 LATER = NOW + 1000.0
+TRIED = Attempt(LATER, "hop.example:25", "TLSv1.3 X", 0.5, "451 later")
 
 
 async def queued(index: Index) -> None:
@@ -17,7 +20,7 @@ async def queued(index: Index) -> None:
 async def test_rows_say_what_the_commit_record_says(index: Index) -> None:
     await queued(index)
     row = (await index.queue_rows(0, 9))[0]
-    assert (row.key, row.destination, row.domain, row.reverse_path, row.recipient) == (
+    assert (row.key, row.destination, row.domain, row.envelope.reverse_path, row.recipient) == (
         key(2),
         "x@one.example",
         "one.example",
@@ -68,9 +71,72 @@ async def test_what_is_finished_is_gone_and_may_end_its_message(index: Index) ->
 async def test_what_is_deferred_comes_again_when_it_is_due(index: Index) -> None:
     await queued(index)
     rows = await index.lease_due("me", LATER, 60.0, 9)
-    await index.defer(rows, [LATER + 10, LATER + 20, LATER + 30], "451 later")
+    await index.defer(rows, [LATER + 10, LATER + 20, LATER + 30], TRIED)
     due = await index.lease_due("me", LATER + 20, 60.0, 9)
     assert [(row.id, row.attempts, row.last_status) for row in due] == [(row.id, 1, "451 later") for row in rows[:2]]
+
+
+async def test_deferring_twice_because_the_answer_was_lost_counts_one_attempt(index: Index) -> None:
+    await queued(index)
+    rows = await index.lease_due("me", LATER, 60.0, 9)
+    rows[0].delay_told = True
+    for _ in range(2):
+        await index.defer(rows, [LATER + 10] * 3, TRIED)
+    found = {row.id: (row.attempts, row.delay_told) for row in await index.queue_rows(0, 9)}
+    assert found == {row.id: (1, row is rows[0]) for row in rows}
+    assert await index.queue_attempts(rows[0].id) == [TRIED]
+
+
+async def test_the_last_attempts_are_remembered_and_go_with_their_row(index: Index) -> None:
+    await queued(index)
+    for number in range(limits.QUEUE_ATTEMPTS_KEPT + 3):
+        (row,) = await index.lease_due("me", LATER + number, 0.0, 1)
+        await index.defer([row], [0.0], TRIED._replace(at=float(number)))
+    attempts = await index.queue_attempts(row.id)
+    assert [attempt.at for attempt in attempts] == [float(number) for number in range(3, limits.QUEUE_ATTEMPTS_KEPT + 3)]
+    await index.finish([row])
+    assert await index.queue_attempts(row.id) == []
+
+
+async def test_what_was_not_tried_comes_again_without_an_attempt(index: Index) -> None:
+    await queued(index)
+    rows = await index.lease_due("me", LATER, 60.0, 9)
+    await index.give_back(rows, LATER + 10)
+    assert await index.lease_due("me", LATER + 9, 60.0, 9) == []
+    assert [row.attempts for row in await index.lease_due("me", LATER + 10, 60.0, 9)] == [0, 0, 0]
+
+
+async def test_leases_are_renewed(index: Index) -> None:
+    await queued(index)
+    await index.lease_due("me", LATER, 60.0, 2)
+    await index.renew_leases("me", LATER + 500)
+    assert len(await index.lease_due("other", LATER + 499, 60.0, 9)) == 1
+    assert len(await index.lease_due("third", LATER + 500, 60.0, 9)) == 2
+
+
+async def test_nothing_leaves_for_a_held_domain_whatever_comes_for_it(index: Index) -> None:
+    await index.hold_domain("one.example", True)
+    await index.hold_domain("one.example", True)
+    await queued(index)
+    assert await index.held_domains() == ["one.example"]
+    assert [row.domain for row in await index.lease_due("me", LATER, 0.0, 9)] == ["two.example"]
+    assert await index.lease_due("me", LATER, 0.0, 9, ["two.example"]) == []
+    await index.hold_domain("one.example", False)
+    assert len(await index.lease_due("me", LATER, 0.0, 9)) == 3
+    assert {row.domain for row in await index.lease_due("me", LATER, 0.0, 9, ["two.example"])} == {"one.example"}
+
+
+async def test_a_sender_behind_a_token_is_found_until_its_time_is_over(index: Index) -> None:
+    token = Target(destination="x@one.example", reverse_path="SRST=abc@ours.example", original="long@sender.example")
+    await deliver(index, 1, to=[token])
+    over = NOW + 1 + limits.RETURN_S
+    assert await index.find_return("srst=ABC@ours.example", over - 1) == "long@sender.example"
+    assert await index.find_return("srst=abc@ours.example", over) is None
+    assert await index.find_return("srst=abd@ours.example", NOW) is None
+    await deliver(index, 3, to=[token])
+    assert await index.forget_returns(over) == 0, "it was used again meanwhile"
+    assert await index.forget_returns(over + 2) == 1
+    assert await index.find_return("srst=abc@ours.example", NOW) is None
 
 
 async def test_rows_are_counted_and_listed(index: Index) -> None:

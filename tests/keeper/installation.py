@@ -6,8 +6,6 @@ import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import msgspec
-
 from powermail.base.disk import SystemDisk
 from powermail.base.lane import ThreadLane
 from powermail.base.log import MemoryLog
@@ -19,7 +17,7 @@ from powermail.index.memory import MemoryIndex, MemoryStore
 from powermail.index.sqlite import SqliteIndex
 from powermail.keeper.checkpoint import Checkpointer
 from powermail.keeper.rebuild import SUFFIXES, Rebuilder, Rebuilt
-from powermail.mail.envelope import Commit, Target
+from powermail.mail.envelope import Commit, Envelope, Target
 from powermail.sim.memory import MemoryNode
 from powermail.sim.world import SimEntropy
 from powermail.storage.contract import START, Chunk, Held, Origin, StorageNode
@@ -100,8 +98,8 @@ class Installation:
         octets = b"message %d\r\n" % number
         received_at = self.clock.wall if at is None else at
         to = list(targets or (inbox(),))
-        commit = Commit(len(octets), f"{number:064x}", [len(octets)], received_at, "from@example.org", to)
-        record, chunks = msgspec.json.encode(commit), [Chunk(0, 0, octets, len(octets))]
+        commit = Commit(len(octets), f"{number:064x}", [len(octets)], received_at, Envelope("from@example.org"), to)
+        record, chunks = commit.format(), [Chunk(0, 0, octets, len(octets))]
         receipts = []
         for name in nodes:
             node = self.nodes[name]

@@ -8,8 +8,6 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
-import msgspec
-
 from powermail.base.errors import Trouble
 from powermail.base.log import MemoryLog
 from powermail.base.world import World
@@ -25,7 +23,7 @@ from powermail.keeper.forget import Forgetter
 from powermail.keeper.reconcile import Reconciler
 from powermail.keeper.repair import Repairer
 from powermail.keeper.scrub import Scrubber
-from powermail.mail.envelope import Commit, Target
+from powermail.mail.envelope import Commit, Envelope, Target
 from powermail.sim.disk import SimDisk
 from powermail.sim.lane import SimLane
 from powermail.sim.loop import run
@@ -113,10 +111,10 @@ class Rig:
             sha256=hashlib.sha256(octets).hexdigest(),
             sizes=[len(octets)],
             received_at=self.world.clock.now(),
-            reverse_path="",
+            envelope=Envelope(),
             targets=[Target(account="amy")],
         )
-        return msgspec.json.encode(commit)
+        return commit.format()
 
     def key(self) -> bytes:
         """A new message key."""
@@ -133,7 +131,7 @@ class Rig:
         """An acknowledged message."""
         key = key or self.key()
         receipts = tuple([await self.put(node, key) for node in nodes])
-        commit = msgspec.json.decode(self.commit(), type=Commit)
+        commit = Commit.parse(self.commit())
         assert await self.index.deliver(Delivery(key, commit, receipts)) is Outcome.ENTERED
         return key
 

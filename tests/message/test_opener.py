@@ -10,8 +10,8 @@ import pytest
 from powermail.base import limits
 from powermail.base.errors import IndexTrouble, MessageUnreadable
 from powermail.cluster.fetch import Fetcher
-from powermail.index.contract import QueueRow
-from powermail.mail.dsn import Failure
+from powermail.mail.dsn import Action, Report
+from powermail.mail.envelope import Envelope
 from powermail.mailbox.maildrop import Maildrops
 from powermail.message.opener import Opener
 from powermail.outbound.bounce import Bouncer
@@ -104,14 +104,14 @@ async def test_a_bounce_returns_the_header_or_goes_without() -> None:
 
     bouncer = Bouncer(office.world, opener, "here.example", submit)
     to = "x@there.example"
-    row = QueueRow(9, key, to, "there.example", "s@e.example", to, "", "", "", "", False, 1, 1.5, 1.5, 0, False, "")
-    failures = [Failure(to, to, "", "5.1.1", "smtp; 550", "mx")]
-    assert await bouncer.bounce(row, failures)
+    envelope = Envelope("s@e.example")
+    failures = [Report(to, "", Action.FAILED, "5.1.1", "smtp; 550", "mx")]
+    assert await bouncer.tell(key, envelope, 1.5, failures)
     for node in office.nodes:
         node.miss()
     await asyncio.sleep(0)
-    assert await bouncer.bounce(row, failures)
-    assert await bouncer.bounce(row, [failures[0]._replace(destination="y@there.example")])
+    assert await bouncer.tell(key, envelope, 1.5, failures)
+    assert await bouncer.tell(key, envelope, 1.5, [failures[0]._replace(recipient="y@there.example")])
     assert b"Subject: short" in sent[0][0]
     assert b"Subject: short" not in sent[1][0]
     assert sent[0][1] == sent[1][1] != sent[2][1], "what it is for is who is told what: nobody's failure is passed over"

@@ -25,7 +25,7 @@ from powermail.cluster.replicate import Replication
 from powermail.keeper import checkpoint_form, forget
 from powermail.keeper.checkpoint import pages_of
 from powermail.keeper.checkpoint_form import Kind, decode_head, decode_tail, decode_whole
-from powermail.mail.envelope import Commit, Target
+from powermail.mail.envelope import Commit, Envelope, Target
 from powermail.storage.contract import START, Held, NodeState
 from tests.system.conftest import DOORS, Client, Running, start, without_trace
 from tests.system.sick import READS, WRITES
@@ -41,7 +41,7 @@ async def test_delivered_but_not_indexed_is_entered_once(running: Running) -> No
     await replication.write(b"Return-Path: <>\r\nReceived: x\r\nS: x\r\n\r\nbody\r\n")
 
     def make(octets: int, sha256: str, sizes: list[int]) -> Commit:
-        return Commit(octets, sha256, sizes, 1.0, "", [Target(account=account.id)])
+        return Commit(octets, sha256, sizes, 1.0, Envelope(), [Target(account=account.id)])
 
     await replication.commit(make)
     assert await running.read("ann@local.example") == []

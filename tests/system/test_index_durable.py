@@ -15,7 +15,7 @@ from powermail.base.log import MemoryLog
 from powermail.base.world import system_world
 from powermail.index.contract import Delivery, Outcome
 from powermail.index.sqlite import SqliteIndex
-from powermail.mail.envelope import Commit, Target
+from powermail.mail.envelope import Commit, Envelope, Target
 from powermail.storage.contract import START, Position, Receipt
 
 async def main():
@@ -25,7 +25,7 @@ async def main():
         await index.admit_node(node, node, node * 16, "boot", START, START)
     receipts = tuple(Receipt(node, node * 16, Position(1, 4096)) for node in ("a", "b"))
     for number in range(20):
-        commit = Commit(1, "00" * 32, [1], 1.0, "", [Target(account="1")])
+        commit = Commit(1, "00" * 32, [1], 1.0, Envelope(), [Target(account="1")])
         print("before", flush=True)
         assert await index.deliver(Delivery(bytes([number]) * 16, commit, receipts)) is Outcome.ENTERED
         print("after", flush=True)

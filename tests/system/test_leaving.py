@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator
 
 import pytest
 
-from powermail.outbound.client import Route
+from powermail.outbound.routing import Route, Smarthost
 from powermail.wire.dot import DotReader
 from tests.system.conftest import Running
 
@@ -19,6 +20,7 @@ class Peer:
         self.answers: dict[str, bytes] = {}
         self.messages: list[tuple[str, str, bytes]] = []
         self.connections = 0
+        self.port = 0
 
     async def start(self) -> int:
         """Listens; the port."""
@@ -63,19 +65,21 @@ class Peer:
 async def peer(running: Running) -> AsyncIterator[Peer]:
     """A peer that is the smarthost."""
     made = Peer()
-    port = await made.start()
-    running.powermail.front.outbound._route = Route("127.0.0.1", port, "none", None, "", "")
+    port = made.port = await made.start()
+    running.powermail.front.outbound.router = Smarthost(Route("127.0.0.1", port))
     await running.mailbox("ann@local.example")
     await running.mailbox("fwd@local.example", password="", forward=["away@elsewhere.example"])
     yield made
-    await running.powermail.front.outbound.stop()
     made.server.close()
 
 
 async def push(running: Running) -> None:
     """Tries everything in the queue now."""
+    outbound = running.powermail.front.outbound
+    await outbound.idle()
     await running.operation("queue_set", numbers=[], held=None, due=True)
-    await running.powermail.front.outbound.step()
+    await outbound.step()
+    await outbound.idle()
 
 
 async def queue(running: Running) -> list[dict[str, object]]:
@@ -154,12 +158,83 @@ async def test_a_bounce_finds_its_way_back_through_the_rewritten_sender(running:
     await running.send(["fwd@local.example"], b"S: x\r\n\r\nbody", "origin@sender.example")
     await push(running)
     rewritten = peer.messages[0][0].split("<")[1].split(">")[0]
-    assert (await running.send([rewritten], b"bounce", "someone@else.example")).startswith("550")
     assert (await running.send([rewritten], b"S: bounce", "")).startswith("250")
     await push(running)
+    assert peer.messages[-1][0].startswith("MAIL FROM:<>")
+    assert peer.messages[-1][1].startswith("RCPT TO:<origin@sender.example>")
+    assert (await running.send([rewritten], b"S: I am away", "someone@else.example")).startswith("250")
+    await push(running)
+    assert peer.messages[-1][0].startswith("MAIL FROM:<SRS0="), "an auto-reply has a sender of its own"
     assert peer.messages[-1][1].startswith("RCPT TO:<origin@sender.example>")
     forged = rewritten.replace("origin", "victim")
-    assert (await running.send([forged], b"bounce", "")).startswith("550")
+    for sender in ("", "someone@else.example"):
+        assert (await running.send([forged], b"bounce", sender)).startswith("550")
+
+
+async def test_a_bounce_finds_its_way_back_to_a_sender_too_long_to_be_rewritten_whole(running: Running, peer: Peer) -> None:
+    sender = "bounces+" + "x" * 50 + "@sender.example"
+    await running.send(["fwd@local.example"], b"S: x\r\n\r\nbody", sender)
+    await push(running)
+    rewritten = peer.messages[0][0].split("<")[1].split(">")[0]
+    assert rewritten.startswith("SRST=")
+    assert len(rewritten.split("@")[0]) <= 64
+    await running.stop()
+    await running.start()
+    running.powermail.front.outbound.router = Smarthost(Route("127.0.0.1", peer.port))
+    assert (await running.send([rewritten], b"S: bounce", "")).startswith("250")
+    await push(running)
+    assert peer.messages[-1][1].startswith(f"RCPT TO:<{sender}>")
+    assert (await running.send([rewritten.replace("=", "=a", 1)], b"bounce", "")).startswith("550")
+
+
+async def test_success_at_home_is_told_where_it_was_asked_for(running: Running, peer: Peer) -> None:
+    """RFC 3461 §4.1."""
+    await running.mailbox("bob@local.example")
+    client = await running.connect()
+    await client.ask("EHLO x")
+    await client.ask("MAIL FROM:<ann@local.example> ENVID=e1")
+    assert (await client.ask("RCPT TO:<bob@local.example> NOTIFY=SUCCESS ORCPT=rfc822;bob@old.example")).startswith("250")
+    await client.ask("DATA")
+    assert (await client.ask(b"S: x\r\n\r\nbody\r\n.\r\n")).startswith("250")
+    while not (found := await running.read("ann@local.example")):
+        pass
+    assert b"Action: delivered" in found[0]
+    assert b"Original-Recipient: rfc822; bob@old.example" in found[0]
+    assert b"Original-Envelope-Id: e1" in found[0]
+
+
+async def test_a_notice_for_a_full_mailbox_is_logged_and_counted(running: Running, peer: Peer) -> None:
+    await running.mailbox("full@local.example", quota_octets=10)
+    peer.answers = {"RCPT": b"550 5.1.1 no such\r\n"}
+    await running.send(["fwd@local.example"], b"S: x\r\n\r\nbody", "full@local.example")
+    await push(running)
+    assert await queue(running) == []
+    (line,) = running.lines("notice-dropped")
+    assert "full@local.example" in line
+    assert (await running.status())["counters"]["delivery.notices_dropped"] == 1
+
+
+@pytest.mark.parametrize("running", [["index.wait_s=0.2"]], indirect=True)
+async def test_a_locked_index_ends_no_worker_and_nothing_is_sent_twice(running: Running, peer: Peer) -> None:
+    """Longer than SQLite waits for a lock, and while the hop answers."""
+    await running.send(["fwd@local.example"], b"S: first\r\n\r\nbody")
+    await push(running)
+    peer.answers["end"] = b""
+    await running.send(["fwd@local.example"], b"S: second\r\n\r\nbody")
+    peer.answers.clear()
+    other = sqlite3.connect(running.data / "index.db", isolation_level=None)
+    await running.operation("queue_set", numbers=[], held=None, due=True)
+    await running.powermail.front.outbound.step()
+    other.execute("BEGIN IMMEDIATE")
+    await running.until(
+        "trouble is said", lambda status: any("cannot be written down" in line for line in status["degraded"]), 30.0
+    )
+    other.execute("ROLLBACK")
+    other.close()
+    await running.until("all is well", lambda status: not status["degraded"] and not status["totals"]["queue"], 60.0)
+    await running.send(["fwd@local.example"], b"S: third\r\n\r\nbody")
+    await running.until("it is sent", lambda status: status["counters"].get("outbound.sent", 0) == 3)
+    assert sorted(body[body.rindex(b"S: ") :].split()[1] for _, _, body in peer.messages) == [b"first", b"second", b"third"]
 
 
 async def test_held_rows_stay_and_deleted_ones_go(running: Running, peer: Peer) -> None:

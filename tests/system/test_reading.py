@@ -128,7 +128,7 @@ async def test_who_is_made_again_sees_no_old_mail(running: Running) -> None:
     said = await running.operation("purge", account=orphans[0]["account"], confirm=False)
     assert isinstance(said, dict)
     assert said["purged"] is False
-    await running.operation("purge", account=orphans[0]["account"], confirm=True)
+    await running.operation("purge", account=orphans[0]["account"], confirm=True, now=True)
     assert await running.operation("orphans") == []
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 
-import msgspec
-
 from powermail.index.contract import Delivery, Outcome
-from powermail.mail.envelope import Commit, Target
+from powermail.mail.envelope import Commit, Envelope, Target
 from powermail.storage.contract import Chunk, Origin
 from tests.system.conftest import Running
 
@@ -21,12 +19,12 @@ async def test_a_copy_with_other_octets_than_were_accepted_is_never_multiplied(r
     assert account is not None
     octets, wrong = b"Return-Path: <>\r\nReceived: x\r\nS: right\r\n", b"Return-Path: <>\r\nReceived: x\r\nS: wrong\r\n"
     sha256 = hashlib.sha256(octets).hexdigest()
-    commit = Commit(len(octets), sha256, [len(octets)], 1.0, "", [Target(account=account.id)])
+    commit = Commit(len(octets), sha256, [len(octets)], 1.0, Envelope(), [Target(account=account.id)])
     record = powermail.front.delivery.world.keys.next()
     receipts = []
     for name, body in (("a", wrong), ("b", octets)):
         node, chunks = powermail.core.cluster.node(name), [Chunk(0, 0, body, len(body))]
-        receipts.append(await node.commit(record, chunks, msgspec.json.encode(commit), 1, node.stamp(), Origin.DELIVERY))
+        receipts.append(await node.commit(record, chunks, commit.format(), 1, node.stamp(), Origin.DELIVERY))
     assert await running.index.deliver(Delivery(record, commit, tuple(receipts))) is Outcome.ENTERED
     powermail.core.cluster.copies_required = 3
     for _ in range(5):

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
+from powermail.app.compose import PowerMail
 from powermail.base import limits
 from powermail.cluster.packing import Packer
 from powermail.cluster.replicate import Replication
 from powermail.keeper.collect import Collector
 from powermail.keeper.reconcile import Reconciler
-from powermail.mail.envelope import Commit, Target
+from powermail.mail.envelope import Commit, Envelope, Target
 from powermail.storage.contract import Held, StorageNode
 from tests.system.conftest import Running
 from tests.system.sick import READS, WRITES, Fault, fill_up, frozen, mounted, need_mounts
@@ -270,7 +271,7 @@ async def unlisted(running: Running, nodes: tuple[str, ...]) -> bytes:
     await replication.write(b"Return-Path: <>\r\nReceived: x\r\nS: unlisted\r\n\r\nbody\r\n")
 
     def make(octets: int, sha256: str, sizes: list[int]) -> Commit:
-        return Commit(octets, sha256, sizes, 1.0, "", [Target(account=account.id)])
+        return Commit(octets, sha256, sizes, 1.0, Envelope(), [Target(account=account.id)])
 
     await replication.commit(make)
     return b"S: unlisted\r\n\r\nbody\r\n"
@@ -436,3 +437,22 @@ async def test_a_worker_that_raised_goes_on_and_status_says_so(
     await running.until("nothing is degraded", lambda status: not status["degraded"])
     await dead_on(running, ("a",), keys)
     assert sent and await running.read(ANN) == []
+
+
+async def test_a_command_on_a_stopped_installation_does_not_wait_for_a_node_that_hangs(running: Running) -> None:
+    """It says within five seconds what it has, and of the node that it does not answer."""
+    await running.stop()
+    fault = running.disk.hang(running.data / "nodes" / "b")
+    world = running.powermail.world
+    opened = PowerMail(world, running.powermail.settings, str(running.data), running.powermail._broken)
+    try:
+        began = time.monotonic()
+        await opened.start(doors=False, workers=False)
+        found = await opened.operations.call("node_list", {})
+        assert time.monotonic() - began < 5
+        assert isinstance(found, list)
+        assert [row["state"] == "read-write" for row in found] == [True, False, True]
+    finally:
+        fault.over.set()
+        await opened.stop(0.5)
+        await running.start()

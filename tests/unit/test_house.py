@@ -14,7 +14,8 @@ import pytest
 
 from powermail.base.disk import SystemDisk
 from powermail.base.entropy import SystemEntropy
-from powermail.cli.main import parser
+from powermail.cli.commands import entries
+from powermail.cli.words import parser
 from powermail.storage.contract import Chunk, Position
 from powermail.storage.identity import make_store
 from powermail.storage.log import record as rec
@@ -57,7 +58,7 @@ def test_links_of_documents_lead_somewhere(path: Path) -> None:
 
 
 def test_commands_named_in_documents_exist() -> None:
-    top = parser()
+    top = parser(entries())
     known = top.format_help()
     for path in DOCUMENTS:
         if path.name == "CHANGES.md":

@@ -6,7 +6,7 @@ import threading
 import time
 
 from powermail.base import limits
-from powermail.base.log import Event, StreamLog
+from powermail.base.log import Event, MemoryLog, StreamLog
 
 
 class FullDisk:
@@ -56,3 +56,12 @@ def test_a_stuck_log_holds_nobody_up() -> None:
     pipe.free.set()
     log._thread.join(timeout=10)
     assert pipe.lines + log.dropped == limits.LOG_LINES_WAITING_MAX + 5000
+
+
+def test_several_recipients_get_a_line_each() -> None:
+    log = MemoryLog()
+    log.event(Event.DELIVERED, key=b"\x07", to=("ann@example.org", "bob@example.org"), octets=5)
+    assert log.lines == [
+        "INFO    delivered key=07 to=ann@example.org octets=5",
+        "INFO    delivered key=07 to=bob@example.org octets=5",
+    ]

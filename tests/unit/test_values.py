@@ -9,16 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from powermail.base.entropy import KeySource, SystemEntropy, key_time
-from powermail.base.errors import OperatorError
+from powermail.base.errors import IndexTrouble, OperatorError
 from powermail.base.log import Event, escape, format_text
 from powermail.base.settings import Settings, load, reference_page
-from powermail.cli.main import octets
+from powermail.cli.words import octets
 from powermail.cluster.placement import Candidate, place
 from powermail.delivery.srs import Rewriter, SrsError
 from powermail.directory import password as pw
 from powermail.mail import header
 from powermail.mail.address import Address, AddressError, parse, parse_canonical
-from powermail.mail.dsn import Failure, format_failure
+from powermail.mail.dsn import Action, Notice, Report, format_notice
+from powermail.mail.envelope import Peer
 
 text = some.text(max_size=80)
 
@@ -35,7 +36,7 @@ def test_an_address_that_parses_survives_formatting(value: str) -> None:
 
 @given(text, text, text)
 def test_no_client_text_breaks_a_received_field(hello: str, client: str, recipient: str) -> None:
-    field = header.received_field(hello, "[192.0.2.1]", "host", "ESMTP", bytes(16), "date", "a@b", "")
+    field = header.received_field(Peer("[192.0.2.1]", hello, "ESMTP"), "host", bytes(16), "date", "a@b")
     lines = field.split(b"\r\n")
     assert lines[-1] == b""
     assert all(line.startswith((b"Received:", b"\t")) for line in lines[:-1])
@@ -50,8 +51,8 @@ def test_hops_are_counted_in_the_header_only() -> None:
 @given(text, text, text)
 def test_a_dsn_holds_no_injected_line(diagnostic: str, recipient: str, envid: str) -> None:
     at = datetime(2026, 1, 1, tzinfo=UTC)
-    failure = Failure("d@x", recipient, "rfc822;" + envid, "5.1.1", diagnostic, "remote")
-    octets = format_failure("host", "s@x", bytes(16), "b0", at, at, envid, [failure], b"Subject: x\nY: \0z\r")
+    report = Report(recipient, "rfc822;" + envid, Action.FAILED, "5.1.1", diagnostic, "remote")
+    octets = format_notice(Notice("host", "s@x", bytes(16), "b0", at, at, envid, [report], b"Subject: x\nY: \0z\r"))
     assert octets.count(b"\r") == octets.count(b"\n") == octets.count(b"\r\n")
     assert octets.count(b"--b0--") == 1
     assert b"\0" not in octets
@@ -59,14 +60,14 @@ def test_a_dsn_holds_no_injected_line(diagnostic: str, recipient: str, envid: st
 
 def test_srs_there_and_back() -> None:
     rewriter = Rewriter("ours.example", [b"new", b"old"])
-    rewritten = rewriter.forward("ann@sender.example", 1e9)
+    rewritten = rewriter.forward("ann@sender.example", 1e9).reverse_path
     assert rewritten.endswith("@ours.example")
     assert rewriter.reverse(parse(rewritten), 1e9 + 86_400) == "ann@sender.example"
-    old = Rewriter("ours.example", [b"old"]).forward("ann@sender.example", 1e9)
+    old = Rewriter("ours.example", [b"old"]).forward("ann@sender.example", 1e9).reverse_path
     assert rewriter.reverse(parse(old), 1e9) == "ann@sender.example"
-    assert rewriter.forward("", 1e9) == ""
+    assert rewriter.forward("", 1e9).reverse_path == ""
     again = Rewriter("third.example", [b"k"])
-    twice = again.forward(rewritten, 1e9)
+    twice = again.forward(rewritten, 1e9).reverse_path
     assert twice.startswith("SRS1=")
     assert again.reverse(parse(twice), 1e9).lower() == rewritten.lower()
 
@@ -74,7 +75,7 @@ def test_srs_there_and_back() -> None:
 @pytest.mark.parametrize("change", ["forge", "cut", "expire", "beyond ASCII"])
 def test_bad_srs_addresses_are_refused(change: str) -> None:
     rewriter = Rewriter("ours.example", [b"key"])
-    address = parse(rewriter.forward("ann@sender.example", 1e9))
+    address = parse(rewriter.forward("ann@sender.example", 1e9).reverse_path)
     now = 1e9
     if change == "forge":
         address = Address(address.local.replace("ann", "eve"), address.domain)
@@ -92,14 +93,49 @@ def test_bad_srs_addresses_are_refused(change: str) -> None:
 def test_a_sender_that_only_looks_rewritten_is_rewritten_like_any(sender: str) -> None:
     """Found by the fuzzer: `SRS1=` without the rest raised IndexError in the middle of a delivery."""
     rewriter = Rewriter("ours.example", [b"key"])
-    rewritten = parse(rewriter.forward(sender, 1e9))
+    rewritten = parse(rewriter.forward(sender, 1e9).reverse_path)
     assert rewriter.is_ours(rewritten)
     assert rewriter.reverse(rewritten, 1e9).lower() == sender.lower()
 
 
+@pytest.mark.parametrize(
+    "sender",
+    [
+        "a" * 60 + "@sender.example",
+        "a" * 64 + "@sender.example",
+        "bounce+" + "x" * 90 + "@sender.example",
+        "ann@" + "label." * 12 + "example",
+        "SRS0=HHHH=TT=" + "d" * 40 + ".example=local@other.example",
+        "j\u00f6rg" * 9 + "@sender.example",
+    ],
+)
+async def test_a_sender_that_would_grow_past_64_octets_becomes_a_token(sender: str) -> None:
+    rows: dict[str, str] = {}
+
+    async def find(address: str, now: float) -> str | None:
+        return rows.get(address.lower())
+
+    rewriter = Rewriter("ours.example", [b"key"], find)
+    path, original = rewriter.forward(sender, 1e9)
+    assert original == sender
+    address = parse(path)
+    assert rewriter.is_ours(address)
+    assert len(address.local) <= 64
+    assert rewriter.forward(sender, 1e9) == (path, original), "mail in bulk takes one row"
+    with pytest.raises(IndexTrouble):  # its row has not come yet: trouble of ours, no refusal
+        await rewriter.origin(address, 1e9)
+    rows[path.lower()] = sender
+    assert (await rewriter.origin(parse(path.upper()), 1e9 + 86_400)).text == parse(sender).text
+    with pytest.raises(SrsError):
+        await rewriter.origin(address, 1e9 + 30 * 86_400)
+    forged = Address(address.local[:-1] + ("a" if address.local[-1] != "a" else "b"), address.domain)
+    with pytest.raises(SrsError):
+        await rewriter.origin(forged, 1e9)
+
+
 def test_srs_survives_a_case_change() -> None:
     rewriter = Rewriter("ours.example", [b"key"])
-    address = parse(rewriter.forward("ann@sender.example", 1e9).lower())
+    address = parse(rewriter.forward("ann@sender.example", 1e9).reverse_path.lower())
     assert rewriter.reverse(address, 1e9) == "ann@sender.example"
 
 

@@ -1,25 +1,77 @@
 """Owns the control socket: a Unix socket in the data directory, mode 0600, one JSON request and its answers a line each.
 
-Only who can open files of the data directory can speak to it: the file system is the authentication (P17).
+Only who can open files of the data directory can speak to it: the file system is the authentication (P17). A long operation
+shows every second that it lives; a server that shows nothing for five seconds is said to be silent, not waited for.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from typing import Any
+import pwd
+import socket
+import struct
+from collections.abc import Mapping
 
 import msgspec
+from msgspec import Struct
 
-from powermail.admin.operations import Operations, Progress
+from powermail.admin.operations import Operations
+from powermail.admin.table import Progress
 from powermail.base import limits
-from powermail.base.errors import OperatorError, PowerMailError, Trouble
+from powermail.base.errors import NoSuch, OperatorError, PowerMailError, Trouble
 
 NAME = "control.sock"
+_SILENT_S = limits.OPERATOR_ANSWER_S + 0.5
+_CREDENTIALS = struct.Struct("3i")  # SO_PEERCRED: pid, uid, gid (unix(7))
 
 
 class NotRunning(Exception):
     """No server listens on that data directory."""
+
+
+class Silent(Trouble):
+    """A server is there and does not answer."""
+
+
+class Ask(Struct):
+    """One request."""
+
+    call: str
+    arguments: dict[str, object]
+
+
+class Answer(Struct, omit_defaults=True):
+    """One line of an answer: progress, a sign of life, or the end: a result or an error of a kind."""
+
+    progress: tuple[int, int] | None = None
+    beat: bool = False
+    error: str | None = None
+    kind: str = ""
+    result: msgspec.Raw = msgspec.Raw()
+
+
+KINDS: dict[str, type[PowerMailError]] = {"no-such": NoSuch, "misuse": OperatorError, "trouble": Trouble}
+
+
+def kind_of(error: PowerMailError) -> str:
+    """The name by which programs know an error."""
+    return next((name for name, kind in KINDS.items() if isinstance(error, kind)), "trouble")
+
+
+def _peer(end: socket.socket) -> tuple[int, int]:
+    """(process, user) at the other end."""
+    pid, uid, _ = _CREDENTIALS.unpack(end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return int(pid), int(uid)
+
+
+def user_name(uid: int) -> str:
+    """A user's name, or the number of one who has none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"
 
 
 class ControlServer:
@@ -33,7 +85,7 @@ class ControlServer:
     async def start(self) -> None:
         """Listens. Raises OperatorError."""
         if os.path.exists(self._path):
-            os.unlink(self._path)  # the index lock says that no other server lives here
+            os.unlink(self._path)  # the lock says that no other server lives here
         before = os.umask(0o177)
         try:
             self._server = await asyncio.start_unix_server(self._serve, self._path, limit=limits.CONTROL_LINE_OCTETS_MAX)
@@ -50,48 +102,83 @@ class ControlServer:
                 os.unlink(self._path)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        async def progress(done: int, total: int) -> None:
-            writer.write(msgspec.json.encode({"progress": [done, total]}) + b"\n")
+        async def say(answer: Answer) -> None:
+            writer.write(msgspec.json.encode(answer) + b"\n")
             await writer.drain()
+
+        async def progress(done: int, total: int) -> None:
+            await say(Answer(progress=(done, total)))
+
+        async def beat() -> None:
+            while True:
+                await asyncio.sleep(limits.OPERATOR_BEAT_S)
+                await say(Answer(beat=True))
 
         try:
             line = await reader.readline()
-            answer = await self._answer(line, progress)
-            writer.write(msgspec.json.encode(answer) + b"\n")
-            await writer.drain()
-        except (ConnectionError, ValueError):
-            pass
+            who = user_name(_peer(writer.get_extra_info("socket"))[1])
+            beating = asyncio.create_task(beat())
+            try:
+                answer = await self._answer(line, progress, who)
+            finally:
+                beating.cancel()
+                await asyncio.gather(beating, return_exceptions=True)
+            await say(answer)
+        except (OSError, ValueError):
+            pass  # nobody is there any more
         finally:
             writer.close()
 
-    async def _answer(self, line: bytes, progress: Progress) -> dict[str, Any]:
+    async def _answer(self, line: bytes, progress: Progress, who: str) -> Answer:
         try:
-            request = msgspec.json.decode(line, type=dict[str, Any])
-            result = await self._operations.call(str(request["call"]), dict(request["arguments"]), progress)
-        except (PowerMailError, Trouble) as error:
-            return {"error": str(error)}
-        except (msgspec.DecodeError, KeyError, ValueError, TypeError) as error:
-            return {"error": f"bad request: {error}"}
-        return {"result": result}
+            request = msgspec.json.decode(line, type=Ask)
+            result = await self._operations.call(request.call, request.arguments, progress, who)
+        except PowerMailError as error:
+            return Answer(error=str(error), kind=kind_of(error))
+        except msgspec.DecodeError as error:
+            return Answer(error=f"bad request: {error}", kind="misuse")
+        return Answer(result=msgspec.Raw(msgspec.json.encode(result)))
 
 
-async def ask(path: str, call: str, arguments: dict[str, Any], progress: Progress) -> Any:
-    """Calls an operation on a running server. Raises NotRunning, OperatorError."""
+async def ask(path: str, call: str, arguments: Mapping[str, object], progress: Progress) -> object:
+    """Calls an operation on a running server; plain values. Raises NotRunning, OperatorError, Trouble; Silent after 5 s."""
+    return msgspec.json.decode(await ask_raw(path, call, arguments, progress))
+
+
+async def ask_raw(path: str, call: str, arguments: Mapping[str, object], progress: Progress) -> bytes:
+    """The same; the result as JSON."""
     try:
         reader, writer = await asyncio.open_unix_connection(path, limit=256 * limits.MIB)
     except (FileNotFoundError, ConnectionRefusedError) as error:
         raise NotRunning from error
+    except PermissionError as error:
+        raise OperatorError(f"{path} is not yours: run this as the owner of the data directory, or as root") from error
+    except OSError as error:
+        raise OperatorError(f"cannot reach the server by {path}: {error.strerror or error}") from error
     try:
-        writer.write(msgspec.json.encode({"call": call, "arguments": arguments}) + b"\n")
+        writer.write(msgspec.json.encode(Ask(call, dict(arguments))) + b"\n")
         await writer.drain()
-        while line := await reader.readline():
-            answer = msgspec.json.decode(line, type=dict[str, Any])
-            if "progress" in answer:
-                await progress(*answer["progress"])
-            elif "error" in answer:
-                raise OperatorError(answer["error"])
-            else:
-                return answer["result"]
-        raise OperatorError("the server closed the connection without an answer")
+        while line := await _line(reader, writer):
+            answer = msgspec.json.decode(line, type=Answer)
+            if answer.progress is not None:
+                await progress(*answer.progress)
+            elif answer.error is not None:
+                raise KINDS.get(answer.kind, OperatorError)(answer.error)
+            elif not answer.beat:
+                return bytes(answer.result)
+        raise Trouble("the server closed the connection without an answer")
+    except ConnectionError as error:
+        raise Trouble(f"the server closed the connection: {error}") from error
     finally:
         writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+async def _line(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+    try:
+        async with asyncio.timeout(_SILENT_S):
+            return await reader.readline()
+    except TimeoutError as error:
+        pid = _peer(writer.get_extra_info("socket"))[0]
+        raise Silent(f"the server (process {pid}) does not answer within {_SILENT_S:g} s: it is stopped, or stuck") from error

@@ -6,22 +6,30 @@ order by one exit stack, however far the start came.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 
-from powermail.admin.operations import Operations, Progress
-from powermail.app.core import Core, MakeKeys, inside, make_nodes, open_core
+from powermail.admin.desk import Desk
+from powermail.admin.operations import Operations
+from powermail.admin.table import Progress
+from powermail.app.core import Core, MakeKeys, make_nodes, open_core
 from powermail.app.front import Front, make_front, open_doors
 from powermail.app.keeping import Keeping, make_keeping
+from powermail.app.places import Places
 from powermail.app.setup import cluster_of_nodes
 from powermail.base import limits
+from powermail.base.clock import utc
 from powermail.base.errors import OperatorError, Trouble
 from powermail.base.log import Event
-from powermail.base.settings import Settings
+from powermail.base.settings import Settings, inside
 from powermail.base.tasks import Tasks
 from powermail.base.world import World
+from powermail.index.sqlite import cluster_of
 from powermail.keeper.rebuild import Rebuilder, Rebuilt
 from powermail.storage.log.keys import SqliteKeyIndex
+
+Reload = Callable[[], Awaitable[tuple[list[str], list[str]]]]
 
 
 class PowerMail:
@@ -47,12 +55,14 @@ class PowerMail:
         self.data = data
         self.serving = False  # started, and not stopping yet
         self._broken = broken
+        self.reload: Reload | None = None  # set by who has a settings file to read again
         self._make_keys = make_keys
         self._use_tls = tls
         self._stack = AsyncExitStack()
         self._promises = Tasks(world.log, broken)
         self._sessions = Tasks(world.log, broken)
         self._jobs = Tasks(world.log, broken)
+        self._outgoing = Tasks(world.log, broken)
         self._opened: Core | None = None
 
     # -- starting -------------------------------------------------------------------------------------------------
@@ -64,34 +74,89 @@ class PowerMail:
         self._take_lock()
         self._check_secrets()
         core = self.core = self._opened = await open_core(self._stack, self.world, self.settings, self.data, self._make_keys)
-        await core.cluster.start(core.admission.admit)
+        # A command that opens an installation for one call says soon what it has; a server waits for what it will serve with.
+        wait_s = limits.NODE_OPEN_WAIT_S if doors or workers else limits.OPERATOR_NODE_S
+        await core.cluster.start(core.admission.admit, wait_s)
         self.keeping = make_keeping(self._stack, core)
-        self.front = make_front(self._stack, core, self._promises, self._sessions)
-        self.operations = self._operations()
+        self.front = make_front(self._stack, core, self._promises, self._sessions, self._outgoing)
+        self.operations = await self._operations(doors)
         await self._catch_up()
+        if doors:
+            await self._refuse_dropped()
         self.serving = True
         if workers:
             self.keeping.start(self._jobs, self._broken, {"outbound": self.front.outbound.step, "deadlines": self.front.sweep})
         if doors:
             await open_doors(self._stack, core, self.front, self._use_tls)
 
-    def _operations(self) -> Operations:
+    async def _operations(self, doors: bool) -> Operations:
         core, keeping, front = self.core, self.keeping, self.front
+        lane = self.world.lane("places")
+        self._stack.callback(lane.close)
+        paths = {node.id: inside(self.data, node.path).rstrip("/") for node in self.settings.cluster.nodes}
+        places = Places(self.world, self.data, paths)
+        noting = lane.run(places.note, [node.id for node in core.cluster.readable()])
+        noting.add_done_callback(self._noted)
+        await asyncio.wait([noting], timeout=limits.OPERATOR_LOOK_S)  # law 14: nobody waits for a disk that hangs
+
+        async def unmounted(node: str) -> str:
+            try:
+                async with asyncio.timeout(limits.OPERATOR_COPY_S):
+                    return await lane.run(places.unmounted, node)
+            except TimeoutError:
+                return f"the place of node {node} does not answer"
+
         return Operations(
-            self.world,
-            core.cluster,
-            core.index,
-            core.directory,
-            front.resolver,
-            core.opener,
-            keeping.repairer,
-            keeping.scrubber,
-            keeping.forgetter,
-            core.admission,
-            keeping.workers,
-            front.connections,
-            front.authenticator.hash,
+            Desk(
+                world=self.world,
+                settings=self.settings,
+                data=self.data,
+                cluster=core.cluster,
+                index=core.index,
+                directory=core.directory,
+                owners=core.owners,
+                purges=keeping.purges,
+                resolver=front.resolver,
+                opener=core.opener,
+                repairer=keeping.repairer,
+                scrubber=keeping.scrubber,
+                forgetter=keeping.forgetter,
+                admission=core.admission,
+                workers=keeping.workers,
+                connections=front.connections,
+                hash_password=front.authenticator.hash,
+                certificate_ends=front.certificate_ends,
+                serving=doors,
+                unmounted=unmounted,
+                reload=self.reload,
+                copy_databases=self._copy_databases,
+                outbound_troubles=front.outbound.troubles,
+            )
         )
+
+    def _noted(self, noting: asyncio.Future[None]) -> None:
+        if not noting.cancelled() and (error := noting.exception()) is not None:
+            self.world.log.event(Event.TROUBLE, worker="start", error=str(error))
+
+    async def _copy_databases(self, path: str) -> None:
+        """The index first: what the directory knows more than it is an account without mail, never mail without its account."""
+        await self.core.index.copy_to(f"{path}/index.db")
+        await self.core.directory.copy_to(f"{path}/directory.db")
+
+    async def _refuse_dropped(self) -> None:
+        """A member that left the settings may hold the only copies. Raises OperatorError with their number."""
+        index, cluster = self.core.index, self.core.cluster
+        members = {row.id: row.group or row.id for row in await index.node_rows()}
+        dropped = [name for name in members if name not in cluster.nodes]
+        if not dropped:
+            return
+        here = {name: group for name, group in members.items() if name not in dropped}
+        lost = (await index.under_copied_total(here, 1))[0] - (await index.under_copied_total(members, 1))[0]
+        if lost > 0:
+            raise OperatorError(
+                f"the settings no longer name node {', '.join(dropped)}, which holds the only copy of {lost} messages: put its "
+                f"[[cluster.nodes]] back, or give them up with `powermail node expel {dropped[0]} --yes`"
+            )
 
     def _take_lock(self) -> None:
         try:
@@ -104,7 +169,9 @@ class PowerMail:
 
     def _check_secrets(self) -> None:
         """Files that only we may read (X07)."""
-        names = [f"{self.data}/srs.keys", inside(self.data, self.settings.outbound.smarthost_password_file)]
+        out = self.settings.outbound
+        names = [f"{self.data}/srs.keys"]
+        names += [inside(self.data, name) for name in (out.smarthost_password_file, out.smarthost_token_file)]
         if self._use_tls:
             names.append(inside(self.data, self.settings.tls.key))
         for name in names:
@@ -123,12 +190,23 @@ class PowerMail:
 
     # -- rebuilding -----------------------------------------------------------------------------------------------
 
-    async def rebuild(self, progress: Progress, without: Sequence[str] = ()) -> Rebuilt:
-        """Makes a new index from the nodes alone. Raises OperatorError, Trouble."""
+    async def rebuild(self, progress: Progress, without: Sequence[str] = (), replace: bool = False) -> Rebuilt:
+        """Makes a new index from the nodes alone. Raises OperatorError, Trouble.
+
+        One that is there and cannot be used is set aside; a good one only with `replace`.
+        """
         path = inside(self.data, self.settings.index.path)
-        if self.world.disk.exists(path):
-            raise OperatorError(f"{path} exists; move it away first (with its -wal and -shm), nothing was changed")
         self._take_lock()
+        if self.world.disk.exists(path):
+            if cluster_of(path) and not replace:
+                raise OperatorError(
+                    f"{path} is there and can be used; `powermail rebuild --yes` sets it aside and makes it anew. Nothing was "
+                    "changed"
+                )
+            aside = f"{path}.before-rebuild-{utc(self.world.clock.now()):%Y%m%d-%H%M%S}"
+            for suffix in ("", "-wal", "-shm"):
+                if self.world.disk.exists(f"{path}{suffix}"):
+                    self.world.disk.rename(f"{path}{suffix}", f"{aside}{suffix}")
         cluster = cluster_of_nodes(self.world, self.settings, self.data)
         nodes = make_nodes(self.world, self.settings, self.data, cluster, self._make_keys)
         for node in nodes:
@@ -151,6 +229,7 @@ class PowerMail:
         await self._promises.drain(drain_s)
         await self._jobs.cancel()
         if was_serving:
+            await self.front.outbound.stop()  # before the index rests: what became of mail is still to be written down
             await self._rest()
         await self._stack.aclose()
 
@@ -168,7 +247,7 @@ class PowerMail:
     def abandon(self) -> None:
         """What the death of the process leaves: no task goes on, the databases are let go of as they are (simulator)."""
         self.serving = False
-        for tasks in (self._sessions, self._promises, self._jobs):
+        for tasks in (self._sessions, self._promises, self._jobs, self._outgoing):
             tasks.abandon()
         if self._opened is not None:
             self._opened.abandon()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from powermail.base import limits
 from powermail.base.errors import OperatorError
-from powermail.base.settings import Settings
+from powermail.base.settings import Settings, inside
 from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
 from powermail.cluster.fetch import Fetcher
@@ -17,6 +17,7 @@ from powermail.index.sqlite import SqliteIndex
 from powermail.keeper.admission import Admission
 from powermail.keeper.checkpoint import heads
 from powermail.keeper.epochs import EpochKeeper, Marker
+from powermail.keeper.owners import Owners
 from powermail.keeper.reconcile import Reconciler
 from powermail.message.opener import Opener
 from powermail.storage.log.keys import KeyIndex
@@ -25,11 +26,6 @@ from powermail.storage.log.store import Options
 from powermail.storage.node import LocalNode
 
 MakeKeys = Callable[[str, bytes], KeyIndex]
-
-
-def inside(data: str, path: str) -> str:
-    """A path of the settings: relative ones are below the data directory."""
-    return path if path.startswith("/") else f"{data}/{path}"
 
 
 @dataclass(frozen=True)
@@ -41,6 +37,7 @@ class Core:
     data: str
     index: SqliteIndex
     directory: SqliteDirectory
+    owners: Owners
     cluster: Cluster
     fetcher: Fetcher
     opener: Opener
@@ -76,7 +73,7 @@ async def open_core(stack: AsyncExitStack, world: World, settings: Settings, dat
     stack.push_async_callback(index.close)
     await index.open()
     if not index.cluster:
-        raise OperatorError(f"{path} belongs to no cluster; move it away and run `powermail rebuild`")
+        raise OperatorError(f"{path} belongs to no cluster: `powermail rebuild` sets it aside and makes it anew")
     directory = SqliteDirectory(world, inside(data, settings.directory.path))
     stack.push_async_callback(directory.close)
     await directory.open()
@@ -91,6 +88,7 @@ async def open_core(stack: AsyncExitStack, world: World, settings: Settings, dat
         data=data,
         index=index,
         directory=directory,
+        owners=Owners(world, directory, index),
         cluster=cluster,
         fetcher=fetcher,
         opener=Opener(index, fetcher),

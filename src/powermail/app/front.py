@@ -6,14 +6,14 @@ import ssl
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
-from powermail.app.core import Core, inside
+from powermail.app.core import Core
 from powermail.base import limits
-from powermail.base.connection import Door
+from powermail.base.command import output_of
 from powermail.base.errors import OperatorError
 from powermail.base.lane import Lane
 from powermail.base.log import Event
 from powermail.base.net import Listener, parse_host_port
-from powermail.base.settings import Settings
+from powermail.base.settings import Settings, inside
 from powermail.base.tasks import Tasks
 from powermail.base.tls import Certificates, client_context
 from powermail.base.world import World
@@ -22,15 +22,19 @@ from powermail.delivery.srs import Rewriter
 from powermail.delivery.transaction import DeliveryService
 from powermail.directory.authenticate import Authenticator
 from powermail.directory.resolve import DirectoryCache, Resolver
+from powermail.door.clients import Networks
+from powermail.door.connection import Door
+from powermail.mail.address import AddressError, load_idna, parse
 from powermail.mailbox.maildrop import Maildrops
 from powermail.outbound.bounce import Bouncer
-from powermail.outbound.client import Route
-from powermail.outbound.sender import Outbound
+from powermail.outbound.routing import Login, Route, Smarthost
+from powermail.outbound.schedule import Outbound
 from powermail.popd.session import PopService, PopSession
 from powermail.popd.session import refuse as refuse_pop
-from powermail.smtpd.service import Kind, SmtpService
+from powermail.smtpd.service import SmtpService
 from powermail.smtpd.session import SmtpSession
 from powermail.smtpd.session import refuse as refuse_smtp
+from powermail.wire.smtp_table import Kind
 
 
 @dataclass
@@ -65,21 +69,29 @@ class Front:
             await self.certificates_lane.run(self.certificates.reload)
         return 1.0
 
+    def certificate_ends(self) -> float | None:
+        """When the certificate ends, in UTC; None without one."""
+        return self.certificates.ends_at if self.certificates is not None else None
+
     def connections(self) -> dict[str, int]:
         """Open connections of each door."""
         return {door.name: door.connections for door in self.doors}
 
 
-def make_front(stack: AsyncExitStack, core: Core, tasks: Tasks, sessions: Tasks) -> Front:
-    """Composes a front end without doors. `tasks` finish what was promised, `sessions` belong to clients."""
+def make_front(stack: AsyncExitStack, core: Core, tasks: Tasks, sessions: Tasks, outgoing: Tasks) -> Front:
+    """Composes a front end without doors. `tasks` finish what was promised; clients have `sessions`, next hops `outgoing`."""
     world, settings = core.world, core.settings
-    cache = DirectoryCache(
-        core.directory, world.clock, world.counters, settings.directory.cache_ttl_s, settings.directory.stale_s
-    )
-    resolver = Resolver(cache, settings.directory.recipient_delimiter)
-    authenticator = Authenticator(world, resolver, core.directory, settings.directory.upgrade_passwords)
+    cache = DirectoryCache(core.owners, world.clock, world.counters, settings.directory.cache_ttl_s, settings.directory.stale_s)
+    try:
+        postmaster_at = parse(settings.directory.postmaster or f"postmaster@{settings.hostname}").canonical
+    except AddressError as error:
+        raise OperatorError(f"directory.postmaster: {settings.directory.postmaster!r} is not an address: {error}") from error
+    resolver = Resolver(cache, settings.directory.recipient_delimiter, postmaster_at)
+    trusted = Networks(settings.auth.trusted_networks)
+    authenticator = Authenticator(world, resolver, core.directory, settings.directory.upgrade_passwords, trusted.__contains__)
     stack.callback(authenticator.close)
-    rewriter = Rewriter(settings.outbound.srs_domain or settings.hostname, _srs_keys(world, core.data))
+    srs_domain = settings.outbound.srs_domain or settings.hostname
+    rewriter = Rewriter(srs_domain, _srs_keys(world, core.data), core.index.find_return)
     delivery = DeliveryService(
         world,
         core.cluster,
@@ -94,8 +106,9 @@ def make_front(stack: AsyncExitStack, core: Core, tasks: Tasks, sessions: Tasks)
     )
     postmaster = Postmaster(delivery, rewriter)
     bouncer = Bouncer(world, core.opener, settings.hostname, postmaster.submit)
-    route = _route(world, settings, core.data)
-    outbound = Outbound(world, core.index, core.opener, bouncer, settings.outbound, settings.hostname, route)
+    delivery.announce = bouncer.tell
+    router = Smarthost(_route(world, settings, core.data))
+    outbound = Outbound(world, core.index, core.opener, bouncer, settings.outbound, settings.hostname, router, outgoing)
     stack.push_async_callback(outbound.stop)
     return Front(resolver, authenticator, delivery, rewriter, outbound, sessions)
 
@@ -113,17 +126,31 @@ def _route(world: World, settings: Settings, data: str) -> Route | None:
     if not out.smarthost:
         return None
     host, port = parse_host_port(out.smarthost)
-    password = ""
-    if out.smarthost_password_file:
-        try:
-            octets = world.disk.read_file(inside(data, out.smarthost_password_file))
-        except OSError as error:
-            raise OperatorError(f"outbound.smarthost_password_file: {error.strerror}") from error
-        password = octets.decode().strip()
     context = None
     if out.smarthost_tls != "none":
         context = client_context(out.smarthost_tls != "opportunistic", out.smarthost_ca)
-    return Route(host, port, out.smarthost_tls, context, out.smarthost_user, password)
+    return Route(host, port, out.smarthost_tls, context, _login(world, settings, data))
+
+
+def _login(world: World, settings: Settings, data: str) -> Login | None:
+    """Who we are to the smarthost. Its secret is read now, so that a mistake shows at the start, and for each connection."""
+    out = settings.outbound
+    if not out.smarthost_user:
+        return None
+    token = bool(out.smarthost_token_file or out.smarthost_token_command)
+    if out.smarthost_token_command:
+        return Login(out.smarthost_user, lambda: output_of(out.smarthost_token_command), token)
+    name = "smarthost_token_file" if token else "smarthost_password_file"
+    path = inside(data, out.smarthost_token_file or out.smarthost_password_file)
+
+    def read() -> str:
+        return world.disk.read_file(path).decode("utf-8", "replace").strip()
+
+    try:
+        read()
+    except OSError as error:
+        raise OperatorError(f"outbound.{name}: {error.strerror}") from error
+    return Login(out.smarthost_user, read, token)
 
 
 def _connections_max(world: World, settings: Settings) -> tuple[int, int]:
@@ -140,6 +167,7 @@ def _connections_max(world: World, settings: Settings) -> tuple[int, int]:
 
 def _make_doors(core: Core, front: Front, tls: ssl.SSLContext | None) -> tuple[dict[Kind, Door], Door]:
     world, settings = core.world, core.settings
+    trusted = Networks(settings.auth.trusted_networks)
     smtp = SmtpService(
         world,
         settings.smtp,
@@ -150,9 +178,12 @@ def _make_doors(core: Core, front: Front, tls: ssl.SSLContext | None) -> tuple[d
         front.rewriter,
         tls,
         bool(settings.outbound.smarthost),
+        trusted,
     )
     maildrops = Maildrops(core.index, core.opener, front.sessions)
-    pop = PopService(world, settings.pop, settings.hostname, maildrops, front.authenticator, tls, settings.directory.apop)
+    pop = PopService(
+        world, settings.pop, settings.hostname, maildrops, front.authenticator, tls, settings.directory.apop, trusted
+    )
     smtp_max, pop_max = _connections_max(world, settings)
 
     def smtp_door(kind: Kind) -> Door:
@@ -189,9 +220,11 @@ async def open_doors(stack: AsyncExitStack, core: Core, front: Front, use_tls: b
             inside(core.data, settings.tls.certificate), inside(core.data, settings.tls.key), world.disk, world.log
         )
         tls = front.certificates.front
+    load_idna()
     doors, pop_door = _make_doors(core, front, tls)
     front.doors = [*doors.values(), pop_door]
     submission = doors[Kind.SUBMISSION]
+    proxied = {submission: bool(settings.smtp.proxy_from), pop_door: bool(settings.pop.proxy_from)}
     plan: list[tuple[str, list[str], Door, bool]] = [
         ("smtp", settings.smtp.listen, doors[Kind.SMTP], False),
         ("submission", settings.smtp.submission, submission, False),
@@ -205,7 +238,10 @@ async def open_doors(stack: AsyncExitStack, core: Core, front: Front, use_tls: b
             continue
         for address in addresses:
             host, port = parse_host_port(address)
-            listener = await world.net.listen(host, port, door, tls if implicit else None)
+            if implicit and tls is not None and proxied[door]:  # a PROXY header may stand before the handshake
+                listener = await world.net.listen(host, port, door.with_tls(tls))
+            else:
+                listener = await world.net.listen(host, port, door, tls if implicit else None)
             front.listeners.append(listener)
             front.listening.setdefault(name, listener.port)
             world.log.event(Event.LISTENING, door=name, address=f"{host}:{listener.port}")

@@ -17,6 +17,7 @@ from powermail.keeper.collect import Collector
 from powermail.keeper.compact import Compactor
 from powermail.keeper.epochs import Marker
 from powermail.keeper.forget import Forgetter
+from powermail.keeper.purges import Purges
 from powermail.keeper.repair import Repairer
 from powermail.keeper.scrub import Scrubber
 from powermail.storage.contract import StorageNode
@@ -36,6 +37,7 @@ class Keeping:
     repairer: Repairer
     scrubber: Scrubber
     checkpointer: Checkpointer
+    purges: Purges
     workers: list[Worker] = field(default_factory=list)
 
     def jobs(self) -> dict[str, Callable[[], Awaitable[float]]]:
@@ -46,6 +48,8 @@ class Keeping:
             "repair": self.repairer.step,
             "checkpoint": self.checkpointer.step,
             "forget": self.forgetter.step,
+            "owners": core.owners.step,
+            "purges": self.purges.step,
         }
         of_nodes: dict[str, Callable[[StorageNode], Awaitable[float]]] = {
             "health": core.cluster.watch,
@@ -104,6 +108,8 @@ def make_keeping(stack: AsyncExitStack, core: Core) -> Keeping:
     checkpointer = Checkpointer(world, cluster, index)
     stack.callback(scrubber.close)
     stack.callback(checkpointer.close)
+    purges = Purges(world, cluster, index, core.directory, f"{core.data}/purges.json")
+    stack.callback(purges.close)
     return Keeping(
         core,
         core.marker,
@@ -113,4 +119,5 @@ def make_keeping(stack: AsyncExitStack, core: Core) -> Keeping:
         Repairer(world, cluster, index, core.fetcher, settings.repair_after_s),
         scrubber,
         checkpointer,
+        purges,
     )

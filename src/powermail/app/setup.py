@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
 from powermail.base.clock import utc
 from powermail.base.errors import OperatorError
-from powermail.base.settings import Settings
+from powermail.base.settings import SETTINGS_NAME, Settings, load
 from powermail.base.tls import make_self_signed
 from powermail.base.world import World
 from powermail.directory import password as pw
@@ -19,8 +20,16 @@ from powermail.directory.sqlite import SqliteDirectory
 from powermail.index.sqlite import SqliteIndex
 from powermail.storage.identity import make_store
 
-SETTINGS_NAME = "powermail.toml"
-_NODES = (("a", "rack-a"), ("b", "rack-b"), ("c", "rack-c"))
+
+class NodePlace(NamedTuple):
+    """A node of a new installation; a relative path is below the data directory."""
+
+    id: str
+    path: str
+    group: str
+
+
+_THREE = (NodePlace("a", "nodes/a", "rack-a"), NodePlace("b", "nodes/b", "rack-b"), NodePlace("c", "nodes/c", "rack-c"))
 
 
 class FirstMailbox(NamedTuple):
@@ -30,37 +39,68 @@ class FirstMailbox(NamedTuple):
     password: str
 
 
-def settings_text(hostname: str) -> str:
-    """The settings of a new installation: three nodes in three groups, two copies of each message."""
+def parse_place(text: str) -> NodePlace:
+    """`a=/srv/disk1/mail:rack-a`. Raises OperatorError."""
+    name, equals, rest = text.partition("=")
+    path, colon, group = rest.rpartition(":")
+    if not (name and equals and path and colon and group) or any(c in text for c in '"\\\n'):
+        raise OperatorError(f"--node {text!r} is not NAME=PATH:GROUP, like a=/srv/disk1/mail:rack-a")
+    return NodePlace(name, path.rstrip("/"), group)
+
+
+def copies_of(places: Sequence[NodePlace]) -> int:
+    """Two copies where there are two groups."""
+    return min(2, len({place.group for place in places}))
+
+
+def settings_text(hostname: str, places: Sequence[NodePlace] = _THREE) -> str:
+    """The settings of a new installation: by default three nodes in three groups, two copies of each message."""
+    copies = copies_of(places)
     lines = [
         "# PowerMail settings. Every key with its default and meaning: docs/settings.md",
         f'hostname = "{hostname}"',
         "",
         "[cluster]",
-        "copies_required = 2   # each message lies on 2 nodes of different groups before it is acknowledged",
+        f"copies_required = {copies}   # each message lies on so many nodes of different groups before it is acknowledged",
     ]
-    for name, group in _NODES:
-        lines += ["", "[[cluster.nodes]]", f'id = "{name}"', f'path = "nodes/{name}"', f'group = "{group}"']
+    for place in places:
+        lines += ["", "[[cluster.nodes]]", f'id = "{place.id}"', f'path = "{place.path}"', f'group = "{place.group}"']
     return "\n".join(lines) + "\n"
 
 
-async def initialise(world: World, data: str, hostname: str) -> FirstMailbox:
-    """Makes the data directory beside its final name, then renames it. Raises OperatorError."""
+async def initialise(world: World, data: str, hostname: str, places: Sequence[NodePlace] = ()) -> FirstMailbox:
+    """Makes the data directory beside its final name, then renames it; one that exists and is empty is filled.
+
+    Nothing stays of one that could not be made. Raises OperatorError.
+    """
     data = data.rstrip("/")
-    if os.path.isdir(data) and os.listdir(data):
+    there = os.path.isdir(data)
+    if there and [name for name in os.listdir(data) if name != "lost+found"]:
         raise OperatorError(f"{data} exists and is not empty; nothing was changed")
-    building = f"{data}.new"
+    places = places or _THREE
+    load(settings_text(hostname, places), {}, (), "init")
+    building = f"{data}/.new" if there else f"{data}.new"
+    elsewhere: list[str] = []  # stores made outside, to be taken away again if something fails
     try:
         shutil.rmtree(building, ignore_errors=True)
         world.disk.make_directory(building)
-        first = await _fill(world, building, hostname)
-        if os.path.isdir(data):
-            os.rmdir(data)
-        world.disk.rename(building, data)
-        world.disk.sync_directory(os.path.dirname(os.path.abspath(data)))
-    except OSError as error:
+        first = await _fill(world, building, hostname, places, elsewhere)
+        if there:
+            for name in sorted(os.listdir(building), key=lambda name: name == SETTINGS_NAME):  # the settings last
+                world.disk.rename(f"{building}/{name}", f"{data}/{name}")
+            os.rmdir(building)
+        else:
+            world.disk.rename(building, data)
+        world.disk.sync_directory(data if there else os.path.dirname(os.path.abspath(data)))
+    except BaseException as error:
         shutil.rmtree(building, ignore_errors=True)
-        raise OperatorError(f"cannot make {data}: {error.strerror or error}") from error
+        for path in elsewhere:
+            shutil.rmtree(f"{path}/segments", ignore_errors=True)
+            if os.path.exists(f"{path}/identity"):
+                os.unlink(f"{path}/identity")
+        if isinstance(error, OSError):
+            raise OperatorError(f"cannot make {data}: {error.strerror or error}") from error
+        raise
     return first
 
 
@@ -69,13 +109,16 @@ def discard(data: str) -> None:
     shutil.rmtree(data, ignore_errors=True)
 
 
-async def _fill(world: World, path: str, hostname: str) -> FirstMailbox:
+async def _fill(world: World, path: str, hostname: str, places: Sequence[NodePlace], elsewhere: list[str]) -> FirstMailbox:
     disk = world.disk
-    disk.replace_file(f"{path}/{SETTINGS_NAME}", settings_text(hostname).encode())
+    disk.replace_file(f"{path}/{SETTINGS_NAME}", settings_text(hostname, places).encode())
     cluster = world.entropy.octets(16).hex()
     await make_index(world, f"{path}/index.db", cluster)
-    for name, _ in _NODES:
-        make_store(disk, f"{path}/nodes/{name}", cluster, name, world.entropy)
+    for place in places:
+        outside = place.path.startswith("/")
+        make_store(disk, place.path if outside else f"{path}/{place.path}", cluster, place.id, world.entropy)
+        if outside:
+            elsewhere.append(place.path)
     certificate, key = make_self_signed(hostname, utc(world.clock.now()))
     disk.make_directory(f"{path}/tls")
     disk.replace_file(f"{path}/tls/certificate.pem", certificate, 0o644)

@@ -14,6 +14,10 @@ class OperatorError(PowerMailError):
     """A mistake in configuration or use; the text says what to do next and is shown without a traceback."""
 
 
+class NoSuch(OperatorError):
+    """What was named is not there: nothing was changed (exit status 1, where a misuse is 2)."""
+
+
 class Trouble(PowerMailError):
     """Ours and temporary: the peer should try again later."""
 

@@ -20,16 +20,17 @@ SMTP_TRANSACTIONS_MAX: Final = 10_000  # per connection, so that connections are
 SMTP_HELLO_OCTETS_MAX: Final = 255  # RFC 5321 §4.5.3.1.2
 HOPS_MAX: Final = 50  # Received fields; RFC 5321 §6.3 asks at least 100 for counting servers, field practice is 50
 HEADER_SCAN_OCTETS_MAX: Final = 256 * KIB  # how much of a message is looked at for trace fields
-LOCAL_PART_OCTETS_MAX: Final = 64  # RFC 5321 §4.5.3.1.1
+LOCAL_PART_OCTETS_MAX: Final = 254  # what a path has room for; RFC 5321 §4.5.3.1.1 asks 64, and for no limit where possible
+ORIGINATOR_CHARS_MAX: Final = 16 * KIB  # of a From or Sender field that a user submits
 DOMAIN_OCTETS_MAX: Final = 255  # RFC 5321 §4.5.3.1.2
 PATH_OCTETS_MAX: Final = 256  # RFC 5321 §4.5.3.1.3, angle brackets included
 ENVID_OCTETS_MAX: Final = 100  # RFC 3461 §4.4
 ORCPT_OCTETS_MAX: Final = 500  # RFC 3461 §4.2
-PROXY_HEADER_OCTETS_MAX: Final = 536  # PROXY protocol v1: 107; v2 as we accept it
+PROXY_HEADER_OCTETS_MAX: Final = 4096  # PROXY protocol v1: 107; v2 with TLVs: TLS facts, names, what clouds add
 
 SMTP_COMMAND_TIMEOUT_S: Final = 300.0  # RFC 5321 §4.5.3.2.7
 SMTP_STRESS_TIMEOUT_S: Final = 10.0  # when more than half of the connections are taken
-SMTP_DATA_RATE_GRACE_S: Final = 60.0  # how long a sender may be slow before the minimum rate counts
+SMTP_DATA_RATE_GRACE_S: Final = 300.0  # how long a sender may be slow before the minimum rate counts: RFC 5321 §4.5.3.2.7
 SMTP_DATA_RATE_OCTETS_PER_S_MIN: Final = 500  # after the grace; a modem manages more
 SUBMISSION_LOGIN_TIMEOUT_S: Final = 60.0
 TLS_HANDSHAKE_TIMEOUT_S: Final = 20.0
@@ -42,12 +43,12 @@ POP3_AUTH_LINE_OCTETS_MAX: Final = 12_288
 POP3_IDLE_TIMEOUT_S: Final = 600.0  # RFC 1939 §3: at least 10 minutes
 POP3_LOGIN_TIMEOUT_S: Final = 180.0
 POP3_ERRORS_MAX: Final = 20
-POP3_PIPELINE_MAX: Final = 1000  # commands that may wait while one is answered; the socket is paused beyond
 
 # -- authentication -----------------------------------------------------------------------------------------------
 AUTH_FAILURES_PER_MINUTE_MAX: Final = (10, 30, 90)  # per /32, /26, /21 (IPv6 /64, /48, /32)
 AUTH_FAILURES_PER_DAY_MAX: Final = (50, 150, 450)
 AUTH_ACCOUNT_FAILURES_PER_MINUTE_MAX: Final = 30  # adds delay only: no lock-out of the owner
+AUTH_FAR_OVER: Final = 10  # so many times a limit by address, and not even a right password is looked at
 AUTH_DELAY_MAX_S: Final = 5.0
 AUTH_TRACKED_MAX: Final = 100_000  # addresses and accounts remembered
 AUTH_CACHE_MAX: Final = 50_000
@@ -66,6 +67,7 @@ SEGMENT_OCTETS_MIN: Final = 64 * KIB
 APPEND_WAITING_OCTETS_MAX: Final = 32 * MIB  # per node; appends wait at the door beyond it
 APPEND_BATCH_RECORDS_MAX: Final = 1000  # buffers in one gathered write stay under IOV_MAX = 1024
 NODE_RESERVE_OCTETS_DEFAULT: Final = 64 * MIB  # kept for tombstones and compaction on a full disk
+NODE_LOW_FACTOR: Final = 2.0  # below reserve * this, `status` says that a disk is low
 NODE_RESUME_FACTOR: Final = 1.5  # a full node is writable again above reserve * this
 NODE_PROBE_INTERVAL_S: Final = 1.0
 NODE_PROBE_TIMEOUT_S: Final = 10.0  # F14: fenced within this
@@ -77,8 +79,10 @@ NODE_PRESENCE_CHECK_S: Final = 0.05  # how long a node may write before it looks
 PLACEMENT_LOOK_S: Final = 0.05  # how old the figures of nodes may be by which a message is placed
 PLACEMENT_DRAWS: Final = 16  # placements drawn by the same figures, then taken in turn
 READ_SMALL_OCTETS_MAX: Final = 64 * KIB  # as stored; a message up to this is read whole, with its neighbours
-READ_AHEAD_MESSAGES: Final = 64  # how many a reader that goes through a mailbox is ahead
-READ_AHEAD_OCTETS_MAX: Final = 256 * KIB  # and what they hold of memory for one session
+READ_AHEAD_MESSAGES: Final = 256  # how many a reader that goes through a mailbox is ahead
+READ_AHEAD_OCTETS_MAX: Final = 1 * MIB  # and what they hold of memory for one session
+READ_AHEAD_ALL_OCTETS_MAX: Final = 64 * MIB  # and for all sessions together
+READ_AHEAD_PLACES: Final = 512  # messages whose nodes are asked for at once
 
 COMMIT_WINDOW_S: Final = 20.0  # law 2: a node refuses a commit whose stamp is older
 SPARE_MARGIN_S: Final = 2.0  # law 2: feeding a spare ends this long before its stamp is too old
@@ -122,14 +126,30 @@ QUEUE_RETRY_MAX_S: Final = 4 * 3600.0
 QUEUE_LEASE_S: Final = 300.0
 QUEUE_CONCURRENCY_DEFAULT: Final = 20
 QUEUE_PER_DESTINATION_MAX: Final = 10_000  # rows waiting for one destination address's domain
+QUEUE_ATTEMPTS_KEPT: Final = 20  # of each row, for the operator
+QUEUE_SLOT_WAIT_S: Final = 30.0  # how long a message waits for a connection before others get its turn
+QUEUE_IN_HAND_FACTOR: Final = 20  # rows that are worked on, for each connection
+QUEUE_NO_ROUTE_RETRY_S: Final = 300.0  # how often mail without a route is looked at
+QUEUE_DELAY_NOTICE_S: Final = 4 * 3600.0  # after which who asked for it hears of the delay (RFC 3461 §4.1)
+QUEUE_SETTLE_WAIT_S: Final = 10.0  # how long a stop waits for messages on their way out and for what became of them
+RETURN_S: Final = 21 * 86_400.0  # how long a rewritten sender leads back
+COMMAND_TIMEOUT_S: Final = 10.0  # for a command that hands out a token
+SCRAM_ITERATIONS_MAX: Final = 1_000_000  # what a server may ask for; OWASP asks 600,000
 SMTP_CLIENT_REPLY_LINE_OCTETS_MAX: Final = 2048
 SMTP_CLIENT_REPLY_OCTETS_MAX: Final = 16 * KIB
 SMTP_CLIENT_CONNECT_TIMEOUT_S: Final = 30.0
 SMTP_CLIENT_REPLY_TIMEOUT_S: Final = 300.0  # RFC 5321 §4.5.3.2
+SMTP_CLIENT_PIPELINE_S: Final = 30.0  # for the replies behind the first of a row; then it is asked line by line
+SMTP_CLIENT_BLOCK_TIMEOUT_S: Final = 180.0  # §4.5.3.2.5, for a hop that does not read
+SMTP_CLIENT_QUIT_TIMEOUT_S: Final = 5.0  # nobody waits longer for a goodbye
+SMTP_CLIENT_PROOF_S: Final = 2.0  # how long a reply that a hop may still owe is waited for
+SMTP_CLIENT_PLAIN_S: Final = 3600.0  # how long a hop that broke its own PIPELINING is spoken to line by line
+SMTP_CLIENT_RECIPIENTS_MAX: Final = 100  # in one transaction; RFC 5321 §4.5.3.1.8: every hop takes so many
 SMTP_CLIENT_DATA_TIMEOUT_S: Final = 600.0  # §4.5.3.2.6, after the final dot
 SMTP_CLIENT_IDLE_S: Final = 10.0  # a pooled connection waits this long for more work
 INTERNAL_UNDECIDED_MAX: Final = 10_000  # mail of our own whose outcome is unknown; beyond it none is sent (law 5)
 DSN_HEADER_OCTETS_MAX: Final = 50_000  # of the returned message's header
+DSN_FULL_OCTETS_MAX: Final = 4 * MIB  # of a message that is returned whole (RET=FULL); a larger one gives its header
 
 # -- keeper -------------------------------------------------------------------------------------------------------
 RECONCILE_INTERVAL_S: Final = 10.0  # everything a node holds is in the index within two minutes
@@ -156,6 +176,14 @@ WORKER_LONG_S: Final = 10.0  # a step that takes longer is said in `status`
 DESCRIPTORS_RESERVED: Final = 96  # for databases, the log, control, and what is accepted only to be refused
 SEGMENTS_OPEN_SHARE: Final = 4  # a quarter of all descriptors may be segments of nodes
 CONTROL_LINE_OCTETS_MAX: Final = 1 * MIB
+OPERATOR_ANSWER_S: Final = 4.5  # within 5 s a short operation answers, or says why not
+OPERATOR_INDEX_S: Final = 2.0  # how long `status` waits for the index; then the answer says that it is silent
+OPERATOR_NODE_S: Final = 2.5  # how long a command on a stopped installation waits for a node that hangs
+OPERATOR_COPY_S: Final = 2.5  # how long `where` waits for a node's verdict on a copy
+OPERATOR_LOOK_S: Final = 0.2  # how long each part is asked when an operation did not answer
+OPERATOR_BEAT_S: Final = 1.0  # how often a long operation shows that it lives
+OWNERS_KNOWN_MAX: Final = 200_000  # account ids whose address was compared in this process
+CERTIFICATE_WARN_DAYS: Final = 14.0  # before its end
 LOG_LINES_WAITING_MAX: Final = 20_000
 LOG_LINES_WRITTEN_MAX: Final = 1000  # in one write: what a stuck log holds beside those that wait
 LOG_FIELD_CHARS_MAX: Final = 512
@@ -167,7 +195,8 @@ assert RECORD_BODY_OCTETS_MAX > CHUNK_OCTETS + 1024
 assert INDEX_WAIT_S_DEFAULT < 5.0, "P20: an index that does not answer is a blip of at most 5 s"
 assert COMMIT_WINDOW_S + INDEX_WAIT_S_DEFAULT < DRAIN_TIMEOUT_S, "what was asked of nodes is decided before the process stops"
 assert 2 * NODE_RECEIPT_TIMEOUT_S < COMMIT_WINDOW_S - SPARE_MARGIN_S, "a spare can be fed within the window"
-assert 2 * CHUNK_OCTETS / SMTP_DATA_RATE_OCTETS_PER_S_MIN < STREAM_ABANDONED_S, "the slowest sender is not given up"
+_SLOWEST_S: Final = SMTP_DATA_RATE_GRACE_S + 2 * CHUNK_OCTETS / SMTP_DATA_RATE_OCTETS_PER_S_MIN
+assert _SLOWEST_S < STREAM_ABANDONED_S, "the slowest sender is not given up"
 assert EPOCH_JUMP > UNCLEAN_JUMP >= MARK_NUMBERS_MAX, "no number given since the last mark is given again"
 assert NODE_SLOW_S < NODE_READ_TIMEOUT_S < 5.0, "P20: a blip is at most 5 s"
 assert SMTP_COMMAND_LINE_OCTETS_MAX > PATH_OCTETS_MAX + ENVID_OCTETS_MAX + ORCPT_OCTETS_MAX + 512

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from enum import Enum
 from functools import lru_cache
@@ -32,9 +33,9 @@ class Event(Enum):
     MESSAGE_REFUSED = ("message-refused", "info")
     DELIVERY_TROUBLE = ("delivery-trouble", "warning")
     INDEX_LATE = ("index-late", "warning")
-    SESSION_ENDED = ("session-ended", "debug")
     CONNECTION_REFUSED = ("connection-refused", "info")
     LOGIN = ("login", "info")
+    LOGOUT = ("logout", "info")
     LOGIN_FAILED = ("login-failed", "info")
     NODE_STATE = ("node-state", "warning")
     NODE_RECOVERED = ("node-recovered", "info")
@@ -49,17 +50,29 @@ class Event(Enum):
     SENT = ("sent", "info")
     DEFERRED = ("deferred", "info")
     BOUNCED = ("bounced", "info")
+    IN_CLEAR = ("in-clear", "warning")
+    NOTICE = ("notice", "info")
+    NOTICE_DROPPED = ("notice-dropped", "warning")
     CERTIFICATE = ("certificate", "info")
     CERTIFICATE_BAD = ("certificate-bad", "error")
     TROUBLE = ("trouble", "warning")
+    OPERATOR = ("operator", "info")
+    PURGED = ("purged", "info")
+    RELOADED = ("reloaded", "info")
     BUG = ("bug", "error")
+
+
+# What binds the lines of one session, and of what it began: tasks take it over from who starts them.
+CID: ContextVar[str] = ContextVar("cid", default="")
 
 
 class Log(Protocol):
     """Where events go."""
 
     def event(self, event: Event, **fields: Any) -> None:
-        """Writes one event. Fields are short facts: str, int, float, bytes (as hex) or None (left out)."""
+        """Writes one event. Fields are short facts: str, int, float, bytes (as hex) or None (left out); `to` may be a tuple
+        of recipients, who get a line each.
+        """
 
 
 class NullLog:
@@ -76,7 +89,19 @@ class MemoryLog:
         self.lines: list[str] = []
 
     def event(self, event: Event, **fields: Any) -> None:
-        self.lines.append(format_text("", event, fields))
+        self.lines += [format_text("", event, facts) for facts in each(bound(fields))]
+
+
+def bound(fields: dict[str, Any]) -> dict[str, Any]:
+    """The facts of an event with the session they belong to, if any."""
+    cid = CID.get()
+    return {"cid": cid, **fields} if cid else fields
+
+
+def each(fields: dict[str, Any]) -> list[dict[str, Any]]:
+    """The facts of each line: `to`, when it is several, has one for each. Done where lines are written."""
+    to = fields.get("to")
+    return [{**fields, "to": one} for one in to] if isinstance(to, tuple) else [fields]
 
 
 def escape(value: Any) -> str:
@@ -90,8 +115,14 @@ def escape(value: Any) -> str:
         text = text[: limits.LOG_FIELD_CHARS_MAX] + "…"
     if text.isascii() and text.isprintable() and '"' not in text and " " not in text and text:
         return text
-    printable = "".join(c if c.isprintable() and c not in '"\\' else c.encode("unicode_escape").decode() for c in text)
-    return f'"{printable}"'.replace('\\\\"', '\\"')
+    return '"' + "".join(map(_escaped, text)) + '"'
+
+
+def _escaped(character: str) -> str:
+    """One that could end the quotes or the line is written as programs write it: what was said never looks like a fact."""
+    if character in '"\\':
+        return "\\" + character
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
 @lru_cache(maxsize=2)
@@ -148,7 +179,11 @@ class StreamLog:
         if len(self._waiting) >= limits.LOG_LINES_WAITING_MAX:
             self.dropped += 1
             return
-        self._waiting.append((self._now(), event, fields))
+        self._waiting.append((self._now(), event, bound(fields)))
+
+    def set_level(self, level: str) -> None:
+        """From now on, events below this level are left out."""
+        self._threshold = _LEVELS[level]
 
     def close(self) -> None:
         """Writes what waits, for at most a second, and ends the thread."""
@@ -164,7 +199,8 @@ class StreamLog:
             lines: list[str] = []
             while self._waiting and len(lines) < limits.LOG_LINES_WRITTEN_MAX:
                 at, event, fields = self._waiting.popleft()
-                lines.append(self._format(format_stamp(at), event, fields))
+                stamp = format_stamp(at)
+                lines += [self._format(stamp, event, facts) for facts in each(fields)]
             if lines:
                 try:
                     self._stream.write("\n".join(lines) + "\n")

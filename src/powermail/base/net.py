@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import resource
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from powermail.base import limits
 from powermail.base.errors import OperatorError
@@ -48,8 +48,12 @@ class Network(Protocol):
         context: ssl.SSLContext,
         server_side: bool,
         name: str | None = None,
+        first: bytes = b"",
     ) -> asyncio.Transport:
-        """Upgrades a connection. Raises OSError (ssl.SSLError is one) or TimeoutError."""
+        """Upgrades a connection; `first` are octets of the peer's handshake that were read already.
+
+        Raises OSError (ssl.SSLError is one) or TimeoutError.
+        """
 
 
 @dataclass(frozen=True)
@@ -96,9 +100,10 @@ class SocketNetwork:
         context: ssl.SSLContext,
         server_side: bool,
         name: str | None = None,
+        first: bytes = b"",
     ) -> asyncio.Transport:
         loop = asyncio.get_running_loop()
-        upgraded = await loop.start_tls(
+        upgrading = loop.start_tls(
             transport,
             protocol,
             context,
@@ -106,9 +111,37 @@ class SocketNetwork:
             server_hostname=name,
             ssl_handshake_timeout=limits.TLS_HANDSHAKE_TIMEOUT_S,
         )
+        upgraded = await (_upgrade_with(upgrading, transport, first) if first else upgrading)
         if upgraded is None:
             raise ConnectionResetError("the connection ended during the TLS handshake")
         return upgraded
+
+
+async def _upgrade_with(
+    upgrading: Coroutine[Any, Any, asyncio.Transport | None], transport: asyncio.Transport, first: bytes
+) -> asyncio.Transport | None:
+    """An upgrade whose protocol gets `first` before anything that the transport reads.
+
+    Its first step gives the transport its new protocol, and asks the loop to connect the two and then to read; what is asked
+    of the loop behind that comes between.
+    """
+    loop = asyncio.get_running_loop()
+    transport.pause_reading()
+    task = loop.create_task(upgrading)
+    await asyncio.sleep(0)
+
+    def give() -> None:
+        protocol: Any = transport.get_protocol()
+        octets = first
+        while octets and not transport.is_closing():
+            room = protocol.get_buffer(len(octets))
+            size = min(len(room), len(octets))
+            room[:size] = octets[:size]
+            protocol.buffer_updated(size)
+            octets = octets[size:]
+
+    loop.call_soon(give)
+    return await task
 
 
 def descriptors() -> int:

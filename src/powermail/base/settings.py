@@ -7,6 +7,7 @@ Environment: POWERMAIL_SECTION__KEY=value. Command line: --set section.key=value
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -72,6 +73,10 @@ class DirectorySettings(Struct, forbid_unknown_fields=True, frozen=True):
     quota_strict: Annotated[bool, _says("refuse each full mailbox even if the message fits another recipient")] = False
     upgrade_passwords: Annotated[bool, _says("re-hash old schemes to argon2id at login")] = True
     apop: Annotated[bool, _says("offer APOP (needs {plain} passwords)")] = False
+    purge_grace_days: Annotated[float, Meta(ge=0), _says("how long `powermail purge` can be undone")] = 7.0
+    postmaster: Annotated[
+        str, _says("mailbox that gets mail for postmaster at served domains without one; empty: postmaster@hostname")
+    ] = ""
 
 
 class SmtpSettings(Struct, forbid_unknown_fields=True, frozen=True):
@@ -90,7 +95,7 @@ class SmtpSettings(Struct, forbid_unknown_fields=True, frozen=True):
     message_octets_max: Annotated[int, Meta(ge=1024), _says("largest message")] = 50 * limits.MIB
     recipients_max: Annotated[int, Meta(ge=100), _says("recipients per transaction")] = limits.SMTP_RECIPIENTS_MAX
     connections_max: Annotated[int, Meta(ge=1), _says("all connections of the SMTP doors")] = limits.CONNECTIONS_MAX_DEFAULT
-    connections_per_address_max: Annotated[int, Meta(ge=1), _says("connections per client address")] = (
+    connections_per_address_max: Annotated[int, Meta(ge=1), _says("connections per client address, or /64 of IPv6")] = (
         limits.CONNECTIONS_PER_ADDRESS_MAX_DEFAULT
     )
     proxy_from: Annotated[list[str], _says("networks whose PROXY protocol header is required and believed")] = field(
@@ -107,12 +112,20 @@ class PopSettings(Struct, forbid_unknown_fields=True, frozen=True):
     listen_tls: Annotated[list[str], _says("POP3S (995) addresses")] = field(default_factory=lambda: ["127.0.0.1:2995"])
     plaintext_login: Annotated[bool, _says("allow passwords without TLS (never on a real network)")] = False
     connections_max: Annotated[int, Meta(ge=1), _says("all POP3 connections")] = limits.CONNECTIONS_MAX_DEFAULT
-    connections_per_address_max: Annotated[int, Meta(ge=1), _says("connections per client address")] = (
+    connections_per_address_max: Annotated[int, Meta(ge=1), _says("connections per client address, or /64 of IPv6")] = (
         limits.CONNECTIONS_PER_ADDRESS_MAX_DEFAULT
     )
     proxy_from: Annotated[list[str], _says("networks whose PROXY protocol header is required and believed")] = field(
         default_factory=list
     )
+
+
+class AuthSettings(Struct, forbid_unknown_fields=True, frozen=True):
+    """Logging in, at every door."""
+
+    trusted_networks: Annotated[
+        list[str], _says("networks of webmail and proxies of yours: logins without TLS, no delay or refusal by address")
+    ] = field(default_factory=list)
 
 
 class OutboundSettings(Struct, forbid_unknown_fields=True, frozen=True):
@@ -123,8 +136,14 @@ class OutboundSettings(Struct, forbid_unknown_fields=True, frozen=True):
     smarthost_ca: Annotated[str, _says("PEM file of authorities to trust; empty: the system's")] = ""
     smarthost_user: Annotated[str, _says("AUTH user; empty: none")] = ""
     smarthost_password_file: Annotated[str, _says("file with its password, mode 0600")] = ""
+    smarthost_token_file: Annotated[str, _says("file with a token for XOAUTH2 instead; read for each connection")] = ""
+    smarthost_token_command: Annotated[str, _says("command that prints such a token; run for each connection")] = ""
     concurrency: Annotated[int, Meta(ge=1, le=1000), _says("connections to the smarthost")] = limits.QUEUE_CONCURRENCY_DEFAULT
     lifetime_s: Annotated[float, Meta(ge=60), _says("how long mail is tried before the DSN")] = limits.QUEUE_LIFETIME_S
+    delay_notice_s: Annotated[
+        float, Meta(ge=0), _says("after which a sender who asked for it (NOTIFY=DELAY) hears that mail waits; 0: never")
+    ] = limits.QUEUE_DELAY_NOTICE_S
+    eight_bit: Annotated[str, _says("8-bit bodies for a hop without 8BITMIME: send them as they are, or bounce")] = "send"
     retry_first_s: Annotated[float, Meta(gt=0), _says("pause after the first failure; doubles")] = limits.QUEUE_RETRY_FIRST_S
     srs_domain: Annotated[str, _says("domain of rewritten reverse-paths; empty: the host name")] = ""
 
@@ -152,6 +171,7 @@ class Settings(Struct, forbid_unknown_fields=True, frozen=True):
     directory: DirectorySettings = DirectorySettings()
     smtp: SmtpSettings = SmtpSettings()
     pop: PopSettings = PopSettings()
+    auth: AuthSettings = AuthSettings()
     outbound: OutboundSettings = OutboundSettings()
     tls: TlsSettings = TlsSettings()
     log: LogSettings = LogSettings()
@@ -163,6 +183,7 @@ TLS_MODES = ("none", "opportunistic", "required", "implicit")
 
 def check(settings: Settings) -> None:
     """Refuses settings that contradict each other. Raises OperatorError with the reason (F29)."""
+    _check_networks(settings)
     cluster = settings.cluster
     ids = [node.id for node in cluster.nodes]
     groups = {node.group for node in cluster.nodes}
@@ -184,11 +205,34 @@ def check(settings: Settings) -> None:
         raise OperatorError(f"outbound.smarthost_tls: none of {', '.join(TLS_MODES)}")
     if settings.outbound.smarthost_user and settings.outbound.smarthost_tls in ("none", "opportunistic"):
         raise OperatorError("outbound.smarthost_user needs smarthost_tls = required or implicit")
+    out = settings.outbound
+    if out.eight_bit not in ("send", "bounce"):
+        raise OperatorError(f"outbound.eight_bit: {out.eight_bit!r} is neither send nor bounce")
+    if bool(out.smarthost_password_file) + bool(out.smarthost_token_file) + bool(out.smarthost_token_command) > 1:
+        raise OperatorError("outbound: one of smarthost_password_file, smarthost_token_file, smarthost_token_command")
+    secret = out.smarthost_password_file or out.smarthost_token_file or out.smarthost_token_command
+    if out.smarthost_user and not secret:
+        raise OperatorError(
+            "outbound.smarthost_user needs smarthost_password_file, smarthost_token_file or smarthost_token_command"
+        )
     if settings.log.level not in ("debug", "info", "warning", "error"):
         raise OperatorError("log.level: none of debug, info, warning, error")
     host = settings.hostname
     if not host.isascii() or not host.replace(".", "").replace("-", "").isalnum() or len(host) > 255:
         raise OperatorError(f"hostname: {host!r} is not a domain name")
+
+
+def _check_networks(settings: Settings) -> None:
+    for name, texts in (
+        ("smtp.proxy_from", settings.smtp.proxy_from),
+        ("pop.proxy_from", settings.pop.proxy_from),
+        ("auth.trusted_networks", settings.auth.trusted_networks),
+    ):
+        for text in texts:
+            try:
+                ipaddress.ip_network(text, strict=False)
+            except ValueError as error:
+                raise OperatorError(f"{name}: {text!r} is not a network: {error}") from error
 
 
 def known_keys() -> dict[str, Any]:
@@ -204,6 +248,7 @@ def known_keys() -> dict[str, Any]:
     return keys
 
 
+SETTINGS_NAME = "powermail.toml"  # in the data directory
 DATA_VARIABLE = "POWERMAIL_DATA_DIRECTORY"  # where the settings file is: not a setting
 
 
@@ -269,13 +314,21 @@ def load(text: str, environment: Mapping[str, str], overrides: Sequence[str] = (
     return settings
 
 
+def inside(data: str, path: str) -> str:
+    """A path of the settings: relative ones are below the data directory."""
+    return path if path.startswith("/") else f"{data}/{path}"
+
+
 def load_file(path: str, overrides: Sequence[str] = ()) -> Settings:
     """Reads a settings file and the environment of this process. Raises OperatorError."""
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
     except OSError as error:
-        raise OperatorError(f"cannot read {path}: {error.strerror}; `powermail init` makes one") from error
+        cure = "`powermail init` makes one"
+        if isinstance(error, PermissionError):
+            cure = "run this as the owner of the data directory, or as root"
+        raise OperatorError(f"cannot read {path}: {error.strerror}; {cure}") from error
     return load(text, os.environ, overrides, path)
 
 

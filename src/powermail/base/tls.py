@@ -37,6 +37,14 @@ def client_context(verify: bool, authorities: str = "") -> ssl.SSLContext:
     return context
 
 
+def _ends_at(pem: bytes) -> float | None:
+    """When the first certificate of a chain ends, in UTC; None if that cannot be read."""
+    try:
+        return x509.load_pem_x509_certificate(pem).not_valid_after_utc.timestamp()
+    except ValueError:
+        return None
+
+
 class Certificates:
     """The current server context; `front` is what listeners hold, its handshakes use the newest generation."""
 
@@ -52,6 +60,7 @@ class Certificates:
         except (OSError, ssl.SSLError) as error:
             raise OperatorError(f"cannot use the certificate {certificate} with {key}: {error}") from error
         self._current = self.front
+        self.ends_at = _ends_at(self._seen[0])
         self.front.sni_callback = self._select
 
     def _select(self, connection: ssl.SSLObject | ssl.SSLSocket, name: str | None, context: ssl.SSLContext) -> None:
@@ -72,6 +81,7 @@ class Certificates:
             return False
         self._current = fresh
         self._seen = marks
+        self.ends_at = _ends_at(marks[0])
         self._log.event(Event.CERTIFICATE, reloaded=self._certificate)
         return True
 

@@ -1,25 +1,33 @@
-"""Owns how results look to people: tables, meters, the welcome of a new server."""
+"""Owns how results look to people: tables as wide as they are, one record a line, local times, the meter, the welcome."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-from typing import Any
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+import msgspec
+from msgspec import Struct
 
-from powermail.app.setup import FirstMailbox
+from powermail.admin.messages import Findings, Listing
+from powermail.admin.nodes import NodeFacts
+from powermail.admin.owners import DirectoryFindings
+from powermail.admin.system import Status
 
-_console = Console(highlight=False)
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from powermail.app.setup import FirstMailbox
+    from powermail.keeper.rebuild import Rebuilt
 
 
 class Meter:
-    """A progress bar that appears with the first report."""
+    """A progress bar that appears with the first report, at a terminal only."""
 
     def __init__(self, name: str, enabled: bool = True) -> None:
         self._name = name
-        self._enabled = enabled and _console.is_terminal
+        self._enabled = enabled and sys.stderr.isatty()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
@@ -28,8 +36,11 @@ class Meter:
         if not self._enabled:
             return
         if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
             self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-                                 TimeRemainingColumn(), console=_console, transient=True)  # fmt: skip
+                                 TimeRemainingColumn(), console=Console(stderr=True), transient=True)  # fmt: skip
             self._bar.start()
             self._task = self._bar.add_task(self._name, total=total)
         assert self._task is not None
@@ -41,16 +52,32 @@ class Meter:
             self._bar.stop()
 
 
-def _cell(value: Any) -> str:
+def local(at: datetime) -> str:
+    """A time as people here read it."""
+    return at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def cell(value: object) -> str:
+    """A value on one line; what cannot be printed is a question mark."""
     if value is None:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, list):
-        return " ".join(_cell(item) for item in value) or "-"
+    if isinstance(value, datetime):
+        return local(value)
+    if isinstance(value, list | tuple):
+        return " ".join(cell(item) for item in value) or "-"
     if isinstance(value, dict):
-        return " ".join(f"{k}={_cell(v)}" for k, v in value.items()) or "-"
+        return " ".join(f"{name}={cell(one)}" for name, one in value.items()) or "-"
+    if isinstance(value, Struct):
+        return cell(dict(_items(value)))
     return "".join(c if c.isprintable() else "?" for c in str(value))
+
+
+def _items(facts: Struct) -> list[tuple[str, object]]:
+    """Names and values of a record, as they are named for programs."""
+    names = [field.encode_name for field in msgspec.structs.fields(facts)]
+    return list(zip(names, msgspec.structs.asdict(facts).values(), strict=True))
 
 
 def size(count: int) -> str:
@@ -63,127 +90,151 @@ def size(count: int) -> str:
     return f"{amount:.1f} TiB"
 
 
-def rows(found: list[dict[str, Any]]) -> None:
+def table(names: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Columns side by side, as wide as they are: nothing is folded or cut, whatever it is printed on."""
+    widths = [max(len(name), *(len(line[at]) for line in lines)) for at, name in enumerate(names)]
+    for line in (names, *lines):
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def rows(found: Sequence[Struct]) -> None:
     """A table of records of one kind."""
     if not found:
-        _console.print("none")
+        print("none")
         return
-    table = Table(box=None, pad_edge=False)
-    for name in found[0]:
-        table.add_column(name, overflow="fold")
-    for row in found:
-        table.add_row(*(_cell(value) for value in row.values()))
-    _console.print(table, markup=False)
+    names = [name for name, _ in _items(found[0])]
+    table(names, [[cell(value) for _, value in _items(row)] for row in found])
 
 
-def record(facts: dict[str, Any]) -> None:
-    """One record, a fact a line."""
-    width = max(len(name) for name in facts)
-    for name, value in facts.items():
-        _console.print(f"{name.ljust(width)}  {_cell(value)}", markup=False)
+def record(facts: Struct) -> None:
+    """One record, a fact a line; records that it holds follow as a table."""
+    held = {name: value for name, value in _items(facts) if isinstance(value, list) and value and isinstance(value[0], Struct)}
+    facts_of([(name, value) for name, value in _items(facts) if name not in held])
+    for name, value in held.items():
+        print(f"\n{name}:")
+        rows(value)
 
 
-def messages(result: dict[str, Any]) -> None:
+def facts_of(items: Sequence[tuple[str, object]]) -> None:
+    """Names and values, one a line."""
+    width = max(len(name) for name, _ in items)
+    for name, value in items:
+        print(f"{name.ljust(width)}  {cell(value)}")
+
+
+def anything(result: object) -> None:
+    """A record, or a table of records."""
+    if isinstance(result, list):
+        rows(result)
+    elif isinstance(result, Struct):
+        record(result)
+    else:
+        print(cell(result))
+
+
+def messages(result: Listing) -> None:
     """`powermail list`."""
-    for message in result["messages"]:
-        at = datetime.fromtimestamp(message["received_at"], UTC).strftime("%Y-%m-%d %H:%M:%S")
-        warning = "" if message["redundant"] else "  NOT REDUNDANT"
-        warning += "" if message["readable"] else "  UNREADABLE NOW"
-        copies = " ".join(message["nodes"]) or "-"
-        _console.print(
-            f"{message['uid']:>8}  {message['key']}  {size(message['octets']):>10}  {at}  "
-            f"nodes: {copies}  groups: {' '.join(message['groups'])}{warning}",
-            markup=False,
-            soft_wrap=True,
+    for message in result.messages:
+        warning = "" if message.redundant else "  NOT REDUNDANT"
+        warning += "" if message.readable else "  UNREADABLE NOW"
+        copies = " ".join(message.nodes) or "-"
+        print(
+            f"{message.uid:>8}  {message.key}  {size(message.octets):>10}  {local(message.received_at)}  "
+            f"nodes: {copies}  groups: {' '.join(message.groups)}{warning}"
         )
-    total = len(result["messages"])
-    share = 100 * result["not_redundant"] / total if total else 0.0
-    _console.print(f"{total} messages, {result['not_redundant']} not redundant ({share:.1f} %)")
+    total = len(result.messages)
+    share = 100 * result.not_redundant / total if total else 0.0
+    print(f"{total} messages, {result.not_redundant} not redundant ({share:.1f} %)")
 
 
-def nodes(found: list[dict[str, Any]]) -> None:
-    """A table of nodes."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("node", "group", "priority", "state", "messages", "live", "log", "free", "damaged", "owed", "probe"):
-        table.add_column(name)
-    for row in found:
-        state = row["state"] + (f" ({row['reason']})" if row["reason"] else "") + (" slow" if row["slow"] else "")
-        table.add_row(
-            row["id"], row["group"], str(row["priority"]), state, str(row["messages"]), size(row["live_octets"]),
-            size(row["log_octets"]), size(row["free_octets"]), str(row["damaged"]), str(row["owed"]),
-            f"{row['probe_ms']} ms",
-        )  # fmt: skip
-    _console.print(table, markup=False)
+def nodes(found: Sequence[NodeFacts]) -> None:
+    """A table of nodes: figures first, the reason last."""
+    names = ("node", "group", "priority", "state", "messages", "live", "log", "free", "damaged", "bad copies", "owed", "probe",
+             "reason")  # fmt: skip
+    lines = [
+        (
+            row.id, row.group, str(row.priority), row.state + (" slow" if row.slow else ""), str(row.messages),
+            size(row.live_octets), size(row.log_octets), size(row.free_octets), str(row.damaged),
+            f"{row.bad_copies}, last {local(row.bad_copy_at)}" if row.bad_copy_at else "0", cell(row.owed),
+            f"{row.probe_ms} ms", cell(row.reason or "-"),
+        )
+        for row in found
+    ]  # fmt: skip
+    table(names, lines)
 
 
-def status(result: dict[str, Any]) -> None:
+def status(result: Status) -> None:
     """`powermail status`."""
-    nodes(result["nodes"])
-    _console.print()
-    thin = result["not_redundant"]
-    left = f", about {thin['seconds_left']} s to full redundancy" if thin["seconds_left"] is not None else ""
-    _console.print(f"copies required  {result['copies_required']}    takes mail  {_cell(result['takes_mail'])}")
-    _console.print(f"not redundant    {thin['messages']} messages, {size(thin['octets'])}{left}")
-    _console.print(f"totals           {_cell(result['totals'])}", markup=False)
-    _console.print(f"connections      {_cell(result['connections'])}", markup=False)
-    for worker in result["workers"]:
-        text = f"{worker['status']}, {worker['units']} units, {worker['errors']} errors"
-        _console.print(f"worker           {worker['name'].ljust(12)} {text}", markup=False)
-    for problem in result["degraded"]:
-        _console.print(f"DEGRADED         {problem}", markup=False)
-    if not result["degraded"]:
-        _console.print("healthy")
+    if not result.running and not result.nodes:
+        for problem in result.degraded:
+            print(f"STOPPED          {cell(problem)}")
+        return
+    nodes(result.nodes)
+    thin = result.not_redundant
+    left = f", about {thin.seconds_left} s to full redundancy" if thin.seconds_left is not None else ""
+    print(f"\ncopies required  {result.copies_required}    takes mail  {cell(result.takes_mail)}")
+    print(f"not redundant    {thin.messages} messages, {size(thin.octets)}{left}")
+    print(f"totals           {cell(result.totals)}")
+    print(f"connections      {cell(result.connections)}")
+    for worker in result.workers:
+        print(f"worker           {worker.name.ljust(12)} {cell(worker.status)}, {worker.units} units, {worker.errors} errors")
+    for problem in result.degraded:
+        print(f"DEGRADED         {cell(problem)}")
+    if not result.degraded:
+        print("healthy")
 
 
-def rebuilt(result: dict[str, Any]) -> None:
+def rebuilt(result: Rebuilt) -> None:
     """`powermail rebuild`: the figures, then by name what could not be had."""
-    record({name: value for name, value in result.items() if not isinstance(value, tuple | list)})
-    for account, mailbox, uid, key in result["lost"]:
-        _console.print(f"lost: account {account}, {mailbox}, UID {uid}, message {key}", markup=False, soft_wrap=True)
-    for key in result["unreadable_keys"]:
-        _console.print(f"unreadable: message {key}", markup=False, soft_wrap=True)
-    for what in result["left_out"]:
-        _console.print(f"left out: {what}", markup=False, soft_wrap=True)
+    facts_of([(name, value) for name, value in result._asdict().items() if not isinstance(value, tuple | list)])
+    for account, mailbox, uid, key in result.lost:
+        print(f"lost: account {account}, {cell(mailbox)}, UID {uid}, message {key}")
+    for key in result.unreadable_keys:
+        print(f"unreadable: message {key}")
+    for what in result.left_out:
+        print(f"left out: {cell(what)}")
 
 
-def findings(result: dict[str, Any]) -> None:
+def findings(result: Findings) -> None:
     """`powermail verify`."""
-    for problem in result["problems"]:
-        _console.print(problem, markup=False, soft_wrap=True)
-    _console.print(f"{result['messages']} messages checked, {len(result['problems'])} problems")
+    for problem in result.problems:
+        print(cell(problem))
+    print(f"{result.messages} messages checked, {result.wrong} with problems, {len(result.problems)} findings")
 
 
-def first_mailbox(data: str, first: FirstMailbox) -> None:
+def doubts(result: DirectoryFindings) -> None:
+    """`powermail directory check`."""
+    for doubt in result.problems:
+        print(f"{cell(doubt.address)}: {cell(doubt.problem)}" if doubt.address else cell(doubt.problem))
+    print(f"{result.rows} rows checked, {len(result.problems)} problems")
+
+
+def first_mailbox(data: str, first: FirstMailbox, nodes: int, copies: int) -> None:
     """What `init` says, once."""
-    _console.print(f"made {data} with three storage nodes and two copies of each message", markup=False)
-    _console.print(
-        f"first mailbox  {first.address}\npassword       {first.password}   (shown only now)", markup=False, soft_wrap=True
-    )
+    print(f"made {data} with {nodes} storage nodes and {copies} copies of each message")
+    print(f"first mailbox  {first.address}\npassword       {first.password}   (shown only now)")
+    print(f"start it with  powermail serve --data {data}")
 
 
-def try_it(ports: dict[str, int], shared: list[list[str]], copies: int, first: FirstMailbox | None, hostname: str) -> None:
-    """The welcome: where it listens and what to paste."""
-    listening = ", ".join(f"{name} {port}" for name, port in ports.items())
-    _console.print(f"PowerMail is ready: {listening}", markup=False, soft_wrap=True)
+def try_it(
+    ports: dict[str, int], hosts: dict[str, str], shared: list[list[str]], copies: int, first: FirstMailbox | None,
+    hostname: str, data: str, command: str,
+) -> None:  # fmt: skip
+    """The welcome: where it listens and what to paste where it is read; lines for closed doors are left out."""
+    print(f"PowerMail is ready: {', '.join(f'{name} {port}' for name, port in ports.items())}")
     for names in shared:
-        _console.print(
-            f"note: nodes {', '.join(names)} share one disk. {copies} copies protect from damage there, not from its loss.",
-            markup=False,
-            soft_wrap=True,
-        )
+        print(f"note: nodes {', '.join(names)} share one disk. {copies} copies protect from damage there, not from its loss.")
     address = first.address if first else f"postmaster@{hostname}"
     password = first.password if first else "PASSWORD"
     if first:
-        _console.print(
-            f"first mailbox: {first.address}  password: {first.password}  (shown only now)", markup=False, soft_wrap=True
+        print(f"first mailbox: {first.address}  password: {first.password}  (shown only now)")
+    print("try it now, in another terminal:")
+    if "smtp" in ports:
+        print(
+            "  printf 'From: me@example.org\\r\\nSubject: hello\\r\\n\\r\\nIt works.\\r\\n' | curl -sS "
+            f"smtp://{hosts['smtp']}:{ports['smtp']} --mail-from me@example.org --mail-rcpt {address} -T -"
         )
-    _console.print("try it now, in another terminal:", markup=False)
-    _console.print(
-        f"  printf 'From: me@example.org\\r\\nSubject: hello\\r\\n\\r\\nIt works.\\r\\n' | curl -sS "
-        f"smtp://127.0.0.1:{ports.get('smtp', 0)} --mail-from me@example.org --mail-rcpt {address} -T -\n"
-        f"  curl -sSk --user '{address}:{password}' pop3s://127.0.0.1:{ports.get('pop3s', 0)}/1\n"
-        f"  .venv/bin/powermail list {address}",
-        markup=False,
-        soft_wrap=True,
-    )
-    _console.print("Ctrl-C drains and stops.", markup=False)
+    if "pop3s" in ports:
+        print(f"  curl -sSk --user '{address}:{password}' pop3s://{hosts['pop3s']}:{ports['pop3s']}/1")
+    print(f"  {command} list {address} --data {data}")
+    print("Ctrl-C drains and stops.", flush=True)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 import sys
-from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from powermail.cli import show
+
+if TYPE_CHECKING:
+    from powermail.cli.commands import Sim
 from powermail.sim.run import Outcome, simulate
 
 _LAWS = ("law.", "keeper.", "delivery.index_late", "cluster.")  # counters that say which branches of the laws were taken
@@ -74,10 +76,10 @@ def _all(pool: ProcessPoolExecutor, seeds: range, seconds: float, only: Sequence
         yield done.result()
 
 
-async def simulation(arguments: Namespace) -> int:
+async def simulation(arguments: Sim, json: bool) -> int:
     """Runs the seeds that were asked for; 1 if one failed."""
     seeds = range(arguments.first, arguments.first + arguments.seeds)
-    meter = show.Meter("seeds", enabled=not arguments.json)
+    meter = show.Meter("seeds", enabled=not json)
     results: list[dict[str, Any]] = []
     failed = 0
     with ProcessPoolExecutor(arguments.jobs) as pool:  # a simulation is an event loop of its own: never within this one
@@ -95,7 +97,7 @@ async def simulation(arguments: Namespace) -> int:
                 sys.stderr.write(_failure(outcome, least))
     meter.close()
     results.sort(key=lambda result: int(result["seed"]))
-    if arguments.json:
+    if json:
         print(msgspec.json.format(msgspec.json.encode(results), indent=2).decode())
     else:
         _summary(results, failed)
@@ -119,14 +121,19 @@ def _summed(results: list[dict[str, Any]], name: str) -> dict[str, int]:
 
 def _summary(results: list[dict[str, Any]], failed: int) -> None:
     kinds, laws = (_summed(results, name) for name in ("faults", "laws"))
-    show.record(
-        {
-            "seeds": len(results),
-            "failed": failed,
-            **{name: sum(result[name] for result in results) for name in ("sent", "acked", "refused", "listings", "retrieved")},
-            "virtual_hours": round(sum(result["virtual_s"] for result in results) / 3600, 1),
-            "faults": kinds,
-            "laws": laws,
-            "first_trace": results[0]["trace"],
-        }
+    show.facts_of(
+        list(
+            {
+                "seeds": len(results),
+                "failed": failed,
+                **{
+                    name: sum(result[name] for result in results)
+                    for name in ("sent", "acked", "refused", "listings", "retrieved")
+                },
+                "virtual_hours": round(sum(result["virtual_s"] for result in results) / 3600, 1),
+                "faults": kinds,
+                "laws": laws,
+                "first_trace": results[0]["trace"],
+            }.items()
+        )
     )

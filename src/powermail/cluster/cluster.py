@@ -148,7 +148,7 @@ class Cluster:
 
     # -- health ---------------------------------------------------------------------------------------------------
 
-    async def start(self, admit: Admit) -> None:
+    async def start(self, admit: Admit, wait_s: float = limits.NODE_OPEN_WAIT_S) -> None:
         """Opens all nodes, each by itself, and waits a while for the slow ones: they go on opening while the others serve.
 
         `admit` compares a node that was opened with the index. It raises IndexTrouble if that cannot be known now, anything
@@ -159,7 +159,7 @@ class Cluster:
             return
         create = asyncio.get_running_loop().create_task
         self._opening = [create(self.watch(node), name=f"open {node.id}") for node in self.nodes.values()]
-        await asyncio.wait(self._opening, timeout=limits.NODE_OPEN_WAIT_S)
+        await asyncio.wait(self._opening, timeout=wait_s)
         for task in self._opening:
             if task.done():
                 task.result()

@@ -24,7 +24,6 @@ from powermail.storage.contract import NodeState, Origin, Receipt, StorageNode
 
 T = TypeVar("T")
 BadCopy = Callable[[bytes, str, str], Awaitable[None]]
-_decode = msgspec.json.Decoder(Commit).decode
 
 
 class Fetcher:
@@ -108,16 +107,21 @@ class Fetcher:
                     plan.setdefault(node.id, []).append(key)
                     break
         found: dict[bytes, Small] = {}
-        for name, keys in plan.items():
-            try:
-                async with asyncio.timeout(limits.NODE_READ_TIMEOUT_S):
-                    answers = await self._cluster.node(name).read_small(keys)
-                for key, whole in zip(keys, answers, strict=True):
-                    if whole is not None:
-                        found[key] = self._unpacker.whole(whole)
-            except (Trouble, TimeoutError, CopyDamaged, msgspec.DecodeError):
-                continue
+        if len(plan) == 1:
+            await self._read_small_of(*next(iter(plan.items())), found)
+        elif plan:
+            await asyncio.gather(*(self._read_small_of(name, keys, found) for name, keys in plan.items()))
         return found
+
+    async def _read_small_of(self, name: str, keys: list[bytes], found: dict[bytes, Small]) -> None:
+        try:
+            async with asyncio.timeout(limits.NODE_READ_TIMEOUT_S):
+                answers = await self._cluster.node(name).read_small(keys)
+            for key, whole in zip(keys, answers, strict=True):
+                if whole is not None:
+                    found[key] = self._unpacker.whole(whole)
+        except (Trouble, TimeoutError, CopyDamaged, msgspec.DecodeError):
+            return
 
     async def read_all(self, key: bytes, nodes: Sequence[str]) -> tuple[Commit, bytes]:
         """A whole message, its SHA-256 checked. Raises MessageUnreadable."""
@@ -163,6 +167,6 @@ class Fetcher:
 
 def _commit(body: bytes) -> Commit:
     try:
-        return _decode(body)
+        return Commit.parse(body)
     except msgspec.DecodeError as error:
         raise CopyDamaged("commit record cannot be read") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import msgspec
 import zstandard
 
 from powermail.base import limits
@@ -13,7 +12,6 @@ from powermail.mail.envelope import CommitForm
 from powermail.storage.contract import COMPRESSED, Chunk, Whole
 
 _COMPRESS_MIN_OCTETS = 256
-_decode_form = msgspec.json.Decoder(CommitForm).decode
 
 
 class Packer:
@@ -56,7 +54,7 @@ class Unpacker:
     def whole(self, whole: Whole) -> Small:
         """A small message. Raises CopyDamaged when its chunks are not as its commit record says."""
         parts = [self.octets(chunk) for chunk in whole.chunks]
-        form = _decode_form(whole.commit)
+        form = CommitForm.parse(whole.commit)
         if [len(part) for part in parts] != form.sizes:
             raise CopyDamaged("chunks of another size than the commit record says")
         return Small(parts[0] if len(parts) == 1 else b"".join(parts), form.plain)

@@ -12,8 +12,6 @@ import hashlib
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-import msgspec
-
 from powermail.base import limits
 from powermail.base.digest import hash_octets
 from powermail.base.errors import CommitRefused, CopyDamaged, CopyMissing, NodeTrouble, NotRedundant, Trouble
@@ -25,7 +23,6 @@ from powermail.cluster.packing import Packer
 from powermail.mail.envelope import Commit
 from powermail.storage.contract import Chunk, Mark, NodeState, Origin, Receipt, Stamp, StorageNode
 
-_encode = msgspec.json.Encoder().encode
 _NO_COPY = (Trouble, TimeoutError, CopyMissing, CopyDamaged)
 
 
@@ -193,7 +190,7 @@ class Replication:
             last.append(chunk)
             self._hold(chunk)
         record = make(self.octets, self._digest.hexdigest(), self._sizes)
-        body = _encode(record)
+        body = record.format()
         # law 2: all stamps are frozen when the first node is asked to commit, not while it streamed
         self._stamps = self._cluster.stamps([*self._targets, *self._spares])
         self._closes_at = self._world.clock.monotonic() + limits.COMMIT_WINDOW_S - limits.SPARE_MARGIN_S

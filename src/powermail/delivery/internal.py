@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from powermail.base import limits
 from powermail.base.errors import OutcomeUnknown, Trouble
+from powermail.base.log import Event
 from powermail.delivery.srs import Rewriter, SrsError
-from powermail.delivery.transaction import DeliveryService, Sender
+from powermail.delivery.transaction import DeliveryService
 from powermail.index.contract import Fate
 from powermail.mail.address import Address, AddressError, parse
+from powermail.mail.envelope import Envelope, Peer
 
 
 class Postmaster:
@@ -34,17 +36,22 @@ class Postmaster:
         elif len(self._undecided) >= limits.INTERNAL_UNDECIDED_MAX:
             await self._decide(next(iter(self._undecided)))
             return False
-        address = self._address(to)
-        if address is None:
-            return True  # nobody can be told
         service = self._service
         recipients = service.recipients(len(octets))
-        status = await recipients.add_return(address)
-        if not status.positive:
-            return not status.temporary
-        sender = Sender("localhost", service.hostname, "local", "", "", len(octets), "8BITMIME", not octets.isascii(), "", "")
         try:
-            transaction = service.begin(sender, recipients)
+            address = await self._address(to)
+            to = address.text
+            status = await recipients.add_return(address)
+            status = await recipients.refusal(len(octets)) or status if status.positive else status
+        except (SrsError, AddressError) as error:
+            return self._dropped(to, work, f"nobody: {error}")
+        except Trouble:
+            return False
+        if not status.positive:
+            return not status.temporary and self._dropped(to, work, f"{status.code} {status.text}")
+        envelope = Envelope(body="8BITMIME", smtputf8=not to.isascii())
+        try:
+            transaction = service.begin(Peer("localhost", service.hostname, "local"), envelope, recipients)
         except Trouble:
             return False
         try:
@@ -66,12 +73,16 @@ class Postmaster:
             self._undecided.pop(work, None)
         return fate
 
-    def _address(self, to: str) -> Address | None:
-        """Where a bounce to this return address goes."""
-        try:
-            address = parse(to)
-            if self._rewriter.is_ours(address):
-                return parse(self._rewriter.reverse(address, self._service.world.clock.now()))
-            return address
-        except (SrsError, AddressError):
-            return None
+    def _dropped(self, to: str, work: str, why: str) -> bool:
+        """Nobody can be told; and nobody is told of that but the operator."""
+        world = self._service.world
+        world.counters.add("delivery.notices_dropped")
+        world.log.event(Event.NOTICE_DROPPED, to=f"<{to}>", work=work, reason=why)
+        return True
+
+    async def _address(self, to: str) -> Address:
+        """Where a bounce to this return address goes. Raises SrsError, AddressError, IndexTrouble."""
+        address = parse(to)
+        if self._rewriter.is_ours(address):
+            return await self._rewriter.origin(address, self._service.world.clock.now())
+        return address

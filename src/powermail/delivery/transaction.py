@@ -17,12 +17,11 @@ Laws 4 and 5 say what the reply may be; everything else is OutcomeUnknown, and t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Awaitable, Callable, Sequence
 
 from powermail.base import limits
 from powermail.base.deadline import Patience
-from powermail.base.errors import IndexTrouble, OutcomeUnknown
+from powermail.base.errors import IndexTrouble, OutcomeUnknown, Trouble
 from powermail.base.log import Event
 from powermail.base.tasks import Tasks
 from powermail.base.world import World
@@ -30,27 +29,16 @@ from powermail.cluster.cluster import Cluster
 from powermail.cluster.packing import Packer
 from powermail.cluster.replicate import NotStored, Replication
 from powermail.delivery.recipients import Recipients
+from powermail.delivery.srs import Rewritten
 from powermail.directory.resolve import Resolver
 from powermail.index.contract import Delivery, Fate, Index, Outcome
 from powermail.mail import header
 from powermail.mail import status as st
-from powermail.mail.envelope import Commit
+from powermail.mail.dsn import Action, Report
+from powermail.mail.envelope import Commit, Envelope, Peer
 from powermail.mail.status import Status
 
-
-class Sender(NamedTuple):
-    """Who gives us a message and how."""
-
-    client: str
-    hello: str
-    protocol: str  # SMTP, ESMTP, ESMTPS, ESMTPSA, LMTP … (RFC 3848)
-    cipher: str
-    reverse_path: str
-    size: int
-    body: str
-    smtputf8: bool
-    ret: str
-    envid: str
+Announce = Callable[[bytes, Envelope, float, Sequence[Report]], Awaitable[bool]]
 
 
 class DeliveryService:
@@ -67,7 +55,7 @@ class DeliveryService:
         compress: bool,
         index_wait_s: float,
         quota_strict: bool,
-        rewrite: Callable[[str, float], str],
+        rewrite: Callable[[str, float], Rewritten],
     ) -> None:
         self.world = world
         self.cluster = cluster
@@ -79,20 +67,21 @@ class DeliveryService:
         self._index_patience = Patience(index_wait_s)
         self._quota_strict = quota_strict
         self._rewrite = rewrite
+        self.announce: Announce | None = None  # tells senders of success, where they asked
 
     def recipients(self, size: int) -> Recipients:
         """An empty list of recipients for a message that is said to have `size` octets."""
         return Recipients(self.resolver, self.index.usage, self._quota_strict, size)
 
-    def begin(self, sender: Sender, recipients: Recipients) -> Transaction:
+    def begin(self, peer: Peer, envelope: Envelope, recipients: Recipients) -> Transaction:
         """Starts a message. Raises NotRedundant when too few groups take mail (P6)."""
-        return Transaction(self, sender, recipients)
+        return Transaction(self, peer, envelope, recipients)
 
     def replication(self) -> Replication:
         """A new message on its way to the nodes."""
         return Replication(self.world, self.cluster, self._packer, self.world.keys.next())
 
-    def rewritten(self, reverse_path: str) -> str:
+    def rewritten(self, reverse_path: str) -> Rewritten:
         """The reverse-path for a forward."""
         return self._rewrite(reverse_path, self.world.clock.now())
 
@@ -106,6 +95,22 @@ class DeliveryService:
         """Clears away what nodes hold of streams that were never asked to commit."""
         if replication.abandoned:
             self._tasks.start(replication.cancel(), "cancel")
+
+    def tell_delivered(self, key: bytes, envelope: Envelope, at: float, recipients: Sequence[tuple[str, str]]) -> None:
+        """Sends the notices of success that were asked for (RFC 3461 §4.1); a crash right behind the 250 loses them."""
+        if self.announce is not None and envelope.reverse_path:
+            reports = [Report(name, orcpt, Action.DELIVERED, "2.1.5", "X-PowerMail; delivered") for name, orcpt in recipients]
+            self._tasks.start(self._announce(self.announce, key, envelope, at, reports), "notice")
+
+    @staticmethod
+    async def _announce(announce: Announce, key: bytes, envelope: Envelope, at: float, reports: list[Report]) -> None:
+        for pause_s in (0.0, 2.0, 8.0):
+            await asyncio.sleep(pause_s)
+            try:
+                if await announce(key, envelope, at, reports):
+                    return
+            except Trouble:
+                continue
 
     async def enter(self, delivery: Delivery) -> Outcome | None:
         """Enters a durable message in the index, waiting at most `index_wait_s`. None: no answer, reconcile enters it."""
@@ -129,14 +134,15 @@ class DeliveryService:
 class Transaction:
     """One message. `write` while it streams, then `finish`, or `cancel`."""
 
-    def __init__(self, service: DeliveryService, sender: Sender, recipients: Recipients) -> None:
+    def __init__(self, service: DeliveryService, peer: Peer, envelope: Envelope, recipients: Recipients) -> None:
         self.replication = service.replication()
         self.key = self.replication.key
         self.octets = 0
         self.plain = False  # what was written has only CRLF line ends and no line that begins with a dot
         self.header = b""  # known when its end, or as much as is looked at, has come
         self._service = service
-        self._sender = sender
+        self._peer = peer
+        self._envelope = envelope
         self._recipients = recipients
         self._received_at = service.world.clock.now()
         self._head: list[bytes] | None = []
@@ -144,17 +150,13 @@ class Transaction:
         self._hops = 0
 
     async def _open(self) -> None:
-        sender = self._sender
         to = self._recipients.accepted
-        trace = header.return_path_field(sender.reverse_path) + header.received_field(
-            sender.hello,
-            sender.client,
+        trace = header.return_path_field(self._envelope.reverse_path) + header.received_field(
+            self._peer,
             self._service.hostname,
-            sender.protocol,
             self.key,
             header.format_second(int(self._received_at)),
             to[0] if len(to) == 1 else "",
-            sender.cipher,
         )
         await self.replication.write(trace)
 
@@ -196,18 +198,13 @@ class Transaction:
         self._service.let_go(self.replication)
 
     def _record(self, octets: int, sha256: str, sizes: list[int]) -> Commit:
-        sender = self._sender
         return Commit(
             octets=octets,
             sha256=sha256,
             sizes=sizes,
             received_at=self._received_at,
-            reverse_path=sender.reverse_path,
-            targets=self._recipients.targets(sender.reverse_path, self._service.rewritten),
-            envid=sender.envid,
-            ret=sender.ret,
-            body=sender.body,
-            smtputf8=sender.smtputf8,
+            envelope=self._envelope,
+            targets=self._recipients.targets(self._envelope.reverse_path, self._service.rewritten),
             hops=self._hops,
             plain=self.plain,
         )
@@ -242,15 +239,19 @@ class Transaction:
 
     def _delivered(self) -> Status:
         world = self._service.world
+        if self._recipients.success:
+            self._service.tell_delivered(self.key, self._envelope, self._received_at, self._recipients.success)
         world.counters.add("delivery.messages")
         world.counters.add("delivery.recipients", len(self._recipients))
         world.log.event(
             Event.DELIVERED,
             key=self.key,
-            client=self._sender.client,
-            sender=f"<{self._sender.reverse_path}>",
-            recipients=len(self._recipients),
+            client=self._peer.client,
+            sender=f"<{self._envelope.reverse_path}>",
+            to=tuple(self._recipients.accepted),  # a line each
+            message_id=header.message_id(self.header) or None,
             octets=self.replication.octets,
+            seconds=world.clock.now() - self._received_at,
             nodes=",".join([receipt.node for receipt in self.replication.receipts]),
         )
         return st.DELIVERED._replace(text=f"Stored as {self.key.hex()}")

@@ -10,7 +10,9 @@ from powermail.base.clock import Clock
 
 
 def ranges(client: str) -> tuple[str, ...]:
-    """The three ranges a client address counts in: /32, /26, /21, or /64, /48, /32 for IPv6."""
+    """The three ranges a client address counts in: /32, /26, /21, or /64, /48, /32 for IPv6; none for a trusted one ("")."""
+    if not client:
+        return ()
     try:
         address = ipaddress.ip_address(client)
     except ValueError:
@@ -35,13 +37,13 @@ class FailureLimiter:
             day_at, in_day = now, 0
         return minute_at, in_minute, day_at, in_day
 
-    def refused(self, client: str) -> bool:
-        """True if this client's range has failed too often."""
+    def refused(self, client: str, factor: int = 1) -> bool:
+        """True if this client's range has failed too often, or `factor` times too often."""
         for number, name in enumerate(ranges(client)):
             _, in_minute, _, in_day = self._get(name)
-            if in_minute >= limits.AUTH_FAILURES_PER_MINUTE_MAX[number]:
+            if in_minute >= factor * limits.AUTH_FAILURES_PER_MINUTE_MAX[number]:
                 return True
-            if in_day >= limits.AUTH_FAILURES_PER_DAY_MAX[number]:
+            if in_day >= factor * limits.AUTH_FAILURES_PER_DAY_MAX[number]:
                 return True
         return False
 
@@ -56,7 +58,7 @@ class FailureLimiter:
 
     def delay_s(self, client: str, account: str) -> float:
         """How long the answer to a wrong password waits; grows with the failures of this client."""
-        in_minute = self._get(ranges(client)[0])[1]
+        in_minute = max((self._get(name)[1] for name in ranges(client)[:1]), default=0)
         if self._get(f"account {account[:255]}")[1] >= limits.AUTH_ACCOUNT_FAILURES_PER_MINUTE_MAX:
             return limits.AUTH_DELAY_MAX_S  # guessed at from many addresses; who knows the password does not wait
         return min(limits.AUTH_DELAY_MAX_S, 0.25 * 2 ** min(in_minute, 6)) if in_minute else 0.25

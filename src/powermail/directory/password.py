@@ -1,4 +1,4 @@
-"""Owns password schemes: {argon2id} (new ones), {bcrypt}, SHA-crypt, yescrypt, {crypt}, {md5}, {plain}, bare = plain.
+"""Owns password schemes: {argon2id} (new ones), {bcrypt}, SHA-crypt, yescrypt, {crypt}, {md5}, digests, {plain}, bare = plain.
 
 Blocking and expensive: only called in a lane. Comparison is constant in time. An empty stored password admits nobody.
 """
@@ -9,11 +9,20 @@ import ctypes
 import ctypes.util
 import hashlib
 import hmac
+import stringprep
+import unicodedata
 
 import argon2
 
+from powermail.directory import digests
+
 _hasher = argon2.PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1)  # OWASP's second profile: 19 MiB
-DUMMY = "{argon2id}" + argon2.PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1).hash("nobody")
+# As costly to check as a new one (U07); written down, so that no process spends that at its start.
+DUMMY = "{argon2id}$argon2id$v=19$m=19456,t=2,p=1$iJj+yqfTMe4nIp676MoMQQ$qF5TaQVoBw3kMSYn97UjKwtZiazvqtomoEP/wUB/aaU"
+_CRYPTS = ("crypt", "bcrypt", "blf-crypt", "sha256-crypt", "sha512-crypt", "yescrypt", "md5-crypt", "des-crypt")
+_ARGONS = ("argon2id", "argon2i", "argon2d", "argon2")
+_CLEAR = ("plain", "cleartext", "clear")
+SCHEMES = frozenset((*_ARGONS, *_CRYPTS, *_CLEAR, "md5", "scram-sha-256")) | digests.SCHEMES
 
 
 class _CryptData(ctypes.Structure):
@@ -55,9 +64,16 @@ def split_scheme(stored: str) -> tuple[str, str]:
         return scheme.lower(), rest
     if stored.startswith("$argon2"):
         return "argon2id", stored
+    if stored.startswith("$apr1$"):
+        return "apr1", stored
     if stored.startswith("$") and stored.count("$") >= 3:
         return "crypt", stored
     return "plain", stored
+
+
+def has_scheme(stored: str) -> bool:
+    """True if a value says how it is to be read; a bare one is clear text."""
+    return split_scheme(stored) != ("plain", stored)
 
 
 def matches(stored: str, password: str) -> bool:
@@ -65,23 +81,44 @@ def matches(stored: str, password: str) -> bool:
     if not stored or not password:
         return False
     scheme, rest = split_scheme(stored)
-    if not rest or (scheme != "plain" and not rest.isascii()):
+    if not rest or (scheme not in _CLEAR and not rest.isascii()):
         return False
-    if scheme in ("argon2id", "argon2i", "argon2d", "argon2"):
+    if scheme in _ARGONS:
         try:
             return bool(_hasher.verify(rest, password))
         except (argon2.exceptions.VerificationError, argon2.exceptions.InvalidHashError):
             return False
-    if scheme in ("crypt", "bcrypt", "blf-crypt", "sha256-crypt", "sha512-crypt", "yescrypt", "md5-crypt", "des-crypt"):
+    if scheme in digests.SCHEMES:
+        return digests.matches(scheme, rest, password)
+    if scheme in _CRYPTS:
         return _crypt_matches(rest, password)
     if scheme == "md5":
         digest = hashlib.md5(password.encode(), usedforsecurity=False).hexdigest()
         return hmac.compare_digest(digest.encode(), rest.lower().strip().encode())
-    if scheme == "plain":
-        return hmac.compare_digest(rest.encode(), password.encode())
+    if scheme in _CLEAR:
+        return any(hmac.compare_digest(form.encode(), password.encode()) for form in forms(rest))
     if scheme == "scram-sha-256":
         return _scram_matches(rest, password)
     return False
+
+
+def check(stored: str, password: str) -> bool:
+    """`matches`, and as much work for a wrong password of any scheme as for an unknown user (U07)."""
+    if any(matches(stored, form) for form in forms(password)):
+        return True
+    if split_scheme(stored)[0] != "argon2id" or not stored:
+        matches(DUMMY, password or "x")
+    return False
+
+
+def forms(password: str) -> tuple[str, ...]:
+    """A password as it was sent, and as SASLprep has it (RFC 4013): keyboards differ in how they compose characters."""
+    if password.isascii():
+        return (password,)
+    mapped = "".join(" " if stringprep.in_table_c12(c) else c for c in password if not stringprep.in_table_b1(c))
+    prepared = unicodedata.normalize("NFKC", mapped)
+    composed = unicodedata.normalize("NFC", password)
+    return tuple(dict.fromkeys(form for form in (password, composed, prepared) if form))
 
 
 def _scram_matches(rest: str, password: str) -> bool:
@@ -120,4 +157,4 @@ def hash_scram(password: str, salt: bytes, iterations: int = 4096) -> str:
 
 def is_old(stored: str) -> bool:
     """True if a login may re-hash it to the default scheme."""
-    return split_scheme(stored)[0] not in ("argon2id", "scram-sha-256", "plain")
+    return split_scheme(stored)[0] not in ("argon2id", "scram-sha-256", *_CLEAR)

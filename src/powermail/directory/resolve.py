@@ -14,8 +14,8 @@ from powermail.base import limits
 from powermail.base.clock import Clock
 from powermail.base.counters import Counters
 from powermail.base.errors import DirectoryTrouble
-from powermail.directory.contract import Account, Directory
-from powermail.mail.address import Address, AddressError, parse
+from powermail.directory.contract import Account, Directory, RowTrouble
+from powermail.mail.address import Address, AddressError, canonical_domain, parse, spellings
 
 
 class Resolution(NamedTuple):
@@ -50,7 +50,9 @@ class DirectoryCache:
         if cached is not None and now - cached[0] < self._ttl_s:
             return cached[1]
         try:
-            account = await self._backend.find(address)
+            account = await self._ask(address)
+        except RowTrouble:
+            raise  # the directory is there: what this row said before may be wrong by now
         except DirectoryTrouble:
             self.away = True
             # Only what is known to exist is served stale: an unknown address may have been added meanwhile.
@@ -65,13 +67,21 @@ class DirectoryCache:
             self._known.popitem(last=False)
         return account
 
+    async def _ask(self, address: str) -> Account | None:
+        account = None
+        for spelling in spellings(address):
+            account = account or await self._backend.find(spelling)
+        return account
+
     async def serves(self, domain: str) -> bool:
         """True if the domain has addresses here. Raises DirectoryTrouble."""
         now = self._clock.monotonic()
         cached = self._domains.get(domain)
         if cached is not None and now - cached[0] < self._ttl_s:
             return cached[1]
-        served = await self._backend.serves(domain)
+        served = False
+        for spelling in spellings(domain):
+            served = served or await self._backend.serves(spelling)
         self._domains[domain] = (now, served)
         self._domains.move_to_end(domain)
         if len(self._domains) > limits.DIRECTORY_CACHE_MAX:
@@ -92,9 +102,11 @@ class DirectoryCache:
 class Resolver:
     """Looks addresses up."""
 
-    def __init__(self, directory: DirectoryCache, delimiter: str) -> None:
+    def __init__(self, directory: DirectoryCache, delimiter: str, postmaster: str = "") -> None:
+        """`postmaster` is who gets the mail for postmaster at a served domain that has none (RFC 5321 §4.5.1)."""
         self.directory = directory
         self._delimiter = delimiter
+        self.postmaster = postmaster
 
     async def account(self, address: Address) -> Account | None:
         """The row that answers for an address. Raises DirectoryTrouble."""
@@ -104,7 +116,10 @@ class Resolver:
             if base:
                 account = await self.directory.find(Address(base, address.domain).canonical)
         if account is None and address.domain:
-            account = await self.directory.find(f"*@{address.domain}")
+            domain = address.canonical_domain
+            account = await self.directory.find(f"*@{domain}")
+            if account is None and self.postmaster and address.local.lower() == "postmaster":
+                account = await self.directory.find(self.postmaster) if await self.directory.serves(domain) else None
         return account
 
     async def login(self, name: str) -> Account | None:
@@ -112,19 +127,19 @@ class Resolver:
 
         Raises DirectoryTrouble.
         """
-        text = name.strip()
+        text = name  # blanks are part of an identity (RFC 4616 §2)
         if "@" not in text and "%" in text:
             text = "@".join(text.rsplit("%", 1))
         if "@" not in text:
             text = f"*@{text}"
         if text.startswith("*@"):
-            return await self.directory.find(text.lower())
+            return await self.directory.find(f"*@{canonical_domain(text[2:])}")
         try:
             address = parse(text)
         except AddressError:
             return None
         exact = await self.directory.find(address.canonical)
-        return exact if exact is not None else await self.directory.find(f"*@{address.domain}")
+        return exact if exact is not None else await self.directory.find(f"*@{address.canonical_domain}")
 
     async def resolve(self, address: Address) -> Resolution:
         """Everything an address leads to. Raises DirectoryTrouble."""
@@ -136,6 +151,7 @@ class Resolver:
         hosted: dict[str, Account] = {}
         remote: dict[str, Account] = {}
         seen = {account.id}
+        looped = False
         front = [account]
         for _ in range(limits.ALIAS_DEPTH_MAX):
             following: list[Account] = []
@@ -143,22 +159,28 @@ class Resolver:
                 if current.hosted:
                     hosted[current.id] = current
                 for destination in current.forward:
-                    await self._follow(destination, current, seen, following, remote)
+                    looped = await self._follow(destination, current, seen, following, remote) or looped
             if not following:
-                return Resolution(tuple(hosted.values()), tuple(remote.items()), loop=not hosted and not remote)
+                loop = looped and not hosted and not remote
+                return Resolution(tuple(hosted.values()), tuple(remote.items()), loop)
             front = following
         return Resolution(tuple(hosted.values()), tuple(remote.items()), loop=True)
 
     async def _follow(
         self, destination: str, owner: Account, seen: set[str], following: list[Account], remote: dict[str, Account]
-    ) -> None:
+    ) -> bool:
+        """Takes one destination; True if it was met before. One of ours that is gone is nobody: never sent on (P12)."""
         try:
             address = parse(destination)
         except AddressError:
-            return  # refused again at use: the row was written around our checks (F01)
+            return False  # refused again at use: the row was written around our checks (F01)
         account = await self.account(address)
         if account is None:
-            remote.setdefault(address.text, owner)
-        elif account.id not in seen and account.enabled:
+            if not await self.directory.serves(address.canonical_domain):
+                remote.setdefault(address.text, owner)
+        elif account.id in seen:
+            return True
+        elif account.enabled:
             seen.add(account.id)
             following.append(account)
+        return False

@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 from msgspec import Struct
 
 from powermail.index.view import Change, View
-from powermail.mail.envelope import Commit
+from powermail.mail.envelope import Commit, Envelope, Target
 from powermail.storage.contract import START, Held, Mark, Origin, Position, Receipt, Unread
 
 
@@ -173,6 +173,12 @@ class Mailboxes(Protocol):
     async def purged(self, after: str, limit: int) -> list[str]:
         """Accounts so noted, in order."""
 
+    async def note_owners(self, owners: Mapping[str, str]) -> None:
+        """Remembers the address that each of these accounts belongs to, instead of what was remembered."""
+
+    async def owners(self, accounts: Sequence[str]) -> dict[str, str]:
+        """The address that each account was last known by; those never noted are left out."""
+
 
 # -- copies -----------------------------------------------------------------------------------------------------------
 
@@ -228,6 +234,13 @@ class Reconciled(NamedTuple):
     entered: int = 0
     missing: tuple[bytes, ...] = ()
     lost: bool = False
+
+
+class Damage(NamedTuple):
+    """Copies of a node that failed a check, each counted when it was noted: how many, and when last (UTC)."""
+
+    copies: int
+    last_at: float
 
 
 class Order(NamedTuple):
@@ -307,6 +320,12 @@ class Copies(Protocol):
         `clear_suspect`. That its record is seen there (`reconcile`, `settle_inventory`) does not make it good.
         """
 
+    async def damages(self) -> dict[str, Damage]:
+        """What each node's disk has done to copies, by node: it stays when they were repaired."""
+
+    async def forget_damages(self, node: str) -> None:
+        """The node has another disk."""
+
     async def suspects(self, node: str, after: bytes, limit: int) -> list[bytes]:
         """Keys of suspected copies on a node, in order."""
 
@@ -378,41 +397,90 @@ class Copies(Protocol):
 
 
 class QueueRow(Struct):
-    """One recipient elsewhere. Times are UTC."""
+    """One recipient elsewhere. Times are UTC.
+
+    `envelope` is the message's, with the reverse-path that this recipient's copy leaves with; its `body` may be empty, and
+    stands in the commit record.
+    """
 
     id: int
     key: bytes
     destination: str
     domain: str
-    reverse_path: str
     recipient: str
     notify: str
     orcpt: str
-    envid: str
-    ret: str
-    smtputf8: bool
     octets: int
     created_at: float
     due_at: float
     attempts: int
     held: bool
     last_status: str
+    envelope: Envelope
+    delay_told: bool = False  # its sender knows that it waits (RFC 3461 §4.1)
+
+    @staticmethod
+    def of(number: int, key: bytes, commit: Commit, target: Target, held: bool = False, last_status: str = "") -> QueueRow:
+        """The row of a message's target elsewhere, due at once."""
+        to, at, e = target.destination, commit.received_at, commit.envelope
+        return QueueRow(
+            number, key, to, to.rpartition("@")[2], target.recipient or to, target.notify, target.orcpt, commit.octets, at, at,
+            0, held, last_status, Envelope(target.reverse_path, e.body, e.smtputf8, e.ret, e.envid),
+        )  # fmt: skip
+
+
+class Attempt(NamedTuple):
+    """One try to send a recipient's copy that did not end it. `host` and `tls` are empty if no hop was reached."""
+
+    at: float  # UTC, when it ended
+    host: str
+    tls: str  # version and cipher; empty in clear
+    seconds: float  # how long it took
+    status: str
 
 
 class Queue(Protocol):
-    """Mail that waits to leave. Finishing a row is an expunge: the last reference may go with it (law 8)."""
+    """Mail that waits to leave. Finishing a row is an expunge: the last reference may go with it (law 8).
 
-    async def lease_due(self, owner: str, now: float, lease_s: float, limit: int) -> list[QueueRow]:
-        """Takes due queue rows for `owner`; rows of one message come together, oldest first."""
+    `finish`, `defer` and `give_back` may be repeated when their outcome is unknown; rows that are gone are passed over.
+    """
+
+    async def lease_due(self, owner: str, now: float, lease_s: float, limit: int, but: Sequence[str] = ()) -> list[QueueRow]:
+        """Takes due queue rows for `owner`, none of domains that are held or in `but`; rows of one message come together,
+        oldest first.
+        """
+
+    async def renew_leases(self, owner: str, until: float) -> None:
+        """What an owner has leased stays its own until then."""
 
     async def finish(self, rows: list[QueueRow]) -> None:
         """These recipients are done."""
 
-    async def defer(self, rows: list[QueueRow], due_at: list[float], status: str) -> None:
-        """Tries again later."""
+    async def defer(self, rows: list[QueueRow], due_at: list[float], attempt: Attempt) -> None:
+        """Tries again later: counts one attempt more than the rows say, sets `delay_told` as they say, and remembers the last
+        `QUEUE_ATTEMPTS_KEPT` attempts of each.
+        """
+
+    async def give_back(self, rows: list[QueueRow], due_at: float) -> None:
+        """Tries again later; this was no attempt."""
 
     async def release_leases(self, owner: str) -> None:
         """Gives back what an owner has leased."""
+
+    async def queue_attempts(self, number: int) -> list[Attempt]:
+        """The attempts of one row that are remembered, the oldest first."""
+
+    async def hold_domain(self, domain: str, held: bool) -> None:
+        """Nothing leaves for this domain, whatever comes for it, until it is released. In lower case."""
+
+    async def held_domains(self) -> list[str]:
+        """Domains that are held, in order."""
+
+    async def find_return(self, address: str, now: float) -> str | None:
+        """The sender that an address of ours stands for (`Target.original`), entered with the queue row; kept `RETURN_S`."""
+
+    async def forget_returns(self, now: float) -> int:
+        """Removes those whose time is over; how many."""
 
     async def queue_count(self, domain: str = "") -> int:
         """How many queue rows wait, all or for one domain."""

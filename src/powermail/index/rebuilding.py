@@ -18,9 +18,9 @@ from powermail.base import limits
 from powermail.base.errors import IndexTrouble
 from powermail.base.world import World
 from powermail.index import laws
-from powermail.index.contract import Fate, NodeRow
+from powermail.index.contract import Fate, NodeRow, QueueRow
 from powermail.index.laws import Numbers
-from powermail.index.sqlite import migration, schema
+from powermail.index.sqlite import migration, queue_form, schema
 from powermail.index.sqlite.rows import Placements, set_counter
 from powermail.index.view import Entry
 from powermail.mail.envelope import Commit, Target
@@ -187,11 +187,6 @@ _SCRATCH = (
     " WITHOUT ROWID",
 )
 _TABLES = ("records", "numbers", "copies", "tombstones", "entries", "gone", "open")
-_QUEUE_ROW = (
-    "INSERT INTO queue (key, destination, domain, reverse_path, recipient, notify, orcpt, envid, ret, smtputf8, octets,"
-    " created_at, due_at, attempts, held, last_status, lease_owner, lease_until)"
-    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, 1, ?, '', 0)"
-)
 
 
 class SqliteRebuilding:
@@ -479,7 +474,10 @@ class SqliteRebuilding:
                 (key,),
             )
             db.execute("DELETE FROM rebuild_entries WHERE key = ?", (key,))
-            db.executemany(_QUEUE_ROW, [_queue_values(key, commit, target) for target in verdict.hold])
+            queue_form.insert(db, [QueueRow.of(0, key, commit, to, True, HELD_BY_REBUILD) for to in verdict.hold])
+            until = commit.received_at + limits.RETURN_S
+            returns = [(to.reverse_path.lower(), to.original, until) for to in commit.targets if to.original]
+            db.executemany(schema.ADD_RETURN, returns)
             new += [(target, verdict) for target in verdict.enter]
             refs = kept + len(verdict.enter) + len(verdict.hold)
             db.execute(
@@ -578,14 +576,6 @@ def _by_key(db: sqlite3.Connection, statement: str, span: tuple[bytes, bytes]) -
     for key, *rest in db.execute(statement, span):
         found.setdefault(key, []).append(tuple(rest))
     return found
-
-
-def _queue_values(key: bytes, commit: Commit, target: Target) -> tuple[Any, ...]:
-    to = target.destination
-    return (
-        key, to, to.rpartition("@")[2], target.reverse_path, target.recipient or to, target.notify, target.orcpt,
-        commit.envid, commit.ret, int(commit.smtputf8), commit.octets, commit.received_at, commit.received_at, HELD_BY_REBUILD,
-    )  # fmt: skip
 
 
 async def begin(world: World, path: str, cluster: str) -> Rebuilding:

@@ -17,8 +17,6 @@ from powermail.index.contract import Fate, Index, NodeRow
 from powermail.mail.envelope import Commit
 from powermail.storage.contract import Held, StorageNode
 
-_decode = msgspec.json.Decoder(Commit).decode
-
 
 async def known_row(index: Index, node: StorageNode) -> NodeRow | None:
     """What the index remembers of a node, if it is of the incarnation that the node has now. Raises IndexTrouble."""
@@ -41,7 +39,7 @@ async def read_commits(node: StorageNode, keys: Sequence[bytes]) -> Records:
     bad: dict[bytes, str] = {}
     for key in keys:
         try:
-            good[key] = _decode(await node.read_commit(key))
+            good[key] = Commit.parse(await node.read_commit(key))
         except CopyMissing:
             continue  # deleted, aborted or dropped since it was shown
         except (CopyDamaged, msgspec.DecodeError) as error:

@@ -37,7 +37,6 @@ from powermail.mail.envelope import Commit, Target
 from powermail.storage.contract import START, Held, Mark, NodeFacts, Position, StorageNode
 
 Progress = Callable[[int, int], Awaitable[None]]
-_decode_commit = msgspec.json.Decoder(Commit).decode
 _PAGE = 500  # keys, and mailboxes, taken at a time
 _COMMITS_AT_ONCE = 32
 _NAMED_MAX = 10_000  # of what was lost, named one by one; the rest is counted
@@ -395,7 +394,7 @@ class Rebuilder:
         trouble: NodeTrouble | None = None
         for name in found.nodes:
             try:
-                commit: Commit = _decode_commit(await nodes[name].read_commit(found.key))
+                commit = Commit.parse(await nodes[name].read_commit(found.key))
                 if len(bytes.fromhex(commit.sha256)) == 32:
                     return commit
                 raise ValueError("no SHA-256")

@@ -4,14 +4,16 @@ r"""Owns addresses: parsing paths of SMTP commands (RFC 5321 §4.1.2, RFC 6531 �
     Local-part = Dot-string / Quoted-string
     Domain     = sub-domain *("." sub-domain)
 
-The canonical form, by which the directory knows an address, is lower case with needless quotes removed. Local parts
-are compared without case: RFC 5321 §2.4 leaves that to the receiving host. No address ever becomes a path or SQL text.
+The canonical form, by which the directory knows an address, is lower case, composed (NFC), with needless quotes removed and
+the domain in Unicode (U-labels, RFC 5890), however it was written. Local parts are compared without case: RFC 5321 §2.4 leaves
+that to the receiving host. What stands on the wire stays as it was given. No address ever becomes a path or SQL text.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import re
+import unicodedata
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -30,6 +32,8 @@ _SOURCE_ROUTE = re.compile(rf"@{_LABEL}(?:\.{_LABEL})*(?:,@{_LABEL}(?:\.{_LABEL}
 _PLAIN_PATH = re.compile(
     r"<([A-Za-z0-9+_\-]+(?:\.[A-Za-z0-9+_\-]+)*)@((?:[A-Za-z0-9](?:[A-Za-z0-9\-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,63})>"
 )
+# What clients call themselves, for a comment of ours: anything but blanks and the marks of comments, paths and lists.
+_HELLO = re.compile(r"""[^\s<>()\[\]\\",;]+""")
 _CONTROL = re.compile("[\x00-\x1f\x7f\u0080-\u009f\u2028\u2029\ud800-\udfff\ufffd]")  # U+FFFD: was not UTF-8
 
 
@@ -50,8 +54,13 @@ class Address(NamedTuple):
 
     @property
     def canonical(self) -> str:
-        """Lower case; the key in the directory."""
+        """The key in the directory."""
         return _canonical(self)
+
+    @property
+    def canonical_domain(self) -> str:
+        """The domain in its canonical form."""
+        return canonical_domain(self.domain)
 
     @property
     def ascii_only(self) -> bool:
@@ -61,13 +70,54 @@ class Address(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def _canonical(address: Address) -> str:
-    return address.text.lower()
+    text = address.text
+    if text.isascii() and "xn--" not in address.domain:
+        return text.lower()
+    local = unicodedata.normalize("NFC", unicodedata.normalize("NFC", _quote(address.local)).lower())
+    return f"{local}@{canonical_domain(address.domain)}" if address.domain else local
+
+
+@lru_cache(maxsize=4096)
+def canonical_domain(domain: str) -> str:
+    """The one form of a domain: lower case, U-labels. What IDNA does not allow is only composed and in lower case."""
+    domain = domain.lower()
+    if domain.isascii() and "xn--" not in domain:
+        return domain
+    import idna  # its tables are large, and most processes never need them
+
+    try:
+        return idna.decode(idna.encode(domain, uts46=True))
+    except idna.IDNAError:
+        return unicodedata.normalize("NFC", domain)
+
+
+def load_idna() -> None:
+    """Loads the tables of IDNA, some 40 ms, before anybody waits for it."""
+    spellings("b\u00fccher.example")
+
+
+def spellings(canonical: str) -> tuple[str, ...]:
+    """How a canonical address or domain may stand in a table that others write too: with U-labels, with A-labels."""
+    local, at, domain = canonical.rpartition("@")
+    if domain.isascii():
+        return (canonical,)
+    import idna
+
+    try:
+        return canonical, f"{local}{at}{idna.encode(domain, uts46=True).decode('ascii')}"
+    except idna.IDNAError:
+        return (canonical,)
 
 
 def _quote(local: str) -> str:
     if _DOT_STRING.fullmatch(local):
         return local
     return '"' + local.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def has_control(text: str) -> bool:
+    """True if some character must not stand in one line of text: controls, line separators, what was not UTF-8."""
+    return _CONTROL.search(text) is not None
 
 
 def parse(text: str) -> Address:
@@ -94,7 +144,7 @@ def _parse_prefix(text: str) -> tuple[Address, str]:
     if not local:
         raise AddressError("empty local part")
     if len(local.encode()) > limits.LOCAL_PART_OCTETS_MAX:
-        raise AddressError("local part longer than 64 octets")
+        raise AddressError(f"local part longer than {limits.LOCAL_PART_OCTETS_MAX} octets")
     rest = text[match.end() :]
     if not rest.startswith("@"):
         raise AddressError("no @ after the local part")
@@ -135,14 +185,13 @@ def is_hello_name(text: str) -> bool:
     if not text or len(text.encode()) > limits.SMTP_HELLO_OCTETS_MAX or _CONTROL.search(text):
         return False
     if text.startswith("["):
-        if not text.endswith("]"):
-            return False
+        inside = text[1:-1].partition("%")[0]  # a zone means nothing elsewhere
         try:
-            check_literal(text[1:-1])
-        except AddressError:
+            ipaddress.ip_address(inside[5:] if inside[:5].upper() == "IPV6:" else inside)
+        except ValueError:
             return False
-        return True
-    return re.fullmatch(r"[A-Za-z0-9_.:\-\u0080-\U0010ffff]+", text) is not None
+        return text.endswith("]")
+    return _HELLO.fullmatch(text) is not None
 
 
 def parse_path(text: str) -> tuple[Address | None, str]:
@@ -187,5 +236,13 @@ def parse_canonical(text: str) -> str:
         domain, rest = _domain_prefix(text[2:])
         if rest or _CONTROL.search(text):
             raise AddressError("bad domain in catch-all")
-        return f"*@{domain}"
+        return f"*@{canonical_domain(domain)}"
     return parse(text).canonical
+
+
+def one_form(address: str) -> str:
+    """The canonical form of an address as it stands in somebody's table; what is none is only put in lower case."""
+    try:
+        return parse_canonical(address)
+    except AddressError:
+        return address.lower()

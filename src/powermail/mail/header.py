@@ -9,11 +9,14 @@ import re
 from datetime import UTC, datetime
 from functools import lru_cache
 
+from powermail.mail.envelope import Peer
+
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _UNSAFE = re.compile(r"[^\x21-\x7e\u00a0-\U0010ffff]|[()\\<>;,\"]")
-_RECEIVED = re.compile(rb"(?im)^received[ \t]*:")
-_HEADER_END = re.compile(rb"\r?\n\r?\n")
+_RECEIVED = re.compile(rb"\n(?i:received)[ \t]*:")  # a line break first: the search then skips to the few there are
+_MESSAGE_ID = re.compile(rb"\n(?i:message-id)[ \t]*:[ \t]*(?:\r?\n[ \t]+)?([^\r\n]{0,998})")
+_HEADER_END = re.compile(rb"\n\r?\n")
 
 
 @lru_cache(maxsize=8)
@@ -37,7 +40,13 @@ def safe_word(text: str) -> str:
 
 def count_received(octets: bytes | memoryview) -> int:
     """How many Received fields the header at the start of `octets` has (RFC 5321 §6.3)."""
-    return len(_RECEIVED.findall(header_of(octets)))
+    return len(_RECEIVED.findall(b"\n" + header_of(octets)))
+
+
+def message_id(header: bytes) -> str:
+    """The first Message-ID of a header as it stands there, for the log; "" if there is none."""
+    found = _MESSAGE_ID.search(b"\n" + header)
+    return found[1].decode("utf-8", "replace").strip() if found else ""
 
 
 def header_of(octets: bytes | memoryview) -> bytes:
@@ -46,23 +55,15 @@ def header_of(octets: bytes | memoryview) -> bytes:
     if data[:1] in (b"\r", b"\n"):
         return b""
     end = _HEADER_END.search(data)
-    return (
-        data[: end.start() + 2]
-        if end and data[end.start() : end.start() + 1] == b"\r"
-        else data[: end.start() + 1]
-        if end
-        else data
-    )
+    return data[: end.start() + 1] if end else data
 
 
-def received_field(
-    hello: str, client: str, host: str, protocol: str, key: bytes, date: str, recipient: str, cipher: str
-) -> bytes:
+def received_field(peer: Peer, host: str, key: bytes, date: str, recipient: str) -> bytes:
     """Our Received field (RFC 5321 §4.4): from, by, with, id, for (only with a single recipient), date."""
-    lines = [f"Received: from {safe_word(hello) or 'unknown'} ({client})"]
-    if cipher:
-        lines.append(f"\t({cipher})")
-    lines.append(f"\tby {host} (PowerMail) with {protocol} id {key.hex()}")
+    lines = [f"Received: from {safe_word(peer.hello) or 'unknown'} ({peer.client})"]
+    if peer.cipher:
+        lines.append(f"\t({peer.cipher})")
+    lines.append(f"\tby {host} (PowerMail) with {peer.protocol} id {key.hex()}")
     if recipient:
         lines.append(f"\tfor <{recipient}>; {date}")
     else:

@@ -52,8 +52,11 @@ class Maildrop:
         self._keys = bytearray()
         self._deleted: dict[int, None] = {}
         self._ahead: dict[int, Small] = {}
+        self._ahead_octets = 0
+        self._places: dict[int, tuple[str, ...]] = {}  # by number, of the messages to come
         self._reading: asyncio.Task[None] | None = None
         self._last = 0
+        self._released = False
 
     async def load(self) -> None:
         """Takes the whole snapshot: 28 octets a message. Raises IndexTrouble: never a short listing (P7)."""
@@ -86,8 +89,11 @@ class Maildrop:
         """A message that exists and is not marked deleted."""
         if not 1 <= number <= len(self._uids) or number in self._deleted:
             return None
+        return Listed(number, self._sizes[number - 1], self._key(number))
+
+    def _key(self, number: int) -> bytes:
         start = (number - 1) * _KEY_OCTETS
-        return Listed(number, self._sizes[number - 1], bytes(self._keys[start : start + _KEY_OCTETS]))
+        return bytes(self._keys[start : start + _KEY_OCTETS])
 
     def totals(self) -> tuple[int, int]:
         """(messages, octets) without those marked deleted."""
@@ -102,19 +108,14 @@ class Maildrop:
         """RSET."""
         self._deleted.clear()
 
-    async def whole(self, number: int) -> Small | None:
-        """A small message; None if it must be taken piece by piece.
-
-        Who asks for one message after the other finds the next ones read already, some while the last ones are sent.
-        """
-        if number not in self._ahead and self._reading is not None:
-            await asyncio.wait([self._reading])
+    def ready(self, number: int) -> Small | None:
+        """A message that was read ahead, at once; each is given once."""
         small = self._ahead.pop(number, None)
         if small is None:
-            in_turn = number == self._last + 1
-            self._ahead.clear()
-            await self._read_ahead(number, limits.READ_AHEAD_MESSAGES if in_turn else 1)
-            small = self._ahead.pop(number, None)
+            return None
+        self._hold(-len(small.octets))
+        if number in self._deleted:
+            return None
         self._last = number
         if len(self._ahead) == limits.READ_AHEAD_MESSAGES // 2 and self._reading is None:
             work = self._read_ahead(max(self._ahead) + 1, limits.READ_AHEAD_MESSAGES // 2)
@@ -122,23 +123,62 @@ class Maildrop:
             self._reading.add_done_callback(self._have_read)
         return small
 
+    async def whole(self, number: int) -> Small | None:
+        """A small message; None if it must be taken piece by piece.
+
+        Who asks for one message after the other finds the next ones read already, some while the last ones are sent.
+        """
+        if number not in self._ahead and self._reading is not None:
+            await asyncio.wait([self._reading])
+        small = self.ready(number)
+        if small is None:
+            in_turn = number == self._last + 1
+            self._forget()
+            await self._read_ahead(number, limits.READ_AHEAD_MESSAGES if in_turn else 1)
+            self._last = number
+            small = self.ready(number)
+        return small
+
     def _have_read(self, _: asyncio.Task[None]) -> None:
         self._reading = None
+        if self._released:
+            self._forget()
+
+    def _hold(self, octets: int) -> None:
+        self._ahead_octets += octets
+        self._drops.ahead_octets += octets
+
+    def _forget(self) -> None:
+        self._ahead.clear()
+        self._hold(-self._ahead_octets)
 
     async def _read_ahead(self, first: int, count: int) -> None:
         """Takes up to `count` messages into `_ahead`, as far as they are small and there is room."""
         keys: dict[bytes, int] = {}
-        room = limits.READ_AHEAD_OCTETS_MAX - sum(len(small.octets) for small in self._ahead.values())
+        room = limits.READ_AHEAD_OCTETS_MAX - self._ahead_octets
+        room = min(room, limits.READ_AHEAD_ALL_OCTETS_MAX - self._drops.ahead_octets)
         for number in range(first, min(first + count, self.count + 1)):
             room -= self._sizes[number - 1]
             if room < 0:
                 break
-            listed = self.get(number)
-            if listed is not None:
-                keys[listed.key] = number
-        if keys:
-            found = await self._drops.opener.read_small(list(keys))  # whoever asks for one that is left out will see why
-            self._ahead.update((keys[key], small) for key, small in found.items())
+            if number not in self._deleted:
+                keys[self._key(number)] = number
+        if not keys:
+            return
+        if not all(number in self._places for number in keys.values()):
+            await self._look_up(first, count)
+        wanted = {key: self._places[number] for key, number in keys.items() if number in self._places}
+        found = await self._drops.opener.read_small_at(wanted)  # whoever asks for one that is left out will see why
+        for key, small in found.items():
+            self._ahead[keys[key]] = small
+            self._hold(len(small.octets))
+
+    async def _look_up(self, first: int, count: int) -> None:
+        """Where the messages are, for more of them than are read now by who goes through them."""
+        end = min(first + (limits.READ_AHEAD_PLACES if count > 1 else 1), self.count + 1)
+        numbers = {self._key(number): number for number in range(first, end)}
+        found = await self._drops.opener.places(list(numbers))
+        self._places = {numbers[key]: nodes for key, nodes in found.items()}
 
     def read(self, key: bytes) -> AsyncIterator[bytes]:
         """A message's octets in pieces. Raises IndexTrouble, MessageUnreadable."""
@@ -155,6 +195,8 @@ class Maildrop:
 
     def release(self) -> None:
         """Lets the next session in. Idempotent."""
+        self._released = True
+        self._forget()
         self._drops.leave(self._account, self)
 
 
@@ -166,6 +208,7 @@ class Maildrops:
         self.index = index
         self.opener = opener
         self.tasks = tasks
+        self.ahead_octets = 0  # of all that was read ahead
         self._held: dict[str, Maildrop | None] = {}
 
     async def open(self, account: str) -> Maildrop:

@@ -5,7 +5,7 @@ A key that the index does not know as live is read wherever a copy can be found:
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from powermail.base.errors import IndexTrouble
 from powermail.cluster.fetch import Fetcher
@@ -52,10 +52,17 @@ class Opener:
         async for octets in message.chunks():
             yield octets
 
-    async def read_small(self, keys: Sequence[bytes]) -> dict[bytes, Small]:
-        """Small messages, many at once. What is left out is not small or in trouble: `open` says which."""
+    async def places(self, keys: Sequence[bytes]) -> dict[bytes, tuple[str, ...]]:
+        """The nodes believed to hold messages, many at once; empty while the index is in trouble."""
         try:
-            known = await self._index.messages(keys)
+            return {message.key: message.nodes for message in await self._index.messages(keys)}
         except IndexTrouble:
             return {}
-        return await self._fetcher.read_small({message.key: message.nodes for message in known})
+
+    async def read_small(self, keys: Sequence[bytes]) -> dict[bytes, Small]:
+        """Small messages, many at once. What is left out is not small or in trouble: `open` says which."""
+        return await self._fetcher.read_small(await self.places(keys))
+
+    async def read_small_at(self, places: Mapping[bytes, Sequence[str]]) -> dict[bytes, Small]:
+        """The same for who has asked for their `places` before."""
+        return await self._fetcher.read_small(places)

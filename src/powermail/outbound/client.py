@@ -1,200 +1,404 @@
-"""Owns one connection to a next hop: greeting, TLS, AUTH, pipelined transactions, bounded waits and replies (F04)."""
+"""Owns one connection to a next hop: greeting, TLS, login, transactions, bounded waits. What is said is `wire.smtp_client`'s.
+
+A hop is a stranger. Its connection is used again only if it is clean, and a refusal is handed on only after the hop has said
+goodbye (`_prove`): a row of replies that had slipped owes one more there, and shows itself.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple
 
 from powermail.base import limits
+from powermail.base.lane import Lane
+from powermail.base.log import Event
 from powermail.base.world import World
+from powermail.outbound.routing import Route
+from powermail.outbound.verdict import Transcript
+from powermail.wire import sasl
 from powermail.wire.dot import DotWriter
-from powermail.wire.smtp_client import Reply, ReplyError, ReplyReader
+from powermail.wire.sasl_client import Mechanism, mechanisms
+from powermail.wire.smtp_client import Answer, Fault, Reply, SmtpClient, State, Verb
+
+_NOT_FOR_THIS = (500, 501, 502, 504, 534)  # RFC 4954 §4, §6: another mechanism may do
 
 
 class HopTrouble(Exception):
-    """This connection is of no more use; what was not answered is tried again later. Always temporary."""
+    """No session came of it; what was to be sent is tried again later. Always temporary."""
 
 
-class Route(NamedTuple):
-    """Where to send and how."""
-
-    host: str
-    port: int
-    tls: str  # none, opportunistic, required, implicit
-    context: ssl.SSLContext | None
-    user: str
-    password: str
+class TlsTrouble(HopTrouble):
+    """TLS was offered and did not come about: where the route allows it, the next connection goes in clear."""
 
 
-class _Octets(asyncio.Protocol):
-    """Collects replies."""
+class Lines(NamedTuple):
+    """The arguments of MAIL and of each RCPT."""
 
-    def __init__(self) -> None:
-        self.transport: asyncio.Transport | None = None
-        self.replies: list[Reply] = []
-        self.error: Exception | None = None
-        self._reader = ReplyReader()
-        self._wake = asyncio.Event()
-        self._room = asyncio.Event()
-        self._room.set()
+    mail: str
+    recipients: Sequence[str]
+
+
+class Hop(asyncio.Protocol):
+    """A connection to a next hop."""
+
+    def __init__(self, world: World, route: Route, hostname: str, lane: Lane, pipeline: bool = True) -> None:
+        self.route = route
+        self.tls = ""  # version and cipher
+        self.used = 0  # transactions
+        self.broke_pipelining = False
+        self.committed: asyncio.Task[object] | None = None  # who waits for the outcome of a message that was sent whole
+        self.deadline = float("inf")
+        self.machine = SmtpClient()
+        self._world = world
+        self._hostname = hostname
+        self._lane = lane
+        self.pipeline = pipeline
+        self._transport: asyncio.Transport | None = None
+        self._answers: list[Answer] = []
+        self._wanted = 1
+        self._timeout_s = limits.SMTP_CLIENT_REPLY_TIMEOUT_S
+        self._between_s = float("inf")
+        self._waiter: asyncio.Future[None] | None = None
+        self._full = False  # the hop is behind in reading
+        self._switching = False
+
+    # -- asyncio's side -------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport  # type: ignore[assignment]
+        self._transport = transport  # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
-        try:
-            self.replies += self._reader.feed(data)
-        except ReplyError as error:
-            self.error = error
-            if self.transport is not None:
-                self.transport.abort()
-        self._wake.set()
+        found = self.machine.receive(data)
+        if found:
+            self._answers += found
+            if self._waiter is not None:
+                self._timeout_s = min(self._timeout_s, self._between_s)
+                self.deadline = self._world.clock.monotonic() + self._timeout_s
+        if len(self._answers) >= self._wanted or self.machine.end is not None:
+            self._wake()
+        if self.machine.end is not None and self.machine.end.fault is not Fault.LEFT:
+            self._close()
+
+    def eof_received(self) -> bool:
+        self._lost()
+        return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.error = self.error or exc or ConnectionResetError("the next hop closed the connection")
-        self._wake.set()
-        self._room.set()
+        if not self._switching:
+            self._lost()
+
+    def _lost(self) -> None:
+        self.machine.closed()
+        self._wake()
 
     def pause_writing(self) -> None:
-        self._room.clear()
+        self._full = True
 
     def resume_writing(self) -> None:
-        self._room.set()
+        self._full = False
+        self._wake()
 
-    async def reply(self, timeout_s: float) -> Reply:
-        async with asyncio.timeout(timeout_s):
-            while not self.replies:
-                if self.error is not None:
-                    raise HopTrouble(str(self.error)) from self.error
-                self._wake.clear()
-                await self._wake.wait()
-        return self.replies.pop(0)
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
-    async def room(self) -> None:
-        async with asyncio.timeout(limits.SMTP_CLIENT_DATA_TIMEOUT_S):
-            await self._room.wait()
+    def expire(self) -> None:
+        """The deadline has passed."""
+        self.deadline = float("inf")
+        what = "answered" if self._wanted else "read"
+        self.machine.give_up(Fault.LATE, f"it has not {what} within {self._timeout_s:.0f} s")
+        self._close()
+        self._wake()
 
+    async def _wait(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self.deadline = self._world.clock.monotonic() + timeout_s
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self.deadline = float("inf")
 
-class SmtpClient:
-    """A connection that has said hello."""
+    async def _read(
+        self, count: int, timeout_s: float = limits.SMTP_CLIENT_REPLY_TIMEOUT_S, between_s: float = float("inf")
+    ) -> list[Answer]:
+        """The next `count` answers, fewer if the session ends before; each within the time, those behind the first within
+        `between_s`.
+        """
+        self._wanted, self._between_s = count, between_s
+        while len(self._answers) < count and self.machine.end is None:
+            await self._wait(timeout_s)
+        found, self._answers = self._answers[:count], self._answers[count:]
+        return found
 
-    def __init__(self, world: World, route: Route, hostname: str) -> None:
-        self._world = world
-        self._route = route
-        self._hostname = hostname
-        self._octets = _Octets()
-        self.extensions: dict[str, str] = {}
-        self.transactions = 0
+    async def _room(self) -> None:
+        """Waits while the hop is behind in reading, unless it says something meanwhile."""
+        while self._full and self.machine.end is None and not self._answers:
+            self._wanted = 0
+            await self._wait(limits.SMTP_CLIENT_BLOCK_TIMEOUT_S)
 
-    async def connect(self) -> None:
-        """Connects, upgrades, logs in. Raises HopTrouble."""
-        route = self._route
+    def _write(self, octets: bytes) -> None:
+        if octets and self._transport is not None and not self._transport.is_closing():
+            self._transport.write(octets)
+
+    async def _ask(self, verb: Verb, argument: str = "") -> Reply:
+        """One command. Raises HopTrouble if no reply came."""
+        self._write(self.machine.ask(verb, argument))
+        answers = await self._read(1)
+        if not answers:
+            raise HopTrouble(self.why)
+        return answers[0].reply
+
+    @property
+    def why(self) -> str:
+        """Why the session is over."""
+        return self.machine.end.text if self.machine.end is not None else "no answer"
+
+    def _ended(self, fault: Fault) -> bool:
+        return self.machine.end is not None and self.machine.end.fault is fault
+
+    def _close(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    # -- opening --------------------------------------------------------------------------------------------------
+
+    async def open(self, in_clear: bool = False) -> None:
+        """Connects, upgrades, logs in. Raises HopTrouble; TlsTrouble if only TLS stood in the way."""
+        route = self.route
         implicit = route.context if route.tls == "implicit" else None
         try:
-            await self._world.net.connect(route.host, route.port, lambda: self._octets, implicit, route.host)
-            self._expect(await self._octets.reply(limits.SMTP_CLIENT_REPLY_TIMEOUT_S), "greeting")
+            await self._world.net.connect(route.host, route.port, lambda: self, implicit, route.host)
+            self._note_tls()
+            greeting = await self._read(1)
+            if not greeting:
+                raise HopTrouble(self.why)
+            self._expect(greeting[0].reply, "the connection")
             await self._hello()
-            if route.tls in ("opportunistic", "required"):
+            if route.tls in ("opportunistic", "required") and not in_clear:
                 await self._start_tls()
-            if route.user:
-                secret = base64.b64encode(f"\0{route.user}\0{route.password}".encode()).decode("ascii")
-                self._expect(await self._ask(f"AUTH PLAIN {secret}"), "AUTH")
+            if route.login is not None:
+                await self._log_in()
         except (OSError, TimeoutError) as error:
             self.abort()
-            raise HopTrouble(f"{route.host}: {error or type(error).__name__}") from error
-        except HopTrouble:
+            raise HopTrouble(str(error) or type(error).__name__) from error
+        except BaseException:
             self.abort()
             raise
-
-    async def _start_tls(self) -> None:
-        route = self._route
-        if "STARTTLS" not in self.extensions:
-            if route.tls == "required":
-                raise HopTrouble("the next hop does not offer STARTTLS, which the route requires")
-            return
-        self._expect(await self._ask("STARTTLS"), "STARTTLS")
-        if self._octets.replies:
-            raise HopTrouble("octets before the TLS handshake")
-        assert self._octets.transport is not None and route.context is not None
-        self._octets.transport = await self._world.net.start_tls(
-            self._octets.transport, self._octets, route.context, server_side=False, name=route.host
-        )
-        await self._hello()
+        if not self.machine.clean:
+            self.abort()
+            raise HopTrouble(self.why if self.machine.end is not None else "it said more than it was asked for")
 
     @staticmethod
     def _expect(reply: Reply, what: str) -> Reply:
-        if not reply.positive:
-            raise HopTrouble(f"{what} answered {reply.code} {reply.text}")
+        if reply.kind != 2:
+            raise HopTrouble(f"{what} was answered with {reply.code} {reply.text}")
         return reply
 
     async def _hello(self) -> None:
-        reply = await self._ask(f"EHLO {self._hostname}")
-        if not reply.positive:
-            reply = self._expect(await self._ask(f"HELO {self._hostname}"), "HELO")
-        self.extensions = {}
-        for line in reply.lines[1:]:
-            name, _, rest = line.partition(" ")
-            self.extensions[name.upper()] = rest
+        reply = await self._ask(Verb.EHLO, self._hostname)
+        if reply.kind == 5 and self.machine.end is None:  # RFC 5321 §3.2: who does not know EHLO
+            reply = await self._ask(Verb.HELO, self._hostname)
+        self._expect(reply, "EHLO")
 
-    def _write(self, octets: bytes) -> None:
-        if self._octets.transport is None or self._octets.transport.is_closing():
-            raise HopTrouble("the next hop closed the connection")
-        self._octets.transport.write(octets)
-
-    async def _ask(self, line: str) -> Reply:
-        self._write(f"{line}\r\n".encode())
-        return await self._octets.reply(limits.SMTP_CLIENT_REPLY_TIMEOUT_S)
-
-    async def send(self, mail: str, recipients: list[str], body: AsyncIterator[bytes]) -> tuple[list[Reply], Reply | None]:
-        """One transaction: (reply for each RCPT, reply to the message or None if no recipient was taken).
-
-        `mail` and `recipients` are whole command lines. Raises HopTrouble; then nothing is known to be accepted.
-        """
-        self.transactions += 1
-        lines = [mail, *recipients]
+    async def _start_tls(self) -> None:
+        route, machine = self.route, self.machine
+        required = route.tls == "required"
+        if "STARTTLS" not in machine.extensions:
+            if required:
+                raise HopTrouble("it does not offer STARTTLS, which outbound.smarthost_tls requires")
+            return
+        self._write(machine.ask(Verb.STARTTLS))
+        answers = await self._read(1)
+        if self._ended(Fault.CLOSED) or self._ended(Fault.LEFT):
+            raise TlsTrouble(f"at STARTTLS {self.why}")
+        if machine.end is not None or not answers:
+            raise HopTrouble(self.why)  # octets behind "220 go" are an attack: nothing is sent, not in clear either
+        reply = answers[0].reply
+        if reply.kind in (4, 5):
+            if required:
+                raise HopTrouble(f"STARTTLS was answered with {reply.code} {reply.text}")
+            self._say_clear(f"STARTTLS was answered with {reply.code}")
+            return
+        assert self._transport is not None and route.context is not None
+        self._switching = True
         try:
-            if "PIPELINING" in self.extensions:
-                self._write("".join(f"{line}\r\n" for line in lines).encode())
-                replies = [await self._octets.reply(limits.SMTP_CLIENT_REPLY_TIMEOUT_S) for _ in lines]
-            else:
-                replies = [await self._ask(line) for line in lines]
-            if not replies[0].positive:
-                await self._ask("RSET")
-                return [replies[0]] * len(recipients), None
-            taken = [reply for reply in replies[1:] if reply.positive]
-            if not taken:
-                await self._ask("RSET")
-                return replies[1:], None
-            start = await self._ask("DATA")
-            if start.code != 354:
-                if start.positive:
-                    raise HopTrouble(f"DATA answered {start.code}")
-                return [start if reply.positive else reply for reply in replies[1:]], None
-            writer = DotWriter(clean_cr=True)
-            async for part in body:
-                self._write(writer.feed(part))
-                await self._octets.room()
-            self._write(writer.end())
-            return replies[1:], await self._octets.reply(limits.SMTP_CLIENT_DATA_TIMEOUT_S)
+            upgraded = await self._world.net.start_tls(self._transport, self, route.context, server_side=False, name=route.host)
         except (OSError, TimeoutError) as error:
-            self.abort()
-            raise HopTrouble(f"{self._route.host}: {error or type(error).__name__}") from error
-        except BaseException:
-            self.abort()  # in the middle of a message only closing says that it is not whole
+            raise TlsTrouble(f"no TLS: {error or type(error).__name__}") from error
+        finally:
+            self._switching = False
+        if machine.end is not None:
+            raise HopTrouble(self.why)
+        self._transport = upgraded
+        machine.secured()
+        self._note_tls()
+        try:
+            await self._hello()
+        except HopTrouble as error:
+            if self._ended(Fault.CLOSED):
+                raise TlsTrouble(f"under TLS {error}") from error
             raise
 
-    async def quit(self) -> None:
-        """Says goodbye."""
+    def _say_clear(self, why: str) -> None:
+        self._world.counters.add("outbound.in_clear")
+        self._world.log.event(Event.IN_CLEAR, host=self.route.name, reason=why)
+
+    def _note_tls(self) -> None:
+        ssl_object = self._transport.get_extra_info("ssl_object") if self._transport is not None else None
+        if ssl_object is not None:
+            cipher = ssl_object.cipher()
+            self.tls = f"{ssl_object.version()} {cipher[0]}" if cipher else str(ssl_object.version())
+
+    async def _log_in(self) -> None:
+        login = self.route.login
+        assert login is not None
+        if not self.tls:
+            raise HopTrouble("no login without TLS")
+        offered = self.machine.mechanisms()
+        nonce = self._world.entropy.octets(18).hex()
+        usable = mechanisms(offered, login.user, await self._lane.run(login.secret), login.token, nonce)
+        if not usable:
+            raise HopTrouble(f"it offers no login that serves; it offers {' '.join(offered) or 'none'}")
+        for mechanism in usable:
+            reply = await self._exchange(mechanism)
+            if reply.code == 235:
+                if not mechanism.proven:
+                    raise HopTrouble(f"{mechanism.name}: it did not show that it knows the password")
+                return
+            if reply.code not in _NOT_FOR_THIS or self.machine.end is not None:
+                break
+        raise HopTrouble(f"AUTH {mechanism.name} was answered with {reply.code} {reply.text}")
+
+    async def _exchange(self, mechanism: Mechanism) -> Reply:
+        """One run of a mechanism; its last reply."""
+        first = mechanism.first()
+        argument = mechanism.name if first is None else f"{mechanism.name} {sasl.encode(first) or '='}"
+        reply = await self._ask(Verb.AUTH, argument)
+        while reply.code == 334:
+            try:
+                challenge = sasl.decode(reply.text.strip() or "=") if mechanism.listens else b""
+                if mechanism.slow:
+                    response = await self._lane.run(mechanism.answer, challenge)
+                else:
+                    response = mechanism.answer(challenge)
+            except sasl.SaslError as error:
+                await self._ask(Verb.RESPONSE, "*")  # RFC 4954 §4: given up
+                raise HopTrouble(f"{mechanism.name}: {error}") from error
+            reply = await self._ask(Verb.RESPONSE, sasl.encode(response))
+        return reply
+
+    # -- sending --------------------------------------------------------------------------------------------------
+
+    async def send(self, lines: Lines, body: AsyncIterator[bytes]) -> Transcript:
+        """One transaction. Raises what `body` raises; then the connection is closed, which says that it is not whole."""
+        self.used += 1
+        self.committed = None
+        said = Transcript(recipients=[None] * len(lines.recipients))
         try:
-            await self._ask("QUIT")
-        except (HopTrouble, OSError, TimeoutError):
-            pass
+            await self._envelope(said, lines)
+            taken = any(reply is not None and reply.kind == 2 for reply in said.recipients)
+            if self._goes_on and said.mail is not None and said.mail.kind == 2 and taken:
+                await self._message(said, body)
+            await self._leave(said)
+        except BaseException:
+            self.abort()
+            raise
+        return said
+
+    @property
+    def _goes_on(self) -> bool:
+        return self.machine.end is None
+
+    async def _envelope(self, said: Transcript, lines: Lines) -> None:
+        machine = self.machine
+        if self.pipeline and "PIPELINING" in machine.extensions:
+            octets = machine.ask(Verb.MAIL, lines.mail)
+            octets += b"".join([machine.ask(Verb.RCPT, line) for line in lines.recipients])
+            self._write(octets)
+            # Who is slow with the rest is asked again line by line, with all patience.
+            answers = await self._read(1 + len(lines.recipients), between_s=limits.SMTP_CLIENT_PIPELINE_S)
+            for number, answer in enumerate(answers):
+                if number:
+                    said.recipients[number - 1] = answer.reply
+                else:
+                    said.mail = answer.reply
+            # It took the first line of several and lost the rest: others get them one by one.
+            lost = machine.end is not None and machine.end.fault in (Fault.LATE, Fault.CLOSED, Fault.OUT_OF_STEP)
+            self.broke_pipelining = lost and len(answers) <= len(lines.recipients) and said.mail is not None
+            return
+        self._write(machine.ask(Verb.MAIL, lines.mail))
+        answers = await self._read(1)
+        if not answers:
+            return
+        said.mail = answers[0].reply
+        for number, line in enumerate(lines.recipients if said.mail.kind == 2 else ()):
+            self._write(machine.ask(Verb.RCPT, line))
+            answers = await self._read(1)
+            if not answers:
+                return
+            said.recipients[number] = answers[0].reply
+
+    async def _message(self, said: Transcript, body: AsyncIterator[bytes]) -> None:
+        machine = self.machine
+        self._write(machine.ask(Verb.DATA))
+        answers = await self._read(1)
+        said.data = answers[0].reply if answers else None
+        if said.data is None or said.data.code != 354 or not self._goes_on:
+            return
+        writer, held = DotWriter(clean_cr=True), b""  # the last part goes with the end, in one write
+        async for part in body:
+            if self._answers or not self._goes_on:
+                break  # it has said no already
+            self._write(held)
+            held = writer.feed(part)
+            if self._full:
+                await self._room()
+        if not self._answers and self._goes_on:
+            self._write(held + writer.end())
+            machine.ended_body()
+            said.complete = True
+            self.committed = asyncio.current_task()
+        answers = await self._read(1, limits.SMTP_CLIENT_DATA_TIMEOUT_S)
+        if answers:
+            said.final = answers[0].reply
+
+    async def _leave(self, said: Transcript) -> None:
+        """After each transaction: nothing open, nothing owed, and no refusal that may be somebody else's."""
+        machine = self.machine
+        if said.negative:
+            await self._prove()
+        elif machine.end is None and machine.state is State.OPEN and machine.waiting == 0:
+            self._write(machine.ask(Verb.RSET))
+            await self._read(1, limits.SMTP_CLIENT_QUIT_TIMEOUT_S)
+        said.end = machine.end
+        if not machine.clean:
+            self.abort()
+
+    async def _prove(self) -> None:
+        """Says goodbye. 221 is the reply to that and to nothing else; behind another one, and behind a refusal in the middle of
+        the body, what may still come is waited for: a row of replies that had slipped owes one more.
+        """
+        machine = self.machine
+        bye = None
+        if machine.end is None and machine.state in (State.READY, State.OPEN) and machine.waiting == 0:
+            self._write(machine.ask(Verb.QUIT))
+            answers = await self._read(1, limits.SMTP_CLIENT_QUIT_TIMEOUT_S)
+            bye = answers[0].reply if answers else None
+        if bye is None or bye.code != 221:
+            await self._read(1, limits.SMTP_CLIENT_PROOF_S)
+
+    async def quit(self) -> None:
+        """Says goodbye, and waits for the answer no longer than is polite."""
+        if self.machine.clean:
+            self._write(self.machine.ask(Verb.QUIT))
+            await self._read(1, limits.SMTP_CLIENT_QUIT_TIMEOUT_S)
         self.abort()
 
     def abort(self) -> None:
         """Closes at once."""
-        if self._octets.transport is not None:
-            self._octets.transport.abort()
+        self.machine.give_up(Fault.GIVEN_UP, "closed")
+        self._close()
+        self._wake()

@@ -1,32 +1,37 @@
 """Owns one POP3 session: RFC 1939 with CAPA, STLS, AUTH, UTF8, response codes and pipelining.
 
-Danger: octets sent before a TLS handshake are dropped; DELE takes effect at QUIT only, never when the client just leaves.
+Danger: octets sent before a TLS handshake are dropped; DELE takes effect at QUIT only, never when the client just leaves, and
+never when what it asked for before cannot reach it any more.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from powermail.base import limits
-from powermail.base.connection import Connection, Draining
 from powermail.base.errors import Trouble
+from powermail.base.log import Event
 from powermail.base.settings import PopSettings
 from powermail.base.world import World
+from powermail.cluster.packing import Small
 from powermail.directory.authenticate import Authenticator, AuthRefused
 from powermail.directory.contract import Account
+from powermail.door.clients import Networks
+from powermail.door.connection import Connection
+from powermail.door.lines import LineSession
+from powermail.door.login import log_in
 from powermail.mailbox.maildrop import InUse, Maildrop, Maildrops
 from powermail.wire import pop3, sasl
 from powermail.wire.buffer import BareLineEnd, InputBuffer, LineTooLong
 from powermail.wire.dot import DotWriter, stuff
 from powermail.wire.pop3 import State
-from powermail.wire.proxy import ProxyError, is_listed, parse_proxy
 
 _TROUBLE = pop3.err("try again later", "SYS/TEMP")
 _WRONG = pop3.err("invalid user name or password", "AUTH")
 _NO_MESSAGE = pop3.err("no such message")
+_MECHANISMS = ("PLAIN", "SCRAM-SHA-256")
 
 
 @dataclass
@@ -40,30 +45,27 @@ class PopService:
     authenticator: Authenticator
     tls: ssl.SSLContext | None
     apop: bool
-    proxies: list[ipaddress.IPv4Network | ipaddress.IPv6Network] = field(init=False)
+    trusted: Networks  # who may log in without TLS
+    proxies: Networks = field(init=False)
 
     def __post_init__(self) -> None:
-        self.proxies = [ipaddress.ip_network(text, strict=False) for text in self.settings.proxy_from]
-
-    def behind_proxy(self, client: str) -> bool:
-        """True if connections from there must begin with a PROXY header."""
-        return is_listed(self.proxies, client)
+        self.proxies = Networks(self.settings.proxy_from)
 
 
-class PopSession:
+class PopSession(LineSession):
     """One client."""
 
     def __init__(self, service: PopService, connection: Connection) -> None:
+        super().__init__(connection, service.proxies)
         self._service = service
-        self._connection = connection
         self._buffer = InputBuffer()
         self._state = State.AUTHORIZATION
-        self._replies: list[bytes] = []
-        self._replies_octets = 0
         self._user = ""
         self._errors = 0
         self._drop: Maildrop | None = None
         self._account: Account | None = None
+        self._retrieved = 0
+        self._deleted = 0
         self._checked_at = 0.0
         self._banner = ""
         self._began = connection.door.monotonic()
@@ -86,67 +88,38 @@ class PopSession:
             "RSET": self._do_rset,
         }
 
-    async def run(self) -> None:
-        """Serves the client until it leaves."""
-        try:
-            if self._service.behind_proxy(self._connection.client) and not await self._read_proxy():
-                return
-            self._greet()
-            while await self._command():
-                pass
-        except Draining:
-            self._reply(pop3.err("shutting down", "SYS/TEMP"))
-        except TimeoutError:
-            pass  # RFC 1939 §3: closed without UPDATE
-        finally:
-            self._send()
-            if self._drop is not None:
-                self._drop.release()
-
-    async def _read_proxy(self) -> bool:
-        while True:
-            self._buffer.feed(await self._connection.receive(limits.TLS_HANDSHAKE_TIMEOUT_S))
-            try:
-                parsed = parse_proxy(self._buffer.peek(limits.PROXY_HEADER_OCTETS_MAX))
-            except ProxyError:
-                return False
-            if parsed is not None:
-                self._buffer.take(parsed[1])
-                if parsed[0] is not None:
-                    self._connection.door.leave(self._connection)
-                    self._connection.client, self._connection.port = parsed[0]
-                    return self._connection.door.admit(self._connection)
-                return True
-
-    def _greet(self) -> None:
+    async def serve(self) -> None:
         if self._service.apop:
             unique = self._service.world.entropy.octets(8).hex()
             self._banner = f"<{unique}@{self._service.hostname}>"
-        self._reply(pop3.ok(f"PowerMail POP3 ready {self._banner}".rstrip()))
-        self._send()
+        self.say(pop3.ok(f"PowerMail POP3 ready {self._banner}".rstrip()))
+        while await self._command():
+            if self._drop is not None:
+                self._retrieve_ready()
+
+    def last_words(self, why: str) -> None:
+        if why != "timeout":  # RFC 1939 §3: closed without a word, and without UPDATE
+            self.say(pop3.err(why, "SYS/TEMP"))
+
+    def ended(self) -> None:
+        if self._drop is not None:
+            self._drop.release()
+        if self._account is not None:
+            self._service.world.log.event(
+                Event.LOGOUT,
+                door="popd",
+                client=self.connection.client,
+                account=self._account.address,
+                retrieved=self._retrieved,
+                deleted=self._deleted,
+                seconds=self.connection.door.monotonic() - self._began,
+            )
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
-    def _reply(self, octets: bytes) -> None:
-        self._replies.append(octets)
-        self._replies_octets += len(octets)
-
-    def _send(self) -> None:
-        if self._replies:
-            self._connection.write(b"".join(self._replies))
-            self._replies.clear()
-            self._replies_octets = 0
-
-    async def _push(self, octets: bytes) -> None:
-        """Adds output; sends and waits for the reader when much is queued."""
-        self._reply(octets)
-        if self._replies_octets >= limits.SMTP_OUT_BUFFER_OCTETS:
-            self._send()
-            await self._connection.flush()
-
     def _timeout_s(self) -> float:
         if self._state is State.AUTHORIZATION:
-            return max(0.001, self._began + limits.POP3_LOGIN_TIMEOUT_S - self._connection.door.monotonic())
+            return max(0.001, self._began + limits.POP3_LOGIN_TIMEOUT_S - self.connection.door.monotonic())
         return limits.POP3_IDLE_TIMEOUT_S
 
     async def _line(self, limit: int) -> bytes:
@@ -154,9 +127,7 @@ class PopSession:
             line = self._buffer.line(limit)
             if line is not None:
                 return line
-            self._send()
-            await self._connection.flush()
-            self._buffer.feed(await self._connection.receive(self._timeout_s()))
+            self._buffer.feed(await self.receive(self._timeout_s()))
 
     async def _command(self) -> bool:
         try:
@@ -168,7 +139,7 @@ class PopSession:
             return self._error("line too long")
         command = pop3.parse_command(line)
         if self._account is not None and not await self._still_valid(self._account):
-            self._reply(pop3.err("the account was changed, log in again", "AUTH"))
+            self.say(pop3.err("the account was changed, log in again", "AUTH"))
             return False  # without UPDATE: nothing is deleted
         problem = pop3.check_command(command, self._state)
         if problem is not None:
@@ -177,11 +148,47 @@ class PopSession:
             return await self._commands[command.verb](command.arguments)
         except Trouble:
             self._service.world.counters.add("popd.trouble")
-            self._reply(_TROUBLE)
+            self.say(_TROUBLE)
             return True
 
+    def _retrieve_ready(self) -> None:
+        """Answers the RETRs that wait and whose messages were read ahead: most of what a reader asks, in a plain loop."""
+        assert self._drop is not None
+        if self.connection.door.monotonic() - self._checked_at >= limits.SESSION_RECHECK_S:
+            return
+        buffer, drop = self._buffer, self._drop
+        while self._replies_octets < limits.SMTP_OUT_BUFFER_OCTETS:
+            line = buffer.peek_line(limits.POP3_COMMAND_LINE_OCTETS_MAX)
+            if line is None or line[:5].upper() != b"RETR " or not line[5:].isdigit() or len(line) > 14:
+                return
+            small = drop.ready(int(line[5:]))
+            if small is None:
+                return
+            buffer.take(len(line) + 2)
+            self._say_message(small)
+
+    def _say_message(self, small: Small) -> None:
+        self._retrieved += 1
+        self.say(b"+OK %d octets\r\n" % len(small.octets))
+        if small.plain:
+            self.say(small.octets)
+            self.say(b".\r\n")
+        else:
+            self.say(stuff(small.octets))
+
+    def _at_once(self, data: bytes) -> bytes:
+        """Answers what can be answered while the octets come in; the rest is for `_command`, which waits for it."""
+        if self._buffer.data:
+            return data
+        self._buffer.feed(data)
+        self._retrieve_ready()
+        if self._replies:
+            self.send()
+            self.connection.deadline = self.connection.door.monotonic() + limits.POP3_IDLE_TIMEOUT_S
+        return self._buffer.take_all()
+
     async def _still_valid(self, account: Account) -> bool:
-        now = self._connection.door.monotonic()
+        now = self.connection.door.monotonic()
         if now - self._checked_at < limits.SESSION_RECHECK_S:
             return True
         self._checked_at = now
@@ -190,41 +197,37 @@ class PopSession:
     def _error(self, text: str) -> bool:
         self._errors += 1
         self._service.world.counters.add("popd.errors")
-        self._reply(pop3.err(text))
+        self.say(pop3.err(text))
         return self._errors < limits.POP3_ERRORS_MAX
 
     # -- before login ---------------------------------------------------------------------------------------------
 
     def _login_allowed(self) -> bool:
-        return self._connection.tls or self._service.settings.plaintext_login
+        service, connection = self._service, self.connection
+        return connection.tls or service.settings.plaintext_login or connection.client in service.trusted
 
     async def _do_capa(self, arguments: list[str]) -> bool:
         lines = ["TOP", "UIDL", "RESP-CODES", "AUTH-RESP-CODE", "PIPELINING", "UTF8", "IMPLEMENTATION PowerMail"]
         if self._login_allowed():
-            lines += ["USER", "SASL PLAIN SCRAM-SHA-256"]
-        if self._service.tls is not None and not self._connection.tls and self._state is State.AUTHORIZATION:
+            lines += ["USER", f"SASL {' '.join(_MECHANISMS)}"]
+        if self._service.tls is not None and not self.connection.tls and self._state is State.AUTHORIZATION:
             lines.append("STLS")
-        self._reply(pop3.ok("capabilities follow") + "".join(f"{line}\r\n" for line in lines).encode() + b".\r\n")
+        self.say(pop3.ok("capabilities follow") + "".join(f"{line}\r\n" for line in lines).encode() + b".\r\n")
         return True
 
     async def _do_stls(self, arguments: list[str]) -> bool:
-        if self._service.tls is None or self._connection.tls:
+        if self._service.tls is None or self.connection.tls:
             return self._error("not available")
-        self._reply(pop3.ok("begin TLS"))
-        self._send()
+        self.say(pop3.ok("begin TLS"))
         self._buffer.clear()  # RFC 2595 §4: nothing said before counts after
         self._user = ""
-        try:
-            await self._connection.start_tls(self._service.tls)
-        except (OSError, TimeoutError):
-            return False
-        return True
+        return await self.start_tls(self._service.tls)
 
     async def _do_user(self, arguments: list[str]) -> bool:
         if not self._login_allowed():
             return self._error("TLS is required before login")
         self._user = arguments[0]
-        self._reply(pop3.ok())  # the same for known and unknown names (P02)
+        self.say(pop3.ok())  # the same for known and unknown names (P02)
         return True
 
     async def _do_pass(self, arguments: list[str]) -> bool:
@@ -235,73 +238,58 @@ class PopSession:
         if len(password.encode()) > limits.PASSWORD_OCTETS_MAX:
             return self._error("line too long")
         authenticator = self._service.authenticator
-        return await self._log_in(lambda: authenticator.plain(self._connection.client, user, password, "popd"))
+        return await self._log_in(lambda: authenticator.plain(self.connection.client, user, password, "popd"))
 
     async def _do_apop(self, arguments: list[str]) -> bool:
         if not self._service.apop or not self._login_allowed():
             return self._error("not available")
         name, digest = arguments
         authenticator = self._service.authenticator
-        return await self._log_in(lambda: authenticator.apop(self._connection.client, name, self._banner, digest))
+        return await self._log_in(lambda: authenticator.apop(self.connection.client, name, self._banner, digest))
 
     async def _do_auth(self, arguments: list[str]) -> bool:
         if not self._login_allowed():
             return self._error("TLS is required before login")
         if not arguments:
-            self._reply(pop3.ok() + b"PLAIN\r\nSCRAM-SHA-256\r\n.\r\n")
+            self.say(pop3.ok() + "".join(f"{name}\r\n" for name in _MECHANISMS).encode() + b".\r\n")
             return True
         mechanism = arguments[0].upper()
-        if mechanism not in ("PLAIN", "SCRAM-SHA-256"):
+        if mechanism not in _MECHANISMS:
             return self._error("unknown mechanism")
+        initial = arguments[1] if len(arguments) > 1 else None
+        authenticator, client = self._service.authenticator, self.connection.client
         try:
-            first = sasl.decode(arguments[1]) if len(arguments) > 1 else await self._ask("")
-            return await self._log_in(lambda: self._sasl(mechanism, first))
+            return await self._log_in(lambda: log_in(authenticator, client, "popd", mechanism, initial, self._ask))
         except sasl.SaslError as error:
             return self._error(str(error))
 
-    async def _ask(self, challenge: str) -> bytes:
-        self._reply(f"+ {challenge}\r\n".encode())
+    async def _ask(self, challenge: str) -> str:
+        self.say(f"+ {challenge}\r\n".encode())
         try:
-            line = (await self._line(limits.POP3_AUTH_LINE_OCTETS_MAX)).decode("ascii", "replace")
+            return (await self._line(limits.POP3_AUTH_LINE_OCTETS_MAX)).decode("ascii", "replace")
         except (LineTooLong, BareLineEnd) as error:
             raise sasl.SaslError("line too long or malformed") from error
-        if line == "*":
-            raise sasl.SaslError("cancelled")
-        return sasl.decode(line)
-
-    async def _sasl(self, mechanism: str, first: bytes) -> Account | None:
-        authenticator, client = self._service.authenticator, self._connection.client
-        if mechanism == "PLAIN":
-            authzid, name, password = sasl.parse_plain(first)
-            if authzid and authzid.lower() != name.lower():
-                password = "\0"  # acting for others: fails like a wrong password
-            return await authenticator.plain(client, name, password, "popd")
-        exchange = await authenticator.scram(client, sasl.credential(first))
-        final = sasl.credential(await self._ask(sasl.encode(exchange.server_first.encode())))
-        account, message = await exchange.finish(final, "popd")
-        if account is not None:
-            await self._ask(sasl.encode(message.encode()))
-        return account
 
     async def _log_in(self, check: Callable[[], Awaitable[Account | None]]) -> bool:
         try:
             account = await check()
         except AuthRefused:
-            self._reply(pop3.err("too many failures, try again later", "SYS/TEMP"))
+            self.say(pop3.err("too many failures, try again later", "SYS/TEMP"))
             return False
         if account is None:
             self._errors += 4
-            self._reply(_WRONG)
+            self.say(_WRONG)
             return self._errors < limits.POP3_ERRORS_MAX
         try:
             self._drop = await self._service.maildrops.open(account.id)
         except InUse:
-            self._reply(pop3.err("another session has this maildrop", "IN-USE"))
+            self.say(pop3.err("another session has this maildrop", "IN-USE"))
             return True
         self._state = State.TRANSACTION
-        self._account, self._checked_at = account, self._connection.door.monotonic()
+        self.connection.at_once = self._at_once
+        self._account, self._checked_at = account, self.connection.door.monotonic()
         self._service.world.counters.add("popd.logins")
-        self._reply(pop3.ok("%d messages, %d octets" % self._drop.totals()))
+        self.say(pop3.ok("%d messages, %d octets" % self._drop.totals()))
         return True
 
     # -- after login ----------------------------------------------------------------------------------------------
@@ -312,12 +300,12 @@ class PopSession:
         return self._drop
 
     async def _do_noop(self, arguments: list[str]) -> bool:
-        self._reply(pop3.ok())
+        self.say(pop3.ok())
         return True
 
     async def _do_stat(self, arguments: list[str]) -> bool:
         assert self._drop is not None
-        self._reply(pop3.ok("%d %d" % self._drop.totals()))
+        self.say(pop3.ok("%d %d" % self._drop.totals()))
         return True
 
     async def _do_list(self, arguments: list[str]) -> bool:
@@ -335,27 +323,27 @@ class PopSession:
             listed = drop.get(number) if number is not None else None
             if listed is None:
                 return self._missing()
-            self._reply(pop3.ok(f"{listed.number} {show(listed)}"))
+            self.say(pop3.ok(f"{listed.number} {show(listed)}"))
             return True
         more = await drop.load_page()
-        self._reply(pop3.ok("%d messages, %d octets" % drop.totals()))
+        self.say(pop3.ok("%d messages, %d octets" % drop.totals()))
         number = 0
         while more or number < drop.listed:
             while number < drop.listed:
                 number += 1
                 listed = drop.get(number)
                 if listed is not None:
-                    await self._push(f"{number} {show(listed)}\r\n".encode())
+                    await self.push(f"{number} {show(listed)}\r\n".encode())
             try:
                 more = await drop.load_page()
             except Trouble:
                 return False  # in the middle: only closing says that it is not all (P7)
-        self._reply(b".\r\n")
+        self.say(b".\r\n")
         return True
 
     def _missing(self) -> bool:
         self._errors += 1
-        self._reply(_NO_MESSAGE)
+        self.say(_NO_MESSAGE)
         return self._errors < limits.POP3_ERRORS_MAX
 
     async def _do_retr(self, arguments: list[str]) -> bool:
@@ -366,12 +354,8 @@ class PopSession:
             return self._missing()
         small = await drop.whole(listed.number)
         if small is not None:
-            self._reply(b"+OK %d octets\r\n" % len(small.octets))
-            if small.plain:
-                self._reply(small.octets)
-                await self._push(b".\r\n")
-            else:
-                await self._push(stuff(small.octets))
+            self._say_message(small)
+            await self.push(b"")
             return True
         writer = DotWriter()
         started = False
@@ -379,15 +363,16 @@ class PopSession:
             async for part in drop.read(listed.key):
                 if not started:
                     started = True
-                    self._reply(pop3.ok(f"{listed.octets} octets"))
-                await self._push(writer.feed(part))
+                    self.say(pop3.ok(f"{listed.octets} octets"))
+                await self.push(writer.feed(part))
         except Trouble:
             if not started:
                 raise
             return False  # in the middle: only closing tells the client that it has not got all of it
         if not started:
-            self._reply(pop3.ok("0 octets"))
-        self._reply(writer.end())
+            self.say(pop3.ok("0 octets"))
+        self.say(writer.end())
+        self._retrieved += 1
         return True
 
     async def _do_top(self, arguments: list[str]) -> bool:
@@ -397,17 +382,23 @@ class PopSession:
         listed = drop.get(number) if number is not None else None
         if listed is None or lines is None:
             return self._missing()
-        data = bytearray()
-        wanted = b""
-        async for part in drop.read(listed.key):
-            data += part
-            wanted = pop3.top(bytes(data), lines)
-            if len(wanted) < len(data):
-                break
-        writer = DotWriter()
-        self._reply(pop3.ok("top of message follows"))
-        await self._push(writer.feed(wanted))
-        self._reply(writer.end())
+        reader, writer = pop3.TopReader(lines), DotWriter()
+        started = False
+        try:
+            async for part in drop.read(listed.key):
+                if not started:
+                    started = True
+                    self.say(pop3.ok("top of message follows"))
+                await self.push(writer.feed(reader.feed(part)))
+                if reader.done:
+                    break
+        except Trouble:
+            if not started:
+                raise
+            return False  # in the middle: only closing tells the client that it has not got all of it
+        if not started:
+            self.say(pop3.ok("top of message follows"))
+        self.say(writer.end())
         return True
 
     async def _do_dele(self, arguments: list[str]) -> bool:
@@ -416,24 +407,29 @@ class PopSession:
         if number is None or drop.get(number) is None:
             return self._missing()
         drop.mark(number)
-        self._reply(pop3.ok("marked"))
+        self.say(pop3.ok("marked"))
         return True
 
     async def _do_rset(self, arguments: list[str]) -> bool:
         assert self._drop is not None
         self._drop.unmark_all()
-        self._reply(pop3.ok())
+        self.say(pop3.ok())
         return True
 
     async def _do_quit(self, arguments: list[str]) -> bool:
         if self._drop is not None:
+            self.send()
+            await self.connection.flush()
+            if self.connection.closed:
+                return False  # its answers are lost, and with them perhaps the only copy of what it marked
             try:
                 removed = await self._drop.update()
             except Trouble:
-                self._reply(pop3.err("some deleted messages not removed", "SYS/TEMP"))
+                self.say(pop3.err("some deleted messages not removed", "SYS/TEMP"))
                 return False
+            self._deleted = removed
             self._service.world.counters.add("popd.deleted", removed)
-        self._reply(pop3.ok("bye"))
+        self.say(pop3.ok("bye"))
         return False
 
 

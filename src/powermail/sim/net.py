@@ -209,5 +209,6 @@ class NamedNetwork:
         context: ssl.SSLContext,
         server_side: bool,
         name: str | None = None,
+        first: bytes = b"",
     ) -> asyncio.Transport:
         raise ConnectionResetError("there is no TLS in the simulation")

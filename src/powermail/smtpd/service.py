@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ipaddress
 import ssl
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from enum import Enum
 
 from powermail.base import limits
 from powermail.base.settings import SmtpSettings
@@ -16,15 +14,9 @@ from powermail.delivery.transaction import DeliveryService
 from powermail.directory.authenticate import Authenticator
 from powermail.directory.contract import Account
 from powermail.directory.resolve import Resolver
-from powermail.wire.proxy import is_listed
-
-
-class Kind(Enum):
-    """Which door a session came through."""
-
-    SMTP = "smtpd"
-    SUBMISSION = "submission"
-    LMTP = "lmtpd"
+from powermail.door.clients import Networks
+from powermail.door.login import MECHANISMS
+from powermail.wire.smtp_table import Kind, Offer
 
 
 class SendRate:
@@ -62,13 +54,19 @@ class SmtpService:
     rewriter: Rewriter
     tls: ssl.SSLContext | None
     remote_route: bool
+    trusted: Networks  # who may log in without TLS
     rate: SendRate = field(init=False)
-    proxies: list[ipaddress.IPv4Network | ipaddress.IPv6Network] = field(init=False)
+    proxies: Networks = field(init=False)
+    _offers: dict[Kind, Offer] = field(init=False)
 
     def __post_init__(self) -> None:
         self.rate = SendRate(self.world, self.settings.submission_per_hour)
-        self.proxies = [ipaddress.ip_network(text, strict=False) for text in self.settings.proxy_from]
+        self.proxies = Networks(self.settings.proxy_from)
+        settings, tls = self.settings, self.tls is not None
+        plain = Offer(self.hostname, settings.message_octets_max, settings.recipients_max, tls)
+        self._offers = dict.fromkeys(Kind, plain)
+        self._offers[Kind.SUBMISSION] = plain._replace(mechanisms=MECHANISMS)
 
-    def behind_proxy(self, client: str) -> bool:
-        """True if connections from there must begin with a PROXY header."""
-        return is_listed(self.proxies, client)
+    def offer(self, kind: Kind) -> Offer:
+        """What a door offers."""
+        return self._offers[kind]

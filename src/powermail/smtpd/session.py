@@ -1,380 +1,270 @@
-"""Owns one SMTP, submission or LMTP session: commands in strict order, replies gathered while input is pipelined.
+"""Owns the policy of one SMTP, submission or LMTP session: what `wire.smtp_server` asks is answered here.
 
-Standards: RFC 5321, 2033, 2920, 3030, 3207, 4954, 6409. Danger: octets sent before a TLS handshake are dropped, and the
-state with them; a refused BDAT chunk is thrown away octet by octet and never read as commands.
+Standards: RFC 5321, 6409. Who exists, who may send as whom, what is taken and what came of it; the protocol is the machine's.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from email.utils import getaddresses
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from powermail.base import limits
-from powermail.base.connection import Connection, Draining
-from powermail.base.errors import DirectoryTrouble, NotRedundant, OutcomeUnknown, Trouble
+from powermail.base.errors import DirectoryTrouble, IndexTrouble, NotRedundant, OutcomeUnknown, Trouble
 from powermail.base.log import Event
 from powermail.delivery.recipients import Recipients
 from powermail.delivery.srs import SrsError
-from powermail.delivery.transaction import Sender, Transaction
+from powermail.delivery.submission import Submission
+from powermail.delivery.transaction import Transaction
+from powermail.directory.authenticate import AuthRefused
 from powermail.directory.contract import Account
+from powermail.door.connection import Connection
+from powermail.door.lines import LineSession
+from powermail.door.login import Cancelled, log_in
+from powermail.mail import header
 from powermail.mail import status as st
-from powermail.mail.address import Address, AddressError, is_hello_name, parse
+from powermail.mail.address import Address, AddressError, parse, parse_canonical
+from powermail.mail.envelope import Peer
 from powermail.mail.status import Status
-from powermail.smtpd import auth
-from powermail.smtpd.service import Kind, SmtpService
+from powermail.smtpd.service import SmtpService
 from powermail.wire import smtp
-from powermail.wire.buffer import BareLineEnd, InputBuffer, LineTooLong
-from powermail.wire.dot import DotReader
-from powermail.wire.proxy import ProxyError, parse_proxy
-from powermail.wire.smtp import State
+from powermail.wire.proxy import literal
+from powermail.wire.sasl import SaslError
+from powermail.wire.smtp import MailCommand, RcptCommand
+from powermail.wire.smtp_events import Aborted, Begin, Body, Close, End, Login, Response, StartTls
+from powermail.wire.smtp_server import SmtpServer
+from powermail.wire.smtp_table import Kind
+
+_LAST_WORDS = {
+    "shutting down": st.SHUTTING_DOWN,
+    "timeout": st.TIMED_OUT,
+    "too many connections": st.TOO_MANY_CONNECTIONS,
+}
 
 
-class SmtpSession:
+class SmtpSession(LineSession):
     """One client."""
 
     def __init__(self, service: SmtpService, kind: Kind, connection: Connection) -> None:
+        super().__init__(connection, service.proxies)
         self._service = service
         self._world = service.world
         self._kind = kind
-        self._connection = connection
-        self._buffer = InputBuffer()
-        self._replies: list[bytes] = []
-        self._state = State.START
-        self._hello = ""
-        self._extended = False
+        self._machine = SmtpServer(kind, service.offer(kind))
         self._account: Account | None = None
-        self._errors = 0
-        self._transactions = 0
-        self._mail: smtp.MailCommand | None = None
+        self._mail: MailCommand | None = None
         self._recipients: Recipients | None = None
-        self._bdat: Transaction | None = None
-        self._bdat_refusal: Status | None = None
+        self._transaction: Transaction | None = None
+        self._submission: Submission | None = None
+        self._deadline: float | None = None  # of the line that is awaited
+        self._pace: _Pace | None = None  # of the body that is coming
+        self._handlers: dict[type, Callable[[Any], Awaitable[None]]] = {
+            MailCommand: self._mail_from,
+            RcptCommand: self._rcpt_to,
+            Begin: self._begin,
+            Body: self._body,
+            End: self._end,
+            Aborted: self._aborted,
+            StartTls: self._start_tls,
+            Login: self._log_in,
+        }
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
-    async def run(self) -> None:
-        """Serves the client until it leaves."""
+    async def serve(self) -> None:
+        machine, client = self._machine, self.connection.client
+        machine.trusted = client in self._service.trusted
+        if self.connection.tls:
+            machine.secured()
+        if self.has_input():
+            machine.receive(await self.receive(0.0))
+        machine.greet(self._service.settings.greeting)
         try:
-            if await self._greet():
-                while await self._command():
-                    pass
-        except Draining:
-            self._reply(st.SHUTTING_DOWN)
-        except TimeoutError:
-            self._reply(st.TIMED_OUT)
+            while True:
+                event = machine.next_event()
+                if event is None:
+                    await self._more()
+                    continue
+                self._deadline = None
+                if type(event) is Close:
+                    if event.why != "quit":
+                        self._count(event.why)
+                    return
+                await self._handlers[type(event)](event)
         except OutcomeUnknown:
             pass  # closed without an answer: the client must find out by trying again (P4)
-        finally:
-            self._send()
-            self._reset()
 
-    async def _greet(self) -> bool:
-        connection, service = self._connection, self._service
-        if service.behind_proxy(connection.client) and not await self._read_proxy():
-            return False
-        if connection.has_input() and self._kind is not Kind.LMTP:
-            self._count("early_talkers")
-            self._reply(st.TALKED_EARLY)
-            return False
-        self._raw(f"220 {service.hostname} {'LMTP' if self._kind is Kind.LMTP else 'ESMTP'} {service.settings.greeting}\r\n")
-        self._send()
-        return True
-
-    async def _read_proxy(self) -> bool:
-        connection = self._connection
-        while True:
-            self._buffer.feed(await connection.receive(limits.TLS_HANDSHAKE_TIMEOUT_S))
-            try:
-                parsed = parse_proxy(self._buffer.peek(limits.PROXY_HEADER_OCTETS_MAX))
-            except ProxyError:
-                self._count("proxy_errors")
-                return False
-            if parsed is None:
-                continue
-            client, used = parsed
-            self._buffer.take(used)
-            if client is not None:
-                connection.door.leave(connection)
-                connection.client, connection.port = client
-                if not connection.door.admit(connection):
-                    self._reply(st.TOO_MANY_CONNECTIONS)
-                    return False
-            return True
+    async def _more(self) -> None:
+        """Waits for octets: one deadline for a whole line (S28), for a body one for each piece, and a pace."""
+        machine, connection = self._machine, self.connection
+        self.send()
+        if connection.behind:
+            await connection.flush()
+        now = connection.door.monotonic()
+        if machine.in_body:
+            if self._pace is None:
+                self._pace = _Pace(now)
+            octets = await connection.receive(limits.SMTP_COMMAND_TIMEOUT_S)
+            if self._pace.too_slow(connection.door.monotonic(), len(octets)):
+                machine.close(st.TOO_SLOW, "too_slow")
+            machine.receive(octets)
+            return
+        self._pace = None
+        if self._deadline is None:
+            self._deadline = now + self._timeout_s()
+        machine.receive(await connection.receive(max(0.001, self._deadline - now)))
 
     def _timeout_s(self) -> float:
         if self._kind is Kind.SUBMISSION and self._account is None:
             return limits.SUBMISSION_LOGIN_TIMEOUT_S
-        return limits.SMTP_STRESS_TIMEOUT_S if self._connection.door.stressed else limits.SMTP_COMMAND_TIMEOUT_S
+        return limits.SMTP_STRESS_TIMEOUT_S if self.connection.door.stressed else limits.SMTP_COMMAND_TIMEOUT_S
 
-    async def _line(self, limit: int) -> bytes:
-        """The next line; what was replied so far goes out before waiting. One deadline for the whole line (S28)."""
-        deadline = self._connection.door.monotonic() + self._timeout_s()
-        while True:
-            line = self._buffer.line(limit)
-            if line is not None:
-                return line
-            self._send()
-            await self._connection.flush()
-            left = deadline - self._connection.door.monotonic()
-            self._buffer.feed(await self._connection.receive(max(0.001, left)))
-            if self._state is State.START and self._buffer.peek(2) == b"\x16\x03":
-                raise BareLineEnd(b"\x16\x03")  # a TLS handshake has no line end to wait for
+    def send(self) -> None:
+        machine = self._machine
+        if machine.refused:
+            for status in machine.refused:
+                self._log(status)
+            machine.refused.clear()
+        octets = machine.to_send()
+        if octets:
+            self.connection.write(octets)
 
-    async def _command(self) -> bool:
-        """One command. False ends the session."""
-        try:
-            line = await self._line(limits.SMTP_COMMAND_LINE_OCTETS_MAX)
-        except LineTooLong:
-            return self._error(st.LINE_TOO_LONG)
-        except BareLineEnd as error:
-            if smtp.is_foreign(smtp.split_command(error.args[0])[0]):
-                return self._foreign()
-            return self._error(st.UNRECOGNISED)
-        verb, argument = smtp.split_command(line)
-        if smtp.is_foreign(verb):
-            return self._foreign()
-        refusal = smtp.check_command(verb, argument, self._state)
-        if refusal is not None:
-            if verb == "BDAT":
-                await self._skip_bdat(argument)
-            return self._error(refusal)
-        if verb == "MAIL":
-            return await self._mail_from(argument)
-        if verb == "RCPT":
-            return await self._rcpt_to(argument)
-        if verb == "DATA":
-            return await self._data()
-        if verb == "BDAT":
-            return await self._bdat_chunk(argument)
-        if verb in ("EHLO", "HELO", "LHLO"):
-            return self._greeting(verb, argument)
-        if verb == "STARTTLS":
-            return await self._start_tls()
-        if verb == "AUTH":
-            return await self._authenticate(argument)
-        return self._simple(verb)
+    def last_words(self, why: str) -> None:
+        self._machine.close(_LAST_WORDS[why], why.replace(" ", "_"))
 
-    def _foreign(self) -> bool:
-        """Another protocol's client: closed at its first line, nothing after it is looked at."""
-        self._count("foreign_protocol")
-        self._reply(st.SPEAKS_OTHER)
-        return False
+    def ended(self) -> None:
+        self._cancel()
+        if self._account is not None:
+            client, account = self.connection.client, self._account.address
+            self._world.log.event(Event.LOGOUT, door=self._kind.value, client=client, account=account)
+        if self._machine.errors:
+            self._world.counters.add(f"{self._kind.value}.errors", self._machine.errors)
 
-    def _simple(self, verb: str) -> bool:
-        if verb == "QUIT":
-            self._reply(st.BYE)
-            return False
-        if verb == "RSET":
-            self._reset()
-        self._reply({"RSET": st.OK, "NOOP": st.OK, "HELP": st.HELP, "VRFY": st.CANNOT_VERIFY}.get(verb, st.NOT_IMPLEMENTED))
-        return True
+    # -- answers --------------------------------------------------------------------------------------------------
 
-    # -- replies --------------------------------------------------------------------------------------------------
+    def _answer(self, status: Status, count: str = "") -> None:
+        if status.code >= 400:
+            self._log(status)
+            if count:
+                self._count(count)
+        self._machine.answer(status)
 
-    def _raw(self, text: str) -> None:
-        self._replies.append(text.encode())
-
-    def _reply(self, status: Status) -> None:
-        if status.code >= 400 and status.cause:
-            self._world.log.event(Event.MESSAGE_REFUSED, client=self._connection.client, code=status.code, cause=status.cause)
-        self._replies.append(smtp.format_reply(status))
-
-    def _send(self) -> None:
-        if self._replies:
-            self._connection.write(b"".join(self._replies))
-            self._replies.clear()
-
-    def _error(self, status: Status) -> bool:
-        """A reply that counts against the client."""
-        self._count("errors")
-        self._errors += 1
-        self._reply(status)
-        if self._errors >= limits.SMTP_ERRORS_MAX:
-            self._reply(st.TOO_MANY_ERRORS)
-            return False
-        return True
+    def _log(self, status: Status) -> None:
+        if status.cause:
+            sender = f"<{self._mail.envelope.reverse_path}>" if self._mail is not None else None
+            client = self.connection.client
+            self._world.log.event(Event.MESSAGE_REFUSED, client=client, sender=sender, code=status.code, cause=status.cause)
 
     def _count(self, name: str) -> None:
         self._world.counters.add(f"{self._kind.value}.{name}")
 
-    def _reset(self) -> None:
-        """Forgets the transaction (RFC 5321 §4.1.1.5); the greeting stays."""
-        if self._bdat is not None:
-            self._bdat.cancel()
-            self._bdat = None
-        self._bdat_refusal = None
-        self._mail = None
-        self._recipients = None
-        if self._state is not State.START:
-            self._state = State.READY
+    def _cancel(self) -> None:
+        """Drops the message that was begun."""
+        if self._transaction is not None:
+            self._transaction.cancel()
+            self._transaction = None
 
-    # -- greeting, TLS, AUTH ----------------------------------------------------------------------------------------
+    async def _aborted(self, event: Aborted) -> None:
+        self._cancel()
 
-    def _greeting(self, verb: str, argument: str) -> bool:
-        if (verb == "LHLO") != (self._kind is Kind.LMTP):
-            return self._error(st.UNRECOGNISED)
-        name = argument.split(" ")[0]
-        if not is_hello_name(name):
-            return self._error(st.HELLO_SYNTAX)
-        self._reset()
-        self._hello = name
-        self._state = State.READY
-        self._extended = verb != "HELO"
-        if not self._extended:
-            self._raw(f"250 {self._service.hostname}\r\n")
-            return True
-        settings = self._service.settings
-        extensions = [
-            "PIPELINING",
-            f"SIZE {settings.message_octets_max}",
-            "8BITMIME",
-            "SMTPUTF8",
-            "ENHANCEDSTATUSCODES",
-            "CHUNKING",
-            "BINARYMIME",
-            "DSN",
-            f"LIMITS RCPTMAX={settings.recipients_max} MAILMAX={limits.SMTP_TRANSACTIONS_MAX}",
-        ]
-        if self._service.tls is not None and not self._connection.tls:
-            extensions.append("STARTTLS")
-        if self._may_authenticate():
-            extensions.append(f"AUTH {' '.join(auth.MECHANISMS)}")
-        self._replies.append(smtp.format_ehlo(self._service.hostname, extensions))
-        return True
+    # -- TLS, AUTH ------------------------------------------------------------------------------------------------
 
-    def _may_authenticate(self) -> bool:
-        return self._kind is Kind.SUBMISSION and self._connection.tls and self._account is None
-
-    async def _start_tls(self) -> bool:
-        if self._service.tls is None or self._connection.tls:
-            return self._error(st.BAD_SEQUENCE if self._connection.tls else st.NOT_IMPLEMENTED)
-        self._reply(st.START_TLS)
-        self._send()
-        # RFC 3207 §4.2: everything known from before the handshake is thrown away.
-        self._buffer.clear()
-        self._reset()
-        self._state = State.START
-        self._hello = ""
+    async def _start_tls(self, event: StartTls) -> None:
+        assert self._service.tls is not None
+        self._machine.answer(st.START_TLS)
         self._account = None
-        try:
-            await self._connection.start_tls(self._service.tls)
-        except (OSError, TimeoutError):
-            self._count("tls_failed")
-            return False
-        return True
+        if await self.start_tls(self._service.tls):
+            self._machine.secured()
+        else:
+            self.connection.close()
 
-    async def _authenticate(self, argument: str) -> bool:
-        if self._kind is not Kind.SUBMISSION:
-            return self._error(st.NOT_IMPLEMENTED)
-        if not self._connection.tls:
-            return self._error(st.AUTH_NEEDS_TLS)
-        if self._account is not None:
-            return self._error(st.BAD_SEQUENCE)
+    async def _log_in(self, event: Login) -> None:
+        machine = self._machine
 
         async def ask(challenge: str) -> str:
-            self._raw(f"334 {challenge}\r\n")
-            try:
-                return (await self._line(limits.SMTP_AUTH_LINE_OCTETS_MAX)).decode("ascii", "replace")
-            except (LineTooLong, BareLineEnd):
-                return "!"  # not base64: refused before anything is hashed (U09)
+            machine.challenge(challenge)
+            while True:
+                response = machine.next_event()
+                if isinstance(response, Response):
+                    return response.text
+                await self._more()
 
-        account, status = await auth.authenticate(
-            self._service.authenticator, self._connection.client, self._kind.value, argument, ask
-        )
+        try:
+            account = await log_in(
+                self._service.authenticator, self.connection.client, self._kind.value, event.mechanism, event.initial, ask
+            )
+        except Cancelled:
+            return self._answer(st.AUTH_CANCELLED)
+        except SaslError:
+            return self._answer(st.AUTH_SYNTAX)
+        except AuthRefused:
+            return self._answer(st.AUTH_LIMITED)
+        except Trouble as error:
+            return self._answer(st.AUTH_TROUBLE.because(error))
         self._account = account
-        if status.positive:
-            self._reply(status)
-            return True
-        if status.code == 421:
-            self._reply(status)
-            return False
-        return self._error(status)
+        return self._answer(st.LOGGED_IN if account is not None else st.AUTH_FAILED)
 
     # -- the envelope ---------------------------------------------------------------------------------------------
 
-    async def _mail_from(self, argument: str) -> bool:
-        if self._kind is Kind.SUBMISSION and self._account is None:
-            return self._error(st.NEEDS_AUTH)
-        if self._transactions >= limits.SMTP_TRANSACTIONS_MAX:
-            self._reply(st.TOO_MANY_TRANSACTIONS)
-            return False
-        if self._account is not None and not await self._service.authenticator.still_valid(self._account):
-            self._reply(st.ACCOUNT_CHANGED)
-            return False
-        mail = smtp.parse_mail(argument)
-        if isinstance(mail, Status):
-            return self._error(mail)
-        if mail.size > self._service.settings.message_octets_max:
-            self._count("too_large")
-            self._reply(st.TOO_LARGE)  # RFC 1870 §6.1
-            return True
-        if self._account is not None and mail.reverse_path is not None:
-            refusal = await self._not_theirs(mail.reverse_path, self._account)
+    async def _mail_from(self, mail: MailCommand) -> None:
+        account, service = self._account, self._service
+        if account is not None and not await service.authenticator.still_valid(account):
+            return self._answer(st.ACCOUNT_CHANGED)
+        if mail.size > service.settings.message_octets_max:
+            return self._answer(st.TOO_LARGE, "too_large")  # RFC 1870 §6.1
+        if account is not None and mail.sender is not None:
+            refusal = await self._not_theirs(mail.sender, account)
             if refusal is not None:
-                self._reply(refusal)
-                return True
-        if not self._service.delivery.cluster.takes_mail():
-            self._count("not_redundant")
-            self._reply(st.NOT_REDUNDANT)  # P6: before DATA
-            return True
+                return self._answer(refusal)
+        if not service.delivery.cluster.takes_mail():
+            return self._answer(st.NOT_REDUNDANT, "not_redundant")  # P6: before DATA
         self._mail = mail
-        self._recipients = self._service.delivery.recipients(mail.size)
-        self._transactions += 1
-        self._state = State.MAIL
-        self._reply(st.SENDER_OK)
-        return True
+        self._recipients = service.delivery.recipients(mail.size)
+        return self._machine.answer(st.SENDER_OK)
 
     async def _not_theirs(self, address: Address, account: Account) -> Status | None:
-        """RFC 6409 §6.1: the sender must belong to the account (U03)."""
-        if address.canonical == account.address.lower():
-            return None
+        """RFC 6409 §6.1: the sender must be the account, or one that its row allows (U03)."""
+        resolver = self._service.resolver
         try:
-            owner = await self._service.resolver.account(address)
+            owner = await resolver.account(address)
+            if owner is not None and owner.id == account.id:
+                return None
+            row = await resolver.directory.find(account.address)
         except DirectoryTrouble as error:
             return st.DIRECTORY_TROUBLE.because(error)
-        return None if owner is not None and owner.id == account.id else st.NOT_YOUR_ADDRESS
+        allowed = _senders(row.send_as) if row is not None else ()
+        return None if address.canonical in allowed or f"*@{address.canonical_domain}" in allowed else st.NOT_YOUR_ADDRESS
 
-    async def _rcpt_to(self, argument: str) -> bool:
-        assert self._mail is not None and self._recipients is not None
-        rcpt = smtp.parse_rcpt(argument, self._mail.smtputf8)
-        if isinstance(rcpt, Status):
-            return self._error(rcpt)
+    async def _rcpt_to(self, rcpt: RcptCommand) -> None:
+        assert self._recipients is not None
         if len(self._recipients) >= self._service.settings.recipients_max:
-            self._count("too_many_recipients")
-            self._reply(st.TOO_MANY_RECIPIENTS)
-            return True
-        address = rcpt.address
-        if not address.domain:
-            address = Address(address.local, self._service.hostname)
+            return self._answer(st.TOO_MANY_RECIPIENTS, "too_many_recipients")
+        address = rcpt.address if rcpt.address.domain else parse(self._service.resolver.postmaster)  # RFC 5321 §4.5.1
         status = await self._take_recipient(address, rcpt)
-        if status.positive:
-            self._state = State.RCPT
-            self._reply(status)
-            return True
-        self._count("recipients_refused")
-        self._world.log.event(
-            Event.RECIPIENT_REFUSED,
-            client=self._connection.client,
-            recipient=address.text,
-            code=status.code,
-            cause=status.cause or None,
-        )
-        if status.code == 550:
-            return self._error(status)
-        self._replies.append(smtp.format_reply(status))
-        return True
+        if not status.positive:
+            assert self._mail is not None
+            self._count("recipients_refused")
+            self._world.log.event(
+                Event.RECIPIENT_REFUSED,
+                client=self.connection.client,
+                sender=f"<{self._mail.envelope.reverse_path}>",
+                recipient=address.text,
+                code=status.code,
+                cause=status.cause or status.text,
+            )
+        return self._machine.answer(status)
 
-    async def _take_recipient(self, address: Address, rcpt: smtp.RcptCommand) -> Status:
+    async def _take_recipient(self, address: Address, rcpt: RcptCommand) -> Status:
         assert self._mail is not None and self._recipients is not None
         rewriter = self._service.rewriter
         if rewriter.is_ours(address):
             try:
-                origin = parse(rewriter.reverse(address, self._world.clock.now()))
-            except (SrsError, AddressError) as error:
-                return st.BAD_SRS.because(error)
-            if self._mail.reverse_path is not None:
-                return st.BAD_SRS  # only bounces go back this way: never a relay (F06)
-            return await self._recipients.add_return(origin)
+                origin = await rewriter.origin(address, self._world.clock.now())
+            except SrsError as error:
+                return st.BAD_SRS.because(error)  # never a relay (F06)
+            except IndexTrouble as error:
+                return st.STORAGE_TROUBLE.because(error)
+            # Bounces, and auto-replies with a sender of their own: the hash shows that we have forwarded its mail.
+            return await self._recipients.add_return(origin, forwarded=self._mail.sender is not None)
         if self._account is not None and not self._service.rate.allow(self._account):
             self._count("rate_limited")
             return st.RATE_LIMITED
@@ -386,183 +276,107 @@ class SmtpSession:
 
     # -- the message ----------------------------------------------------------------------------------------------
 
-    async def _begin(self) -> Transaction | Status:
+    async def _begin(self, event: Begin) -> None:
         assert self._mail is not None and self._recipients is not None
-        mail, recipients = self._mail, self._recipients
+        delivery = self._service.delivery
+        if self._mail.size:
+            full = await self._recipients.refusal(self._mail.size)
+            if full is not None:
+                return self._answer(full)
         try:
-            for domain in dict.fromkeys(recipients.domains()):
-                if await self._service.delivery.index.queue_count(domain) >= limits.QUEUE_PER_DESTINATION_MAX:
-                    self._count("queue_full")
-                    return st.QUEUE_FULL
-            sender = Sender(
-                client=f"[{self._connection.client}]",
-                hello=self._hello,
-                protocol=self._protocol(),
-                cipher=self._connection.cipher() if self._connection.tls else "",
-                reverse_path=mail.reverse_path.text if mail.reverse_path is not None else "",
-                size=mail.size,
-                body=mail.body,
-                smtputf8=mail.smtputf8,
-                ret=mail.ret,
-                envid=mail.envid,
-            )
-            return self._service.delivery.begin(sender, recipients)
+            for domain in dict.fromkeys(self._recipients.domains()):
+                if await delivery.index.queue_count(domain) >= limits.QUEUE_PER_DESTINATION_MAX:
+                    return self._answer(st.QUEUE_FULL, "queue_full")
+            connection = self.connection
+            cipher = connection.cipher() if connection.tls else ""
+            peer = Peer(literal(connection.client), self._machine.hello, self._protocol(), cipher)
+            transaction = self._transaction = delivery.begin(peer, self._mail.envelope, self._recipients)
         except NotRedundant as error:
-            return st.NOT_REDUNDANT.because(error)
+            return self._answer(st.NOT_REDUNDANT.because(error))
         except Trouble as error:
-            return st.STORAGE_TROUBLE.because(error)
+            return self._answer(st.STORAGE_TROUBLE.because(error))
+        if self._account is not None:
+            author = self._mail.envelope.reverse_path or self._account.address
+            date = header.format_second(int(self._world.clock.now()))
+            self._submission = Submission(author, date, f"{transaction.key.hex()}@{self._service.hostname}")
+        return self._machine.answer(st.START_INPUT)
 
     def _protocol(self) -> str:
         """RFC 3848, RFC 6531 §4.3."""
-        if not self._extended:
+        if not self._machine.extended:
             return "SMTP"
         assert self._mail is not None
         base = "LMTP" if self._kind is Kind.LMTP else "ESMTP"
-        if self._mail.smtputf8:
+        if self._mail.envelope.smtputf8:
             base = "UTF8" + base.removeprefix("E")
-        return base + ("S" if self._connection.tls else "") + ("A" if self._account is not None else "")
+        return base + ("S" if self.connection.tls else "") + ("A" if self._account is not None else "")
 
-    async def _data(self) -> bool:
-        if self._state is State.MAIL or self._recipients is None:
-            return self._error(st.NO_VALID_RECIPIENTS)
-        if self._mail is not None and self._mail.body == "BINARYMIME":
-            return self._error(st.BAD_SEQUENCE)  # RFC 3030 §3: only BDAT carries it
-        transaction = await self._begin()
-        if isinstance(transaction, Status):
-            self._reply(transaction)
-            self._reset()
-            return True
-        self._reply(st.START_INPUT)
-        self._send()
-        refusal: Status | None = None
-        reader = DotReader()
-        done = stored = False
-        pace = _Pace(self._connection.door.monotonic())
-        try:
-            while not done:
-                data = self._buffer.take_all() or await self._connection.receive(self._timeout_s())
-                body, rest, done = reader.feed(data)
-                if rest:
-                    self._buffer.put_back(rest)
-                if pace.too_slow(self._connection.door.monotonic(), len(data)):
-                    self._count("too_slow")
-                    self._reply(st.TOO_SLOW)
-                    return False
-                refusal = refusal or await self._store(transaction, body)
-            stored = True
-            transaction.plain = reader.plain
-        finally:
-            if not stored:
-                transaction.cancel()
-        await self._end_message(transaction, refusal)
-        return True
+    async def _body(self, event: Body) -> None:
+        octets = event.octets
+        if self._submission is not None:
+            octets = self._submission.feed(octets)
+        refusal = await self._store(octets)
+        if refusal is not None:
+            self._refuse(refusal)
+            self._machine.refuse(refusal)
 
-    async def _store(self, transaction: Transaction, body: bytes) -> Status | None:
-        if transaction.octets + len(body) > self._service.settings.message_octets_max:
+    async def _store(self, octets: bytes) -> Status | None:
+        transaction = self._transaction
+        assert transaction is not None
+        if self._submission is not None and self._submission.refusal is not None:
+            return self._submission.refusal
+        if transaction.octets + len(octets) > self._service.settings.message_octets_max:
             self._count("too_large")
             return st.TOO_LARGE
         try:
-            await transaction.write(body)
+            await transaction.write(octets)
         except NotRedundant as error:
             return st.NOT_REDUNDANT.because(error)
         except Trouble as error:
             return st.STORAGE_TROUBLE.because(error)
         return None
 
-    async def _end_message(self, transaction: Transaction, refusal: Status | None) -> None:
-        """The reply to the end of data: one, or for LMTP one for each recipient (RFC 2033 §4.2)."""
-        assert self._recipients is not None
-        accepted = len(self._recipients)
-        if refusal is None:
-            refusal = transaction.refusal()
-        if refusal is None and self._account is not None:
-            refusal = await self._forged_from(transaction.header, self._account)
-        if refusal is not None:
-            transaction.cancel()
-            self._count("messages_refused")
-            status = refusal
-        else:
-            status = await transaction.finish()
-        for _ in range(accepted if self._kind is Kind.LMTP else 1):
-            self._reply(status)
-        self._reset()
+    def _refuse(self, status: Status) -> None:
+        self._cancel()
+        self._submission = None
+        self._count("messages_refused")
+        self._log(status)
 
-    async def _forged_from(self, header: bytes, account: Account) -> Status | None:
-        """A From field that names another account of ours (U03)."""
-        fields = [
-            line[5:].decode("utf-8", "replace")
-            for line in header.replace(b"\r\n ", b" ").replace(b"\r\n\t", b" ").split(b"\r\n")
-            if line[:5].lower() == b"from:"
-        ]
-        for _, text in getaddresses([field[: limits.SMTP_COMMAND_LINE_OCTETS_MAX] for field in fields]):
-            try:
-                address = parse(text)
-                owner = await self._service.resolver.account(address)
-            except AddressError:
-                continue
-            except DirectoryTrouble as error:
-                return st.DIRECTORY_TROUBLE.because(error)
-            if owner is not None and owner.id != account.id:
-                return st.NOT_YOUR_ADDRESS
+    async def _end(self, event: End) -> None:
+        transaction = self._transaction
+        assert transaction is not None
+        transaction.plain = event.plain
+        refusal = None
+        if self._submission is not None:
+            refusal = await self._store(self._submission.end()) or await self._forged()
+        assert self._recipients is not None
+        refusal = refusal or transaction.refusal() or await self._recipients.refusal(transaction.replication.octets)
+        if refusal is not None:
+            self._refuse(refusal)
+            self._machine.answer(refusal)
+            return
+        self._transaction = self._submission = None
+        self._machine.answer(await transaction.finish())
+
+    async def _forged(self) -> Status | None:
+        """Who readers will see as the author must be the account (U03)."""
+        assert self._submission is not None and self._account is not None
+        for author in self._submission.authors:
+            refusal = await self._not_theirs(author, self._account)
+            if refusal is not None:
+                return refusal
         return None
 
-    # -- BDAT (RFC 3030) ------------------------------------------------------------------------------------------
 
-    async def _skip_bdat(self, argument: str) -> None:
-        """Throws away exactly the octets of a refused chunk (S33)."""
-        parsed = smtp.parse_bdat(argument)
-        if parsed is not None:
-            async for _ in self._chunk(parsed[0]):
-                pass
-
-    async def _chunk(self, octets: int) -> AsyncIterator[bytes]:
-        pace = _Pace(self._connection.door.monotonic())
-        while octets:
-            data = self._buffer.take(octets) or None
-            if data is None:
-                self._send()
-                self._buffer.feed(await self._connection.receive(self._timeout_s()))
-                continue
-            octets -= len(data)
-            if pace.too_slow(self._connection.door.monotonic(), len(data)):
-                raise TimeoutError
-            yield data
-
-    async def _bdat_chunk(self, argument: str) -> bool:
-        parsed = smtp.parse_bdat(argument)
-        if parsed is None:
-            self._reset()
-            return self._error(st.SYNTAX)
-        octets, last = parsed
-        if self._state is State.MAIL:
-            await self._skip_bdat(argument)
-            return self._error(st.NO_VALID_RECIPIENTS)
-        transaction, refusal = self._bdat, self._bdat_refusal
-        if transaction is None and refusal is None:
-            begun = await self._begin()
-            if isinstance(begun, Status):
-                refusal = begun
-            else:
-                transaction = self._bdat = begun
-        self._state = State.BDAT
-        async for data in self._chunk(octets):
-            if transaction is not None and refusal is None:
-                refusal = await self._store(transaction, data)
-        self._bdat_refusal = refusal
-        if not last:
-            self._reply(refusal or st.CHUNK_OK)
-            if refusal is not None:
-                self._reset()
-            return True
-        self._bdat = None
-        if transaction is None:
-            assert refusal is not None and self._recipients is not None
-            for _ in range(len(self._recipients) if self._kind is Kind.LMTP else 1):
-                self._reply(refusal)
-            self._reset()
-        else:
-            await self._end_message(transaction, refusal)
-        return True
+def _senders(texts: Sequence[str]) -> list[str]:
+    """The canonical forms of a row's other senders; one that is no address allows nothing."""
+    found = []
+    for text in texts:
+        try:
+            found.append(parse_canonical(text))
+        except AddressError:
+            continue
+    return found
 
 
 class _Pace:
@@ -580,4 +394,4 @@ class _Pace:
 
 def refuse(connection: Connection, why: str) -> bytes:
     """What a client over the cap, or at the end, is told."""
-    return smtp.format_reply(st.SHUTTING_DOWN if why == "shutting down" else st.TOO_MANY_CONNECTIONS)
+    return smtp.format_reply(_LAST_WORDS[why])

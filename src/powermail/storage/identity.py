@@ -37,6 +37,8 @@ def read_identity(disk: Disk, path: str, cluster: str, node: str) -> Identity:
     """Reads and checks `PATH/identity`. Raises OperatorError with the reason it is refused."""
     try:
         octets = disk.read_file(f"{path}/identity")
+    except PermissionError as error:
+        raise OperatorError(f"node {node}: {path}/identity may not be read: {error.strerror}") from error
     except OSError as error:
         raise OperatorError(
             f"node {node}: no identity in {path}: is its disk mounted? For a new, empty disk run "

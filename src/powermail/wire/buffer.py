@@ -16,10 +16,10 @@ class BareLineEnd(Exception):
 
 
 class InputBuffer:
-    """Octets that came in and were not used yet."""
+    """Octets that came in and were not used yet. `data` is them, to be looked at and never changed by others."""
 
     def __init__(self) -> None:
-        self._data = bytearray()
+        self.data = self._data = bytearray()
         self._scanned = 0
         self._skipping = False
 
@@ -42,40 +42,48 @@ class InputBuffer:
         Raises LineTooLong once for a line of more than `limit` octets (CRLF included), BareLineEnd for a bad one.
         """
         data = self._data
-        while True:
-            end = data.find(b"\n", self._scanned)
-            if self._skipping:
-                if end < 0:
-                    data.clear()
-                    self._scanned = 0
-                    return None
-                del data[: end + 1]
+        if self._skipping and not self._skipped():
+            return None
+        end = data.find(b"\n", self._scanned)
+        if end < 0:
+            if len(data) >= limit:
+                data.clear()
                 self._scanned = 0
-                self._skipping = False
-                continue
-            if end < 0:
-                if len(data) >= limit:
-                    data.clear()
-                    self._scanned = 0
-                    self._skipping = True
-                    raise LineTooLong
-                self._scanned = len(data)
-                return None
-            line = bytes(data[:end])
-            del data[: end + 1]
-            self._scanned = 0
-            if end >= limit:
+                self._skipping = True
                 raise LineTooLong
-            if line[-1:] != b"\r":
-                raise BareLineEnd(line)
-            line = line[:-1]
-            if b"\r" in line or b"\0" in line:
-                raise BareLineEnd(line)
-            return line
+            self._scanned = len(data)
+            return None
+        line = bytes(data[:end])
+        del data[: end + 1]
+        self._scanned = 0
+        if end >= limit:
+            raise LineTooLong
+        if line[-1:] != b"\r":
+            raise BareLineEnd(line)
+        line = line[:-1]
+        if b"\r" in line or b"\0" in line:
+            raise BareLineEnd(line)
+        return line
 
-    def has_line(self) -> bool:
-        """True if a complete line waits (pipelining)."""
-        return self._data.find(b"\n", self._scanned) >= 0
+    def peek_line(self, limit: int) -> bytes | None:
+        """The next line without its CRLF, which stays; None if it is not complete, longer than `limit`, or not a good one."""
+        end = -1 if self._skipping else self._data.find(b"\n", 0, limit)
+        if end < 1 or self._data[end - 1] != 13:
+            return None
+        return bytes(self._data[: end - 1])
+
+    def begins(self, octets: bytes) -> bool:
+        """True if a line begins here, with these octets."""
+        return self._skipped() and self._data.startswith(octets)
+
+    def _skipped(self) -> bool:
+        """Throws the rest of an overlong line away; True if a line begins here."""
+        if self._skipping:
+            end = self._data.find(b"\n")
+            del self._data[: end + 1 if end >= 0 else len(self._data)]
+            self._scanned = 0
+            self._skipping = end < 0
+        return not self._skipping
 
     def take(self, octets: int) -> bytes:
         """Up to `octets` raw octets."""
@@ -95,7 +103,3 @@ class InputBuffer:
         """Returns octets that belong to what follows."""
         self._data[:0] = octets
         self._scanned = 0
-
-    def peek(self, octets: int) -> bytes:
-        """A look at the next octets without taking them."""
-        return bytes(self._data[:octets])

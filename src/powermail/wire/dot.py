@@ -53,6 +53,38 @@ class DotReader:
         return data, rest, done
 
 
+class LineEnds:
+    """The text of BDAT chunks with CRLF line ends, as DATA gives it: a bare LF becomes CRLF, the last line is ended.
+
+    `plain` is as in `DotReader`. With `binary` (BODY=BINARYMIME, RFC 3030 §3) the octets stay as they are.
+    """
+
+    def __init__(self, binary: bool) -> None:
+        self.plain = not binary
+        self._binary = binary
+        self._last = b"\r\n"  # of what came before, for a line end or a dot that is cut apart
+
+    def feed(self, octets: bytes) -> bytes:
+        """The octets to store for these."""
+        if self._binary or not octets:
+            return octets
+        before = b"\r" if self._last.endswith(b"\r") else b""
+        data = before + octets
+        if has_bare_lf(data):
+            data = _BARE_LF.sub(b"\r\n", data)
+        data = data[len(before) :]
+        if self.plain and (b"\r\n." in data or b"\r\n." in self._last + data[:2]):
+            self.plain = False
+        self._last = (self._last + data[-2:])[-2:]
+        return data
+
+    def end(self) -> bytes:
+        """What is missing to the end of the last line."""
+        if self._binary or self._last == b"\r\n":
+            return b""
+        return b"\r\n"
+
+
 def _open_end(data: bytes) -> int:
     """How many octets at the end may still be part of CRLF "." CRLF or of a line end."""
     for size in (4, 3, 2, 1):

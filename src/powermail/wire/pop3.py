@@ -26,8 +26,8 @@ _AFTER: Final = frozenset({State.TRANSACTION})
 _BOTH: Final = _BEFORE | _AFTER
 
 COMMANDS: Final[dict[str, Rule]] = {
-    "USER": Rule(_BEFORE, 1, 1),
-    "PASS": Rule(_BEFORE, 1, 1),  # the argument is the rest of the line, blanks included
+    "USER": Rule(_BEFORE, 1, 1),  # the argument is the rest of the line, blanks included
+    "PASS": Rule(_BEFORE, 1, 1),  # here too
     "APOP": Rule(_BEFORE, 2, 2),
     "AUTH": Rule(_BEFORE, 0, 2),
     "STLS": Rule(_BEFORE, 0, 0),
@@ -53,11 +53,11 @@ class Command(NamedTuple):
 
 
 def parse_command(line: bytes) -> Command:
-    """Splits a line. PASS keeps blanks in its one argument (RFC 1939 §7)."""
+    """Splits a line. PASS and USER keep blanks in their one argument: they are part of a secret, and of a name."""
     text = line.decode("utf-8", "replace")
     verb, separator, rest = text.partition(" ")
     verb = verb.upper()
-    if verb == "PASS":
+    if verb in ("PASS", "USER"):
         return Command(verb, [rest] if separator else [])
     return Command(verb, rest.split())
 
@@ -92,18 +92,32 @@ def err(text: str, code: str = "") -> bytes:
     return f"-ERR [{code}] {text}\r\n".encode() if code else f"-ERR {text}\r\n".encode()
 
 
-def top(message: bytes, lines: int) -> bytes:
-    """Header, empty line and the first `lines` lines of the body (RFC 1939 §7)."""
-    end = message.find(b"\r\n\r\n")
-    if message.startswith(b"\r\n"):
-        position = 2
-    elif end < 0:
-        return message
-    else:
-        position = end + 4
-    for _ in range(lines):
-        found = message.find(b"\n", position)
-        if found < 0:
-            return message
-        position = found + 1
-    return message[:position]
+class TopReader:
+    """Header, empty line and the first lines of the body (RFC 1939 §7), from a message in pieces; each octet is seen once."""
+
+    def __init__(self, lines: int) -> None:
+        self.done = False
+        self._lines = lines
+        self._in_body = False
+        self._tail = b"\r\n"  # what stands before the piece: an empty header ends with the first line
+
+    def feed(self, octets: bytes) -> bytes:
+        """What belongs to the answer. After `done`, nothing does."""
+        if self.done:
+            return b""
+        begin = 0
+        if not self._in_body:
+            data = self._tail + octets
+            end = data.find(b"\r\n\r\n")
+            if end < 0:
+                self._tail = data[-3:]
+                return octets
+            self._in_body = True
+            begin = end + 4 - len(self._tail)
+        count = octets.count(b"\n", begin)
+        if count < self._lines:
+            self._lines -= count
+            return octets
+        self.done = True
+        rest = octets[begin:].split(b"\n", self._lines)[-1] if self._lines else octets[begin:]
+        return octets[: len(octets) - len(rest)]

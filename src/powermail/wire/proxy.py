@@ -10,6 +10,24 @@ from powermail.base import limits
 _SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 
 
+def plain_address(client: str) -> str:
+    """An address in its one form: IPv4 that was mapped into IPv6 (RFC 4291 §2.5.5.2) is IPv4, and no zone stays.
+
+    Names of no address stay as they are.
+    """
+    try:
+        address = ipaddress.ip_address(client.partition("%")[0])
+    except ValueError:
+        return client
+    mapped = address.ipv4_mapped if address.version == 6 else None
+    return str(mapped or address)
+
+
+def literal(client: str) -> str:
+    """An address as it stands in a Received field (RFC 5321 §4.1.3): [192.0.2.1], [IPv6:2001:db8::1]."""
+    return f"[IPv6:{client}]" if ":" in client else f"[{client}]"
+
+
 class ProxyError(Exception):
     """The header is broken: the connection must close."""
 
@@ -45,7 +63,7 @@ def _version_1(octets: bytes) -> tuple[tuple[str, int] | None, int] | None:
         raise ProxyError("bad address in PROXY line") from error
     if not 0 <= port <= 65535:
         raise ProxyError("bad port in PROXY line")
-    return (str(address), port), end + 2
+    return (plain_address(str(address)), port), end + 2
 
 
 def _version_2(octets: bytes) -> tuple[tuple[str, int] | None, int] | None:
@@ -64,7 +82,7 @@ def _version_2(octets: bytes) -> tuple[tuple[str, int] | None, int] | None:
     if family == 0x11 and length >= 12:
         return (str(ipaddress.IPv4Address(body[:4])), struct.unpack_from(">H", body, 8)[0]), 16 + length
     if family == 0x21 and length >= 36:
-        return (str(ipaddress.IPv6Address(body[:16])), struct.unpack_from(">H", body, 32)[0]), 16 + length
+        return (plain_address(str(ipaddress.IPv6Address(body[:16]))), struct.unpack_from(">H", body, 32)[0]), 16 + length
     return None, 16 + length
 
 

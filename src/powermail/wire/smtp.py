@@ -1,78 +1,128 @@
-"""Owns the server side of SMTP's grammar: the command table, MAIL and RCPT parameters, replies.
+"""Owns the server side of SMTP's grammar: capabilities with their parameters, MAIL, RCPT and BDAT, replies.
 
 Standards: RFC 5321; 1870 SIZE; 2920 PIPELINING; 3030 CHUNKING, BINARYMIME; 3207 STARTTLS; 3461 DSN; 4954 AUTH;
-6152 8BITMIME; 6531 SMTPUTF8; 9422 LIMITS; 2033 LMTP; 2034 enhanced codes.
+6152 8BITMIME; 6531 SMTPUTF8; 6533 ORCPT with utf-8; 9422 LIMITS; 2033 LMTP; 2034 enhanced codes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from powermail.base import limits
 from powermail.mail import status as st
-from powermail.mail.address import Address, AddressError, parse_path
+from powermail.mail.address import Address, AddressError, has_control, parse_path
 from powermail.mail.dsn import is_xtext
+from powermail.mail.envelope import Envelope
 from powermail.mail.status import Status
-
-
-class State(Enum):
-    """Where a session stands (RFC 5321 §4.1.4)."""
-
-    START = "no greeting yet"
-    READY = "greeted"
-    MAIL = "sender given"
-    RCPT = "recipients given"
-    BDAT = "in a BDAT sequence"
-
-    __hash__ = object.__hash__  # members are single objects; Enum's own hash is a call in Python for each command
-
-
-class Rule(NamedTuple):
-    """When a command is allowed. `last` commands may not be followed by pipelined ones (RFC 2920 §3.1)."""
-
-    states: frozenset[State]
-    last: bool = False
-    argument: bool | None = None  # True: needed, False: forbidden, None: either
-
-
-_ANY: Final = frozenset(State)
-_GREETED: Final = frozenset({State.READY})
-_OPEN: Final = frozenset({State.MAIL, State.RCPT})
-
-COMMANDS: Final[dict[str, Rule]] = {
-    "EHLO": Rule(_ANY, last=True, argument=True),
-    "HELO": Rule(_ANY, last=True, argument=True),
-    "LHLO": Rule(_ANY, last=True, argument=True),  # RFC 2033 §4.1
-    "MAIL": Rule(_GREETED, argument=True),
-    "RCPT": Rule(_OPEN, argument=True),
-    "DATA": Rule(_OPEN, last=True, argument=False),
-    "BDAT": Rule(frozenset({State.MAIL, State.RCPT, State.BDAT}), argument=True),
-    "RSET": Rule(_ANY, argument=False),
-    "NOOP": Rule(_ANY, last=True),
-    "HELP": Rule(_ANY),
-    "VRFY": Rule(_ANY, last=True, argument=True),
-    "EXPN": Rule(_ANY, last=True, argument=True),
-    "QUIT": Rule(_ANY, last=True, argument=False),
-    "STARTTLS": Rule(_GREETED, last=True, argument=False),
-    "AUTH": Rule(_GREETED, last=True, argument=True),
-}
 
 # Other protocols that reach a mail port through browsers and proxies (ALPACA): closed at the first line.
 _FOREIGN: Final = frozenset({"GET", "POST", "PUT", "HEAD", "CONNECT", "OPTIONS", "DELETE", "PATCH", "TRACE", "SSH-2.0"})
 
 
-class MailCommand(NamedTuple):
-    """A parsed MAIL FROM."""
+class Need(Enum):
+    """Whether something (TLS, a login) must be there, must not, or does not matter."""
 
-    reverse_path: Address | None
+    EITHER = "either"
+    ONLY = "only with it"
+    NEVER = "only without it"
+
+    def met(self, there: bool) -> bool:
+        """True if what is there is what is needed."""
+        return self is Need.EITHER or there is (self is Need.ONLY)
+
+
+# -- parameters: the value of each, or None if it is none -------------------------------------------------------------
+
+
+def _size(value: str) -> int | None:  # RFC 1870 §3
+    return int(value) if value.isascii() and value.isdigit() and len(value) <= 20 else None
+
+
+def _body(value: str) -> str | None:
+    return value.upper() if value.upper() in ("7BIT", "8BITMIME", "BINARYMIME") else None
+
+
+def _flag(value: str) -> bool | None:
+    return None if value else True
+
+
+def _ret(value: str) -> str | None:  # RFC 3461 §4.3
+    return value.upper() if value.upper() in ("FULL", "HDRS") else None
+
+
+def _envid(value: str) -> str | None:  # RFC 3461 §4.4
+    return value if value and len(value) <= limits.ENVID_OCTETS_MAX and is_xtext(value) else None
+
+
+def _auth(value: str) -> str | None:  # RFC 4954 §5: accepted, not believed
+    return value if is_xtext(value) else None
+
+
+def _notify(value: str) -> str | None:  # RFC 3461 §4.1
+    words = value.upper().split(",")
+    good = words == ["NEVER"] or all(word in ("SUCCESS", "FAILURE", "DELAY") for word in words)
+    return value.upper() if good else None
+
+
+def _orcpt(value: str) -> str | None:  # RFC 3461 §4.2; RFC 6533 §3 lets `utf-8` hold characters beyond ASCII
+    kind, separator, address = value.partition(";")
+    if not separator or not address or len(value.encode()) > limits.ORCPT_OCTETS_MAX:
+        return None
+    if re.fullmatch(r"[A-Za-z0-9\-]+", kind) is None:
+        return None
+    if kind.lower() != "utf-8":
+        return value if is_xtext(address) else None
+    in_ascii = "".join(c for c in address if c.isascii())
+    # Others stand for themselves, or as \x{HEXPOINT}, which must not hide a control character.
+    points = [int(point, 16) for point in re.findall(r"\\x\{([0-9A-F]{2,6})\}", address)]
+    hidden = any(point > 0x10FFFF or has_control(chr(point)) for point in points)
+    return value if is_xtext(in_ascii) and not has_control(address) and not hidden else None
+
+
+_Parser = Callable[[str], Any]
+
+
+class Capability(NamedTuple):
+    """A line of the reply to EHLO, when it is said, and the parameters that it allows."""
+
+    line: str  # with the words of `Offer` in braces
+    mail: Mapping[str, _Parser] = {}
+    rcpt: Mapping[str, _Parser] = {}
+    tls: Need = Need.EITHER
+    login: Need = Need.EITHER
+
+    @property
+    def name(self) -> str:
+        """Its first word."""
+        return self.line.split(" ", 1)[0]
+
+
+CAPABILITIES: Final = (
+    Capability("PIPELINING"),
+    Capability("SIZE {message_octets_max}", mail={"SIZE": _size}),
+    Capability("8BITMIME", mail={"BODY": _body}),
+    Capability("BINARYMIME"),  # one more value of BODY
+    Capability("CHUNKING"),
+    Capability("SMTPUTF8", mail={"SMTPUTF8": _flag}),
+    Capability("DSN", mail={"RET": _ret, "ENVID": _envid}, rcpt={"NOTIFY": _notify, "ORCPT": _orcpt}),
+    Capability("ENHANCEDSTATUSCODES"),
+    Capability(f"LIMITS RCPTMAX={{recipients_max}} MAILMAX={limits.SMTP_TRANSACTIONS_MAX}"),  # RFC 9422
+    Capability("STARTTLS", tls=Need.NEVER),
+    Capability("AUTH {mechanisms}", mail={"AUTH": _auth}, tls=Need.ONLY, login=Need.NEVER),
+)
+_MAIL: Final = {name: parser for capability in CAPABILITIES for name, parser in capability.mail.items()}
+_RCPT: Final = {name: parser for capability in CAPABILITIES for name, parser in capability.rcpt.items()}
+
+
+class MailCommand(NamedTuple):
+    """A parsed MAIL FROM: the envelope, the address in it (None for <>), and the size that it announces (0: none)."""
+
+    envelope: Envelope
+    sender: Address | None
     size: int
-    body: str
-    smtputf8: bool
-    ret: str
-    envid: str
 
 
 class RcptCommand(NamedTuple):
@@ -95,20 +145,6 @@ def is_foreign(verb: str) -> bool:
     return verb in _FOREIGN or verb.startswith("\x16\x03")
 
 
-def check_command(verb: str, argument: str, state: State) -> Status | None:
-    """What the table says against a command here; None if it may run."""
-    rule = COMMANDS.get(verb)
-    if rule is None:
-        return st.UNRECOGNISED
-    if state not in rule.states:
-        return st.BAD_SEQUENCE
-    if rule.argument is True and not argument:
-        return st.SYNTAX
-    if rule.argument is False and argument:
-        return st.SYNTAX
-    return None
-
-
 def parse_mail(argument: str) -> MailCommand | Status:
     """Parses `FROM:<path> parameters` (RFC 5321 §4.1.1.2)."""
     if argument[:5].upper() != "FROM:":
@@ -119,27 +155,17 @@ def parse_mail(argument: str) -> MailCommand | Status:
         return st.BAD_SENDER.because(error)
     if address is not None and not address.domain:
         return st.BAD_SENDER
-    size, body, smtputf8, ret, envid = 0, "", False, "", ""
-    for name, value in _parameters(rest):
-        if name == "SIZE" and value.isascii() and value.isdigit() and len(value) <= 20:  # RFC 1870 §3
-            size = int(value)
-        elif name == "BODY" and value.upper() in ("7BIT", "8BITMIME", "BINARYMIME"):
-            body = value.upper()
-        elif name == "SMTPUTF8" and not value:
-            smtputf8 = True
-        elif name == "RET" and value.upper() in ("FULL", "HDRS"):  # RFC 3461 §4.3
-            ret = value.upper()
-        elif name == "ENVID" and value and len(value) <= limits.ENVID_OCTETS_MAX and is_xtext(value):
-            envid = value
-        elif name == "AUTH" and is_xtext(value):  # RFC 4954 §5: accepted, not believed
-            pass
-        elif name in ("SIZE", "BODY", "SMTPUTF8", "RET", "ENVID", "AUTH"):
-            return st.SYNTAX
-        else:
-            return st.PARAMETER_UNKNOWN
-    if address is not None and not smtputf8 and not address.ascii_only:
+    path = "" if address is None else address.text
+    if not rest:
+        return MailCommand(Envelope(path), address, 0) if path.isascii() else st.NEEDS_SMTPUTF8
+    found = _parameters(rest, _MAIL)
+    if isinstance(found, Status):
+        return found
+    smtputf8 = "SMTPUTF8" in found
+    if not smtputf8 and not path.isascii():
         return st.NEEDS_SMTPUTF8
-    return MailCommand(address, size, body, smtputf8, ret, envid)
+    envelope = Envelope(path, found.get("BODY", ""), smtputf8, found.get("RET", ""), found.get("ENVID", ""))
+    return MailCommand(envelope, address, found.get("SIZE", 0))
 
 
 def parse_rcpt(argument: str, smtputf8: bool) -> RcptCommand | Status:
@@ -152,39 +178,28 @@ def parse_rcpt(argument: str, smtputf8: bool) -> RcptCommand | Status:
         return st.BAD_RECIPIENT.because(error)
     if address is None:
         return st.BAD_RECIPIENT
-    notify = orcpt = ""
-    for name, value in _parameters(rest):
-        if name == "NOTIFY" and _is_notify(value):  # RFC 3461 §4.1
-            notify = value.upper()
-        elif name == "ORCPT" and len(value) <= limits.ORCPT_OCTETS_MAX and _is_orcpt(value):  # §4.2
-            orcpt = value
-        elif name in ("NOTIFY", "ORCPT"):
-            return st.SYNTAX
-        else:
-            return st.PARAMETER_UNKNOWN
-    if not smtputf8 and not address.ascii_only:
+    found = _parameters(rest, _RCPT) if rest else {}
+    if isinstance(found, Status):
+        return found
+    if not smtputf8 and not (address.ascii_only and rest.isascii()):
         return st.NEEDS_SMTPUTF8
-    return RcptCommand(address, notify, orcpt)
+    return RcptCommand(address, found.get("NOTIFY", ""), found.get("ORCPT", ""))
 
 
-def _parameters(rest: str) -> list[tuple[str, str]]:
-    pairs = []
+def _parameters(rest: str, parsers: Mapping[str, _Parser]) -> dict[str, Any] | Status:
+    """The values of esmtp-params (RFC 5321 §4.1.2), each given at most once."""
+    found: dict[str, Any] = {}
     for word in rest.split():
-        name, _, value = word.partition("=")
-        pairs.append((name.upper(), value))
-    return pairs
-
-
-def _is_notify(value: str) -> bool:
-    words = value.upper().split(",")
-    if words == ["NEVER"]:
-        return True
-    return bool(words) and all(word in ("SUCCESS", "FAILURE", "DELAY") for word in words)
-
-
-def _is_orcpt(value: str) -> bool:
-    kind, separator, address = value.partition(";")
-    return bool(separator) and re.fullmatch(r"[A-Za-z0-9\-]+", kind) is not None and bool(address) and is_xtext(address)
+        name, _, text = word.partition("=")
+        name = name.upper()
+        parser = parsers.get(name)
+        if parser is None:
+            return st.PARAMETER_UNKNOWN
+        value = parser(text)
+        if value is None or name in found:
+            return st.SYNTAX
+        found[name] = value
+    return found
 
 
 def parse_bdat(argument: str) -> tuple[int, bool] | None:

@@ -10,6 +10,7 @@ from powermail.base.errors import IndexTrouble, OperatorError
 from powermail.index import laws
 from powermail.index.contract import (
     Batch,
+    Damage,
     Delivery,
     DropOrder,
     Fate,
@@ -195,6 +196,7 @@ class CopyPart(Transactions):
             self.leave(mailbox, uids)
         for number in [number for number, row in s.queue.items() if row.key in live]:
             del s.leases[number]
+            s.attempts.pop(number, None)
             self.release(s.queue.pop(number).key)
 
     # -- belief ---------------------------------------------------------------------------------------------------------
@@ -238,9 +240,18 @@ class CopyPart(Transactions):
         def noting() -> None:
             if self._fate(key) is Fate.LIVE and node in self.state.nodes:
                 self.state.copies.pop((key, node), None)
+                if (key, node) not in self.state.suspects:
+                    count = self.state.damages[node].copies if node in self.state.damages else 0
+                    self.state.damages[node] = Damage(count + 1, self._world.clock.now())
                 self.state.suspects[key, node] = why
 
         self.transact(noting)
+
+    async def damages(self) -> dict[str, Damage]:
+        return dict(self.state.damages)
+
+    async def forget_damages(self, node: str) -> None:
+        self.transact(lambda: self.state.damages.pop(node, None))
 
     async def suspects(self, node: str, after: bytes, limit: int) -> list[bytes]:
         return sorted(key for key, holder in self.state.suspects if holder == node and key > after)[:limit]
@@ -332,6 +343,7 @@ class CopyPart(Transactions):
             s.unread = {at: None for at in s.unread if at[0] != node}
             s.copies = {at: None for at in s.copies if at[1] != node}
             s.suspects = {at: why for at, why in s.suspects.items() if at[1] != node}
+            s.damages.pop(node, None)
             self.lose_checkpoints(node)
 
         self.transact(expelling)

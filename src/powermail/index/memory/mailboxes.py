@@ -183,6 +183,12 @@ class MailboxPart(Transactions):
     async def purged(self, after: str, limit: int) -> list[str]:
         return sorted(account for account in self.state.purged if account > after)[:limit]
 
+    async def note_owners(self, owners: Mapping[str, str]) -> None:
+        self.transact(lambda: self.state.owners.update(owners))
+
+    async def owners(self, accounts: Sequence[str]) -> dict[str, str]:
+        return {account: self.state.owners[account] for account in accounts if account in self.state.owners}
+
     async def purge(self, account: str) -> Release:
         removed = dead = 0
         while parts := [row.id for row in self.state.mailboxes.values() if row.account == account]:

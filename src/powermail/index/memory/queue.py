@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from msgspec.structs import replace
 
-from powermail.index.contract import QueueRow
+from powermail.base import limits
+from powermail.index.contract import Attempt, QueueRow
 from powermail.index.memory.state import Lease
 from powermail.index.memory.transaction import Transactions
 
@@ -12,11 +15,14 @@ from powermail.index.memory.transaction import Transactions
 class QueuePart(Transactions):
     """`index.contract.Queue` in memory. Rows are handed out as copies."""
 
-    async def lease_due(self, owner: str, now: float, lease_s: float, limit: int) -> list[QueueRow]:
+    async def lease_due(self, owner: str, now: float, lease_s: float, limit: int, but: Sequence[str] = ()) -> list[QueueRow]:
         def leasing() -> list[QueueRow]:
             s = self.state
             due = [
-                row for number, row in s.queue.items() if not row.held and row.due_at <= now and s.leases[number].until <= now
+                row
+                for number, row in s.queue.items()
+                if not row.held and row.due_at <= now and s.leases[number].until <= now
+                if row.domain not in s.held_domains and row.domain not in but
             ]
             due = sorted(due, key=lambda row: (row.due_at, row.id))[:limit]
             s.leases.update({row.id: Lease(owner, now + lease_s) for row in due})
@@ -29,19 +35,69 @@ class QueuePart(Transactions):
             for row in rows:
                 if self.state.queue.pop(row.id, None) is not None:
                     del self.state.leases[row.id]
+                    self.state.attempts.pop(row.id, None)
                     self.release(row.key)  # law 8: finishing a row is an expunge
 
         self.transact(finishing)
 
-    async def defer(self, rows: list[QueueRow], due_at: list[float], status: str) -> None:
+    async def renew_leases(self, owner: str, until: float) -> None:
+        def renewing() -> None:
+            s = self.state
+            s.leases.update({number: Lease(owner, until) for number, lease in s.leases.items() if lease.owner == owner})
+
+        self.transact(renewing)
+
+    async def defer(self, rows: list[QueueRow], due_at: list[float], attempt: Attempt) -> None:
         def deferring() -> None:
             s = self.state
             for row, due in zip(rows, due_at, strict=True):
-                if (mine := s.queue.get(row.id)) is not None:
-                    s.queue[row.id] = replace(mine, attempts=mine.attempts + 1, due_at=due, last_status=status)
-                    s.leases[row.id] = Lease()
+                if (mine := s.queue.get(row.id)) is None:
+                    continue
+                count, told, status = row.attempts + 1, row.delay_told, attempt.status
+                s.queue[row.id] = replace(mine, attempts=count, due_at=due, last_status=status, delay_told=told)
+                s.leases[row.id] = Lease()
+                again = mine.attempts >= count  # this was written before, and nobody heard of it
+                known = s.attempts.get(row.id, ())[: -1 if again else None]
+                s.attempts[row.id] = (*known, attempt)[-limits.QUEUE_ATTEMPTS_KEPT :]
 
         self.transact(deferring)
+
+    async def give_back(self, rows: list[QueueRow], due_at: float) -> None:
+        def giving_back() -> None:
+            s = self.state
+            for row in rows:
+                if (mine := s.queue.get(row.id)) is not None:
+                    s.queue[row.id] = replace(mine, due_at=due_at)
+                    s.leases[row.id] = Lease()
+
+        self.transact(giving_back)
+
+    async def queue_attempts(self, number: int) -> list[Attempt]:
+        return list(self.state.attempts.get(number, ()))
+
+    async def hold_domain(self, domain: str, held: bool) -> None:
+        def holding() -> None:
+            self.state.held_domains.pop(domain, None)
+            if held:
+                self.state.held_domains[domain] = None
+
+        self.transact(holding)
+
+    async def held_domains(self) -> list[str]:
+        return sorted(self.state.held_domains)
+
+    async def find_return(self, address: str, now: float) -> str | None:
+        original, until = self.state.returns.get(address.lower(), ("", 0.0))
+        return original if until > now else None
+
+    async def forget_returns(self, now: float) -> int:
+        def forgetting() -> int:
+            s = self.state
+            kept = {address: value for address, value in s.returns.items() if value[1] > now}
+            gone, s.returns = len(s.returns) - len(kept), kept
+            return gone
+
+        return self.transact(forgetting)
 
     async def release_leases(self, owner: str) -> None:
         def releasing() -> None:

@@ -6,7 +6,7 @@ import copy
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
-from powermail.index.contract import EntryFacts, Fate, MailboxFacts, NodeRow, QueueRow
+from powermail.index.contract import Attempt, Damage, EntryFacts, Fate, MailboxFacts, NodeRow, QueueRow
 from powermail.index.laws import Numbers
 from powermail.index.view import Change, View
 from powermail.storage.contract import Position, Unread
@@ -104,13 +104,18 @@ class State:
     keys: dict[bytes, KeyRow] = field(default_factory=dict)
     copies: dict[tuple[bytes, str], None] = field(default_factory=dict)  # believed
     suspects: dict[tuple[bytes, str], str] = field(default_factory=dict)
+    damages: dict[str, Damage] = field(default_factory=dict)  # by node
     orders: dict[tuple[str, bytes], None] = field(default_factory=dict)
     drops: dict[tuple[str, bytes, Position], None] = field(default_factory=dict)
     nodes: dict[str, NodeRow] = field(default_factory=dict)
     unread: dict[tuple[str, Unread], None] = field(default_factory=dict)
     queue: dict[int, QueueRow] = field(default_factory=dict)  # rows are replaced, never changed
     leases: dict[int, Lease] = field(default_factory=dict)
+    attempts: dict[int, tuple[Attempt, ...]] = field(default_factory=dict)  # by queue row
+    held_domains: dict[str, None] = field(default_factory=dict)
+    returns: dict[str, tuple[str, float]] = field(default_factory=dict)  # (original, until) by address
     purged: dict[str, None] = field(default_factory=dict)
+    owners: dict[str, str] = field(default_factory=dict)  # address by account
     retired: tuple[str, ...] = ()
 
     def copy(self) -> State:

@@ -280,25 +280,10 @@ class Transactions:
         s = self.state
         s.last_queue += 1
         s.leases[s.last_queue] = Lease()
-        s.queue[s.last_queue] = QueueRow(
-            id=s.last_queue,
-            key=key,
-            destination=target.destination,
-            domain=target.destination.rpartition("@")[2],
-            reverse_path=target.reverse_path,
-            recipient=target.recipient or target.destination,
-            notify=target.notify,
-            orcpt=target.orcpt,
-            envid=commit.envid,
-            ret=commit.ret,
-            smtputf8=commit.smtputf8,
-            octets=commit.octets,
-            created_at=commit.received_at,
-            due_at=commit.received_at,
-            attempts=0,
-            held=False,
-            last_status="",
-        )
+        s.queue[s.last_queue] = QueueRow.of(s.last_queue, key, commit, target)
+        if target.original:
+            address, until = target.reverse_path.lower(), commit.received_at + limits.RETURN_S
+            s.returns[address] = target.original, max(until, s.returns.get(address, ("", 0.0))[1])
 
     def refer(self, key: bytes, count: int) -> None:
         """More references to a live message (law 8)."""

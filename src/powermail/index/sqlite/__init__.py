@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from powermail.index.sqlite.checkpoints import CheckpointPart
 from powermail.index.sqlite.comparing import ComparingPart
+from powermail.index.sqlite.connection import cluster_of
 from powermail.index.sqlite.copies import CopyPart
 from powermail.index.sqlite.epochs import EpochPart
 from powermail.index.sqlite.queue import QueuePart
 from powermail.index.sqlite.totals import TotalsPart
 
-__all__ = ["SqliteIndex"]
+__all__ = ["SqliteIndex", "cluster_of"]
 
 
 class SqliteIndex(CheckpointPart, ComparingPart, CopyPart, QueuePart, EpochPart, TotalsPart):

@@ -75,6 +75,34 @@ def connect(path: str, write: bool, create: bool = False) -> sqlite3.Connection:
     return connection
 
 
+def copy(path: str, to: str) -> None:
+    """Copies the file as it is at one moment, while it is used, and checks the copy. Raises sqlite3.Error."""
+    source = connect(path, write=False)
+    target = sqlite3.connect(f"file:{quote(to)}?mode=rwc", uri=True)
+    try:
+        source.execute("BEGIN")
+        source.execute("SELECT count(*) FROM meta").fetchone()  # from here on it is the same moment
+        source.backup(target)
+        if target.execute("PRAGMA integrity_check(1)").fetchone()[0] != "ok":
+            raise sqlite3.DatabaseError("the copy is damaged")
+    finally:
+        target.close()
+        source.close()
+
+
+def cluster_of(path: str) -> str:
+    """The cluster that the index in a file belongs to; "" if it is none that can be used. Nothing is changed by the look."""
+    try:
+        db = connect(path, write=False)
+        try:
+            row = db.execute("SELECT value FROM meta WHERE name = 'cluster'").fetchone()
+            return str(row[0]) if row and db.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok" else ""
+        finally:
+            db.close()
+    except sqlite3.Error:
+        return ""
+
+
 def read_nodes(db: sqlite3.Connection) -> list[NodeRow]:
     """All member nodes, by id."""
     rows = db.execute(f"SELECT {schema.NODE_COLUMNS} FROM nodes ORDER BY id")
@@ -138,8 +166,16 @@ class Core:
                     f"the index {self._path} is missing or cannot be opened; if it is lost, `powermail rebuild` makes it anew"
                 ) from error
             raise OperatorError(
-                f"the index {self._path} cannot be used: {error}; move it away and run `powermail rebuild`"
+                f"the index {self._path} cannot be used: {error}; `powermail rebuild` sets it aside and makes it anew"
             ) from error
+
+    async def copy_to(self, path: str) -> None:
+        """Copies the file as it is at one moment, on a lane of its own, and checks the copy. Raises IndexTrouble."""
+        lane = self._world.lane("index-copy")
+        try:
+            await self._guard(lane.run(copy, self._path, path))
+        finally:
+            lane.close()
 
     def _in_open(self, cluster: str) -> None:
         db = self._db_open = connect(self._path, write=True, create=bool(cluster))

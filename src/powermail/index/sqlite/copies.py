@@ -8,7 +8,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 
-from powermail.index.contract import DropOrder, Fate, MessageFacts
+from powermail.index.contract import Damage, DropOrder, Fate, MessageFacts
 from powermail.index.sqlite.connection import Untouched
 from powermail.index.sqlite.references import References
 from powermail.index.sqlite.rows import select_in, split
@@ -112,11 +112,29 @@ class CopyPart(References):
         if self._in_fates([key]).get(key) is not Fate.LIVE or node not in self._members:
             return Untouched(None)
         self._in_believe(node, [key], False)
+        if not self._db.execute("SELECT 1 FROM suspects WHERE node = ? AND key = ?", (node, key)).fetchone():
+            self._db.execute(
+                "INSERT INTO damages VALUES (?, 1, ?) ON CONFLICT (node) DO UPDATE SET count = count + 1,"
+                " last_at = excluded.last_at",
+                (node, self._world.clock.now()),
+            )
         self._db.execute(
             "INSERT INTO suspects VALUES (?, ?, ?) ON CONFLICT (node, key) DO UPDATE SET why = excluded.why",
             (node, key, why[:200]),
         )
         return None
+
+    async def damages(self) -> dict[str, Damage]:
+        return await self._ask(self._damages)
+
+    def _damages(self) -> dict[str, Damage]:
+        return {row[0]: Damage(row[1], row[2]) for row in self._reader.execute("SELECT node, count, last_at FROM damages")}
+
+    async def forget_damages(self, node: str) -> None:
+        await self._write(self._in_forget_damages, node)
+
+    def _in_forget_damages(self, node: str) -> None:
+        self._db.execute("DELETE FROM damages WHERE node = ?", (node,))
 
     async def suspects(self, node: str, after: bytes, limit: int) -> list[bytes]:
         return await self._ask(self._keys_of, "suspects", node, after, limit)

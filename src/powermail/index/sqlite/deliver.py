@@ -17,19 +17,16 @@ from typing import Any
 from powermail.base import limits
 from powermail.base.errors import IndexTrouble
 from powermail.base.world import World
-from powermail.index.contract import Delivery, Fate, Outcome
+from powermail.index.contract import Delivery, Fate, Outcome, QueueRow
 from powermail.index.laws import NumbersSpent
+from powermail.index.sqlite import queue_form, schema
 from powermail.index.sqlite.connection import Untouched
 from powermail.index.sqlite.references import References
 from powermail.index.sqlite.rows import ROWS_MAX, in_list, insert_many
 from powermail.index.sqlite.schema import NO_NODES
-from powermail.mail.envelope import Commit, Target
+from powermail.mail.envelope import Commit
 from powermail.storage.contract import Receipt
 
-_QUEUE_HEAD = (
-    "INSERT INTO queue (key, destination, domain, reverse_path, recipient, notify, orcpt, envid, ret, smtputf8,"
-    " octets, created_at, due_at, attempts, held, last_status, lease_owner, lease_until)"
-)
 _NODE = itemgetter(0)  # of a receipt
 _ENTERED, _KNOWN, _ABORTED, _SETTLED = Outcome.ENTERED, Outcome.KNOWN, Outcome.ABORTED, Outcome.SETTLED
 _LIVE = int(Fate.LIVE)
@@ -37,11 +34,14 @@ _Waiting = tuple[Delivery, "asyncio.Future[Outcome]"]
 
 
 class Arrivals:
-    """Rows of messages that are being entered: `copies` for the view of the same name, `queue` for what leaves."""
+    """Rows of messages that are being entered: `copies` for the view of the same name, `queue` for what leaves, `returns` for
+    senders that these leave without.
+    """
 
     def __init__(self) -> None:
         self.copies: list[tuple[Any, ...]] = []
-        self.queue: list[tuple[Any, ...]] = []
+        self.queue: list[QueueRow] = []
+        self.returns: list[tuple[str, str, float]] = []
 
 
 class DeliverPart(References):
@@ -192,7 +192,9 @@ class DeliverPart(References):
     def _in_put(self, arrivals: Arrivals) -> None:
         insert_many(self._db, "INSERT INTO arrivals", 10, arrivals.copies)
         if arrivals.queue:
-            insert_many(self._db, _QUEUE_HEAD, 18, arrivals.queue)
+            queue_form.insert(self._db, arrivals.queue)
+        if arrivals.returns:
+            self._db.executemany(schema.ADD_RETURN, arrivals.returns)
 
     def _in_enter(self, batch: list[Delivery], arrivals: Arrivals) -> list[Outcome]:
         known = self._in_known([delivery.key for delivery in batch])
@@ -237,7 +239,9 @@ class DeliverPart(References):
         first, refs, skipped = len(copies), len(commit.targets), 0
         for target in commit.targets:
             if target.destination:
-                arrivals.queue.append(_queue_row(key, commit, target))
+                arrivals.queue.append(QueueRow.of(0, key, commit, target))
+                if target.original:
+                    arrivals.returns.append((target.reverse_path.lower(), target.original, at + limits.RETURN_S))
                 if refs:
                     copies.append((key, octets, sha256, placement, refs, None, 0, at, None, None))
                     refs = 0
@@ -286,27 +290,3 @@ class DeliverPart(References):
             return Untouched(fate)
         self._in_order([(node, key) for node in asked])  # law 5: nodes are told only after this was decided
         return fate
-
-
-def _queue_row(key: bytes, commit: Commit, target: Target) -> tuple[Any, ...]:
-    destination, at = target.destination, commit.received_at
-    return (
-        key,
-        destination,
-        destination.rpartition("@")[2],
-        target.reverse_path,
-        target.recipient or destination,
-        target.notify,
-        target.orcpt,
-        commit.envid,
-        commit.ret,
-        int(commit.smtputf8),
-        commit.octets,
-        at,
-        at,
-        0,
-        0,
-        "",
-        "",
-        0,
-    )

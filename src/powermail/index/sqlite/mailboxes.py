@@ -299,6 +299,23 @@ class MailboxPart(References):
         rows = self._reader.execute("SELECT account FROM purged WHERE account > ? ORDER BY account LIMIT ?", (after, limit))
         return [row[0] for row in rows]
 
+    async def note_owners(self, owners: Mapping[str, str]) -> None:
+        await self._write(self._in_note_owners, list(owners.items()))
+
+    def _in_note_owners(self, owners: list[tuple[str, str]]) -> Untouched[None] | None:
+        if not owners:
+            return Untouched(None)
+        self._db.executemany(
+            "INSERT INTO owners VALUES (?, ?) ON CONFLICT (account) DO UPDATE SET address = excluded.address", owners
+        )
+        return None
+
+    async def owners(self, accounts: Sequence[str]) -> dict[str, str]:
+        return await self._ask(self._owners, accounts)
+
+    def _owners(self, accounts: Sequence[str]) -> dict[str, str]:
+        return dict(select_in(self._reader, "SELECT account, address FROM owners WHERE account IN", accounts))
+
     async def purge(self, account: str) -> Release:
         removed = dead = 0
         while (part := await self._write(self._in_purge_some, account)) is not None:

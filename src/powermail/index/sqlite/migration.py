@@ -27,6 +27,9 @@ def prepare(db: sqlite3.Connection, path: str, cluster: str, now: float) -> None
         _set_aside(db)
     for statement in schema.TABLES:
         db.execute(statement)
+    for table, column, kind in schema.ADDED:
+        if column not in {row[1] for row in db.execute(f"PRAGMA table_info({table})")}:
+            db.execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
     make_empty_placement(db)
     for name, value in schema.COUNTERS:
         db.execute("INSERT INTO counters VALUES (?, ?) ON CONFLICT DO NOTHING", (name, value))

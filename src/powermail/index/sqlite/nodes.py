@@ -77,7 +77,7 @@ class NodePart(References):
         if row is not None:
             db.execute("INSERT INTO retired VALUES (?) ON CONFLICT DO NOTHING", (row.incarnation,))
         self._placements.expel(node)
-        for table in ("orders", "drops", "suspects", "unread"):
+        for table in ("orders", "drops", "suspects", "unread", "damages"):
             db.execute(f"DELETE FROM {table} WHERE node = ?", (node,))
         db.execute("DELETE FROM nodes WHERE id = ?", (node,))
         self._sets.clear()

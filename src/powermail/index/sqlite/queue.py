@@ -6,48 +6,42 @@ Finishing a row is an expunge: the last reference may go with it (law 8).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from powermail.index.contract import QueueRow
+from powermail.base import limits
+from powermail.index.contract import Attempt, QueueRow
+from powermail.index.sqlite import queue_form
 from powermail.index.sqlite.connection import Untouched
 from powermail.index.sqlite.references import References
-from powermail.index.sqlite.rows import parts
+from powermail.index.sqlite.rows import in_list, parts
 
-_COLUMNS = (
-    "id, key, destination, domain, reverse_path, recipient, notify, orcpt, envid, ret, smtputf8, octets, created_at,"
-    " due_at, attempts, held, last_status"
-)
-_DUE = "held = 0 AND due_at <= ? AND lease_until <= ?"
-
-
-def _row(values: tuple[Any, ...]) -> QueueRow:
-    row = QueueRow(*values)
-    row.smtputf8, row.held = bool(row.smtputf8), bool(row.held)
-    return row
+_DUE = "held = 0 AND due_at <= ? AND lease_until <= ? AND domain NOT IN (SELECT domain FROM held_domains)"
 
 
 class QueuePart(References):
     """`index.contract.Queue` on SQLite."""
 
-    async def lease_due(self, owner: str, now: float, lease_s: float, limit: int) -> list[QueueRow]:
+    async def lease_due(self, owner: str, now: float, lease_s: float, limit: int, but: Sequence[str] = ()) -> list[QueueRow]:
         if not await self._ask(self._is_due, now):
             return []  # a look costs no transaction
-        return await self._write(self._in_lease_due, owner, now, lease_s, limit)
+        return await self._write(self._in_lease_due, owner, now, lease_s, limit, but)
 
     def _is_due(self, now: float) -> bool:
         return self._reader.execute(f"SELECT 1 FROM queue WHERE {_DUE} LIMIT 1", (now, now)).fetchone() is not None
 
-    def _in_lease_due(self, owner: str, now: float, lease_s: float, limit: int) -> list[QueueRow] | Untouched[list[QueueRow]]:
+    def _in_lease_due(
+        self, owner: str, now: float, lease_s: float, limit: int, but: Sequence[str]
+    ) -> list[QueueRow] | Untouched[list[QueueRow]]:
         db = self._db
+        others = f" AND domain NOT IN ({in_list(but)})" if but else ""
         found = db.execute(
-            f"SELECT {_COLUMNS} FROM queue WHERE {_DUE} ORDER BY due_at, id LIMIT ?", (now, now, limit)
+            f"{queue_form.SELECT} WHERE {_DUE}{others} ORDER BY due_at, id LIMIT ?", (now, now, *but, limit)
         ).fetchall()
         if not found:
             return Untouched([])
         db.executemany(
             "UPDATE queue SET lease_owner = ?, lease_until = ? WHERE id = ?", [(owner, now + lease_s, row[0]) for row in found]
         )
-        return [_row(values) for values in found]
+        return [queue_form.read(values) for values in found]
 
     async def finish(self, rows: list[QueueRow]) -> None:
         await self._write(self._in_finish, [row.id for row in rows])
@@ -60,22 +54,80 @@ class QueuePart(References):
             gone += [row[0] for row in found]
         self._in_release(gone)
 
-    async def defer(self, rows: list[QueueRow], due_at: list[float], status: str) -> None:
-        values = [(due, status, row.id) for row, due in zip(rows, due_at, strict=True)]
-        await self._write(self._in_defer, values)
+    async def renew_leases(self, owner: str, until: float) -> None:
+        await self._write(self._in_renew_leases, owner, until)
 
-    def _in_defer(self, values: Sequence[tuple[float, str, int]]) -> None:
-        self._db.executemany(
-            "UPDATE queue SET attempts = attempts + 1, due_at = ?, last_status = ?, lease_owner = '', lease_until = 0"
-            " WHERE id = ?",
-            values,
+    def _in_renew_leases(self, owner: str, until: float) -> Untouched[None] | None:
+        renewed = self._db.execute("UPDATE queue SET lease_until = ? WHERE lease_owner = ?", (until, owner))
+        return None if renewed.rowcount else Untouched(None)
+
+    async def defer(self, rows: list[QueueRow], due_at: list[float], attempt: Attempt) -> None:
+        await self._write(self._in_defer, list(rows), due_at, attempt)
+
+    def _in_defer(self, rows: Sequence[QueueRow], due_at: Sequence[float], attempt: Attempt) -> None:
+        db = self._db
+        for row, due in zip(rows, due_at, strict=True):
+            number = row.attempts + 1
+            changed = db.execute(
+                "UPDATE queue SET attempts = ?, due_at = ?, last_status = ?, delay_told = ?, lease_owner = '', lease_until = 0"
+                " WHERE id = ?",
+                (number, due, attempt.status, int(row.delay_told), row.id),
+            )
+            if changed.rowcount:
+                db.execute("INSERT OR REPLACE INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?)", (row.id, number, *attempt))
+                kept = number - limits.QUEUE_ATTEMPTS_KEPT
+                db.execute("DELETE FROM attempts WHERE queue = ? AND number <= ?", (row.id, kept))
+
+    async def give_back(self, rows: list[QueueRow], due_at: float) -> None:
+        await self._write(self._in_give_back, [(due_at, row.id) for row in rows])
+
+    def _in_give_back(self, values: Sequence[tuple[float, int]]) -> None:
+        self._db.executemany("UPDATE queue SET due_at = ?, lease_owner = '', lease_until = 0 WHERE id = ?", values)
+
+    async def queue_attempts(self, number: int) -> list[Attempt]:
+        return await self._ask(self._queue_attempts, number)
+
+    def _queue_attempts(self, number: int) -> list[Attempt]:
+        found = self._reader.execute(
+            "SELECT at, host, tls, seconds, status FROM attempts WHERE queue = ? ORDER BY number", (number,)
         )
+        return [Attempt(*values) for values in found]
+
+    async def hold_domain(self, domain: str, held: bool) -> None:
+        await self._write(self._in_hold_domain, domain, held)
+
+    def _in_hold_domain(self, domain: str, held: bool) -> None:
+        if held:
+            self._db.execute("INSERT OR IGNORE INTO held_domains VALUES (?)", (domain,))
+        else:
+            self._db.execute("DELETE FROM held_domains WHERE domain = ?", (domain,))
+
+    async def held_domains(self) -> list[str]:
+        return await self._ask(self._held_domains)
+
+    def _held_domains(self) -> list[str]:
+        return [row[0] for row in self._reader.execute("SELECT domain FROM held_domains ORDER BY domain")]
+
+    async def find_return(self, address: str, now: float) -> str | None:
+        return await self._ask(self._find_return, address, now)
+
+    def _find_return(self, address: str, now: float) -> str | None:
+        statement = "SELECT original FROM returns WHERE address = ? AND until > ?"
+        row = self._reader.execute(statement, (address.lower(), now)).fetchone()
+        return None if row is None else str(row[0])
+
+    async def forget_returns(self, now: float) -> int:
+        return await self._write(self._in_forget_returns, now)
+
+    def _in_forget_returns(self, now: float) -> int | Untouched[int]:
+        return self._db.execute("DELETE FROM returns WHERE until <= ?", (now,)).rowcount or Untouched(0)
 
     async def release_leases(self, owner: str) -> None:
         await self._write(self._in_release_leases, owner)
 
-    def _in_release_leases(self, owner: str) -> None:
-        self._db.execute("UPDATE queue SET lease_owner = '', lease_until = 0 WHERE lease_owner = ?", (owner,))
+    def _in_release_leases(self, owner: str) -> Untouched[None] | None:
+        given = self._db.execute("UPDATE queue SET lease_owner = '', lease_until = 0 WHERE lease_owner = ?", (owner,))
+        return None if given.rowcount else Untouched(None)
 
     async def queue_count(self, domain: str = "") -> int:
         return await self._ask(self._queue_count, domain)
@@ -91,8 +143,8 @@ class QueuePart(References):
         return await self._ask(self._queue_rows, after, limit)
 
     def _queue_rows(self, after: int, limit: int) -> list[QueueRow]:
-        found = self._reader.execute(f"SELECT {_COLUMNS} FROM queue WHERE id > ? ORDER BY id LIMIT ?", (after, limit))
-        return [_row(values) for values in found]
+        found = self._reader.execute(f"{queue_form.SELECT} WHERE id > ? ORDER BY id LIMIT ?", (after, limit))
+        return [queue_form.read(values) for values in found]
 
     async def queue_row(self, number: int) -> QueueRow | None:
         rows = await self.queue_rows(number - 1, 1)

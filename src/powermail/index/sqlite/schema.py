@@ -60,14 +60,25 @@ TABLES = (
     " to_mailbox INTEGER NOT NULL, to_modseq INTEGER NOT NULL, PRIMARY KEY (mailbox, key)) WITHOUT ROWID",
     "CREATE INDEX IF NOT EXISTS gone_key ON gone(key)",
     "CREATE TABLE IF NOT EXISTS purged (account TEXT PRIMARY KEY) WITHOUT ROWID",
+    # The address that an account was last known by: an id that the directory gives to another is refused.
+    "CREATE TABLE IF NOT EXISTS owners (account TEXT PRIMARY KEY, address TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS queue (id INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB NOT NULL,"
     " destination TEXT NOT NULL, domain TEXT NOT NULL, reverse_path TEXT NOT NULL, recipient TEXT NOT NULL,"
     " notify TEXT NOT NULL, orcpt TEXT NOT NULL, envid TEXT NOT NULL, ret TEXT NOT NULL, smtputf8 INTEGER NOT NULL,"
     " octets INTEGER NOT NULL, created_at REAL NOT NULL, due_at REAL NOT NULL, attempts INTEGER NOT NULL,"
-    " held INTEGER NOT NULL, last_status TEXT NOT NULL, lease_owner TEXT NOT NULL, lease_until REAL NOT NULL)",
+    " held INTEGER NOT NULL, last_status TEXT NOT NULL, lease_owner TEXT NOT NULL, lease_until REAL NOT NULL,"
+    " delay_told INTEGER NOT NULL DEFAULT 0)",
     "CREATE INDEX IF NOT EXISTS queue_due ON queue(held, due_at)",
     "CREATE INDEX IF NOT EXISTS queue_key ON queue(key)",
     "CREATE INDEX IF NOT EXISTS queue_domain ON queue(domain)",
+    "CREATE TABLE IF NOT EXISTS attempts (queue INTEGER NOT NULL, number INTEGER NOT NULL, at REAL NOT NULL,"
+    " host TEXT NOT NULL, tls TEXT NOT NULL, seconds REAL NOT NULL, status TEXT NOT NULL, PRIMARY KEY (queue, number))"
+    " WITHOUT ROWID",
+    "CREATE TRIGGER IF NOT EXISTS queue_gone AFTER DELETE ON queue WHEN OLD.attempts > 0"
+    " BEGIN DELETE FROM attempts WHERE queue = OLD.id; END",
+    "CREATE TABLE IF NOT EXISTS held_domains (domain TEXT PRIMARY KEY) WITHOUT ROWID",
+    # Senders that a rewritten reverse-path of ours stands for, when it has no room to say so itself.
+    "CREATE TABLE IF NOT EXISTS returns (address TEXT PRIMARY KEY, original TEXT NOT NULL, until REAL NOT NULL) WITHOUT ROWID",
     # Tombstones that a node has not confirmed yet; a node that is away gets them when it returns (law 8).
     "CREATE TABLE IF NOT EXISTS orders (node TEXT NOT NULL, key BLOB NOT NULL, PRIMARY KEY (node, key)) WITHOUT ROWID",
     "CREATE INDEX IF NOT EXISTS orders_key ON orders(key)",
@@ -78,6 +89,8 @@ TABLES = (
     "CREATE TABLE IF NOT EXISTS suspects (node TEXT NOT NULL, key BLOB NOT NULL, why TEXT NOT NULL,"
     " PRIMARY KEY (node, key)) WITHOUT ROWID",
     "CREATE INDEX IF NOT EXISTS suspects_key ON suspects(key)",
+    # A dying disk leaves a trace, also when all of it was repaired.
+    "CREATE TABLE IF NOT EXISTS damages (node TEXT PRIMARY KEY, count INTEGER NOT NULL, last_at REAL NOT NULL) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS unread (node TEXT NOT NULL, segment INTEGER NOT NULL, place INTEGER NOT NULL,"
     " octets INTEGER NOT NULL, PRIMARY KEY (node, segment, place)) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS nodes (id TEXT PRIMARY KEY, site TEXT NOT NULL, incarnation TEXT NOT NULL,"
@@ -89,6 +102,8 @@ NODE_COLUMNS = (
     "id, site, incarnation, segment, place, end_segment, end_place, boot, scan_round, owes_walk, blocked, missing_since,"
     " owes_compare"
 )
+ADD_RETURN = "INSERT INTO returns VALUES (?, ?, ?) ON CONFLICT (address) DO UPDATE SET until = max(until, excluded.until)"
+ADDED = (("queue", "delay_told", "INTEGER NOT NULL DEFAULT 0"),)  # columns that files of version 2 may lack
 COUNTERS = (("epoch", 1), ("round", 1), ("sequence", 0), ("starts", 0), ("uidvalidity", 0), ("catching_up", 0), ("waiting", 0))
 
 # Where the entries of a key are is asked only by a walk that finds tombstones of live messages (law 11): the index is made

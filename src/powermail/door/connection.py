@@ -1,6 +1,8 @@
-"""Owns one accepted connection: octets in and out, deadlines, back-pressure, the TLS switch, the caps of a door.
+"""Owns one accepted connection and the door it came through: octets in and out, deadlines, back-pressure, TLS, caps.
 
-Deadlines are checked once a second for all connections of a door, which costs nothing per command.
+Deadlines are checked once a second for all connections of a door, which costs nothing per command. A client that has shut its
+writing side is still answered; one that is lost, or has closed TLS (which knows no half), is not, and nothing that it asked
+for is done any more.
 """
 
 from __future__ import annotations
@@ -11,9 +13,11 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from powermail.base import limits
-from powermail.base.log import Event
+from powermail.base.log import CID, Event
 from powermail.base.tasks import Tasks
 from powermail.base.world import World
+from powermail.door.clients import Clients
+from powermail.wire.proxy import plain_address
 
 _PAUSE_OCTETS = 256 * limits.KIB
 
@@ -25,19 +29,22 @@ class Gone(Exception):
 class Connection(asyncio.Protocol):
     """One connection. The session's coroutine takes what came and writes replies."""
 
-    def __init__(self, door: Door) -> None:
+    def __init__(self, door: Door, awaits_tls: ssl.SSLContext | None = None) -> None:
         self.door = door
+        self.awaits_tls = awaits_tls  # what the client's first octets, or those behind a PROXY header, begin
         self.client = ""
         self.port = 0
         self.tls = False
         self.deadline = float("inf")
         self.counted = ""
+        self.at_once: Callable[[bytes], bytes] | None = None  # answers octets while nobody has to be woken; gives the rest
         self.transport: asyncio.Transport | None = None
         self._incoming: list[bytes] = []
         self._incoming_octets = 0
         self._waiter: asyncio.Future[None] | None = None
         self._writable: asyncio.Future[None] | None = None
         self._closed = False
+        self._ended = False  # nothing more comes, but the peer may still read
         self._paused = False
         self._task: asyncio.Task[Any] | None = None
 
@@ -47,12 +54,16 @@ class Connection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
         self.transport = transport  # type: ignore[assignment]
         peer = transport.get_extra_info("peername") or ("local", 0)
-        self.client, self.port = str(peer[0]), int(peer[1])
+        self.client, self.port = plain_address(str(peer[0])), int(peer[1])
         self.tls = transport.get_extra_info("ssl_object") is not None
         if self._task is None:
             self._task = self.door.accept(self)
 
     def data_received(self, data: bytes) -> None:
+        if self.at_once is not None and self._waiter is not None and self._writable is None and not self._incoming:
+            data = self.at_once(data)
+            if not data:
+                return
         self._incoming.append(data)
         self._incoming_octets += len(data)
         if self._incoming_octets > _PAUSE_OCTETS and not self._paused and self.transport is not None:
@@ -61,9 +72,10 @@ class Connection(asyncio.Protocol):
         self._wake()
 
     def eof_received(self) -> bool:
-        self._closed = True
+        self._ended = True
+        self._closed = self._closed or self.tls
         self._wake()
-        return False
+        return not self._closed
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._closed = True
@@ -96,13 +108,13 @@ class Connection(asyncio.Protocol):
 
     @property
     def closed(self) -> bool:
-        """True when the peer is gone."""
+        """True when nothing that is written reaches the peer any more."""
         return self._closed
 
     async def receive(self, timeout_s: float) -> bytes:
-        """What came in, waiting for it if needed. Raises TimeoutError, Gone when the peer has closed."""
+        """What came in, waiting for it if needed. Raises TimeoutError, Gone when nothing more will come."""
         while not self._incoming:
-            if self._closed:
+            if self._closed or self._ended:
                 raise Gone
             self._waiter = asyncio.get_running_loop().create_future()
             self.deadline = self.door.monotonic() + timeout_s
@@ -133,6 +145,11 @@ class Connection(asyncio.Protocol):
         if self.transport is not None and not self._closed:
             self.transport.write(octets)
 
+    @property
+    def behind(self) -> bool:
+        """True if the peer is far behind in reading."""
+        return self._writable is not None
+
     async def flush(self) -> None:
         """Waits while the peer is far behind in reading. Raises TimeoutError, Gone."""
         if self._writable is not None:
@@ -140,13 +157,16 @@ class Connection(asyncio.Protocol):
             await self._writable
             self.deadline = float("inf")
 
-    async def start_tls(self, context: ssl.SSLContext) -> None:
-        """Switches to TLS; everything received before is dropped. Raises OSError, TimeoutError."""
+    async def start_tls(self, context: ssl.SSLContext, first: bytes = b"") -> None:
+        """Switches to TLS; `first` are octets of the handshake that came already, everything else received before is dropped.
+
+        Raises OSError, TimeoutError.
+        """
         assert self.transport is not None
         # Dropped here, in the same step in which the transport gets its new owner: nothing in clear can come later, and
         # what a fast client sends behind its handshake is kept.
         self.drop_input()
-        self.transport = await self.door.world.net.start_tls(self.transport, self, context, server_side=True)
+        self.transport = await self.door.world.net.start_tls(self.transport, self, context, server_side=True, first=first)
         self.tls = True
 
     def cipher(self) -> str:
@@ -198,12 +218,17 @@ class Door:
         self._session = session
         self._refuse = refuse
         self._max = connections_max
-        self._per_address_max = per_address_max
+        self._clients = Clients(per_address_max)
         self._open: dict[Connection, None] = {}
-        self._per_address: dict[str, int] = {}
+        self._cid = f"{name}-{int(world.clock.now()):x}"  # of this process and door; sessions count on
+        self._accepted = 0
 
     def __call__(self) -> Connection:
         return Connection(self)
+
+    def with_tls(self, context: ssl.SSLContext) -> Callable[[], Connection]:
+        """The same door for clients that begin with TLS; their session does the handshake."""
+        return lambda: Connection(self, context)
 
     @property
     def connections(self) -> int:
@@ -217,11 +242,9 @@ class Door:
 
     def admit(self, connection: Connection) -> bool:
         """Counts the connection under its client's address; False over the cap."""
-        count = self._per_address.get(connection.client, 0)
-        if count >= self._per_address_max:
+        if not self._clients.come(connection.client):
             return False
         connection.counted = connection.client
-        self._per_address[connection.client] = count + 1
         return True
 
     def accept(self, connection: Connection) -> asyncio.Task[Any] | None:
@@ -242,6 +265,8 @@ class Door:
         return self._tasks.start(self._run(connection), f"{self.name}-session")
 
     async def _run(self, connection: Connection) -> None:
+        self._accepted += 1
+        CID.set(f"{self._cid}-{self._accepted}")  # this task's alone, and of what it starts
         try:
             await self._session(connection)
         except (Gone, ConnectionError):
@@ -254,11 +279,7 @@ class Door:
     def leave(self, connection: Connection) -> None:
         """Uncounts the connection's address."""
         if connection.counted:
-            left = self._per_address[connection.counted] - 1
-            if left:
-                self._per_address[connection.counted] = left
-            else:
-                del self._per_address[connection.counted]
+            self._clients.go(connection.counted)
             connection.counted = ""
 
     def sweep(self) -> None:

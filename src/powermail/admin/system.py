@@ -1,0 +1,174 @@
+"""Owns what an operator asks about the whole: how it is, what may change while it serves, a copy of everything that is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Annotated, TypeVar
+
+from msgspec import Struct, field
+
+from powermail.admin import nodes
+from powermail.admin.desk import Desk, bounded
+from powermail.admin.nodes import NodeFacts
+from powermail.admin.table import Operation, Progress, Request, place
+from powermail.base import limits
+from powermail.base.clock import utc
+from powermail.base.errors import OperatorError, Trouble
+
+T = TypeVar("T")
+_DAY_S = 86_400.0
+
+
+class Thin(Struct):
+    """Mail with fewer copies than required; `seconds_left` to full redundancy, None while that cannot be told."""
+
+    messages: int = 0
+    octets: int = 0
+    seconds_left: float | None = None
+
+
+class WorkerFacts(Struct):
+    """One background job."""
+
+    name: str
+    status: str
+    units: int
+    errors: int
+
+
+class Status(Struct):
+    """How it is. `degraded` names everything that wants an operator; empty: healthy. Of a stopped server little is known."""
+
+    running: bool
+    degraded: list[str]
+    copies_required: int = 0
+    takes_mail: bool = False
+    not_redundant: Thin = field(default_factory=Thin)
+    nodes: list[NodeFacts] = []
+    totals: dict[str, int] = {}
+    epoch: int = 0
+    connections: dict[str, int] = {}
+    workers: list[WorkerFacts] = []
+    counters: dict[str, int] = {}
+
+
+async def status(desk: Desk, request: Request, progress: Progress) -> Status:
+    """Nodes, redundancy, queue, workers, counters; an index that does not answer is said, not waited for."""
+    degraded: list[str] = []
+    if not desk.cluster.takes_mail():
+        degraded.append("mail is not accepted: too few groups are writable")
+    found = await nodes.listing(desk, request)
+    degraded += [_node_said(node) for node in found if node.state != "read-write" or node.reason]
+    reserve = desk.settings.cluster.reserve_octets
+    degraded += [
+        f"node {node.id}: {node.free_octets >> 20} MiB are free; it takes no mail below {reserve >> 20} MiB"
+        for node in found
+        if node.state == "read-write" and node.free_octets < limits.NODE_LOW_FACTOR * reserve
+    ]
+
+    async def look(call: Awaitable[T], otherwise: T) -> T:
+        try:
+            return await bounded(call, "the index")
+        except Trouble as error:
+            if (text := f"index: {error}") not in degraded:
+                degraded.append(text)
+            return otherwise
+
+    thin = await look(desk.index.under_copied_total(desk.repairer.counted_groups(), desk.cluster.copies_required), (0, 0))
+    silent = any(text.startswith("index: ") for text in degraded)
+    totals: dict[str, int] = {} if silent else await look(desk.index.totals(), {})
+    if thin[0]:
+        degraded.append(f"{thin[0]} messages are not redundant")
+    if desk.index.catching_up:
+        degraded.append("the index is catching up with the nodes")
+    degraded += [f"node {n}: {c} copies wait to be dropped: `node confirm {n}`" for n, c in desk.admission.held.items()]
+    degraded += desk.forgetter.alarms
+    degraded += desk.owners.alarms()
+    degraded += [f"worker {worker.name}: {worker.trouble}" for worker in desk.workers if worker.trouble]
+    degraded += _without_route(desk, totals) + _certificate(desk) + desk.outbound_troubles()
+    eta = round(desk.repairer.left / desk.repairer.rate, 1) if desk.repairer.rate else None
+    described = [worker.describe() for worker in desk.workers]
+    return Status(
+        running=desk.serving,
+        degraded=degraded,
+        copies_required=desk.cluster.copies_required,
+        takes_mail=desk.cluster.takes_mail(),
+        not_redundant=Thin(thin[0], thin[1], eta),
+        nodes=found,
+        totals=totals,
+        epoch=desk.index.epoch,
+        connections=desk.connections(),
+        workers=[WorkerFacts(str(d["name"]), str(d["status"]), int(d["units"]), int(d["errors"])) for d in described],
+        counters=desk.world.counters.snapshot(),
+    )
+
+
+def _node_said(node: NodeFacts) -> str:
+    if node.state != "read-write":
+        return f"node {node.id} is {node.state}" + (f": {node.reason}" if node.reason else "")
+    return f"node {node.id}: {node.reason}"
+
+
+def _without_route(desk: Desk, totals: dict[str, int]) -> list[str]:
+    waiting = totals.get("queue", 0)
+    if not waiting or desk.settings.outbound.smarthost:
+        return []
+    return [f"{waiting} messages wait to leave and there is no route: set outbound.smarthost, or they bounce in the end"]
+
+
+def _certificate(desk: Desk) -> list[str]:
+    ends = desk.certificate_ends()
+    if ends is None:
+        return []
+    days = (ends - desk.world.clock.now()) / _DAY_S
+    if days >= limits.CERTIFICATE_WARN_DAYS:
+        return []
+    when = utc(ends).strftime("%Y-%m-%d")
+    if days < 0:
+        return [f"the certificate ended on {when}: clients refuse it"]
+    return [f"the certificate ends in {int(days)} days, on {when}"]
+
+
+class Reloaded(Struct):
+    """Settings that were taken over, and those that differ and need a restart."""
+
+    changed: list[str]
+    restart: list[str]
+
+
+async def reload(desk: Desk, request: Request, progress: Progress) -> Reloaded:
+    """Reads settings and certificates again."""
+    if desk.reload is None:
+        raise OperatorError("the server is stopped; it reads its settings when it starts")
+    changed, restart = await desk.reload()
+    return Reloaded(changed, restart)
+
+
+class CopyTo(Request):
+    """Where to."""
+
+    path: Annotated[str, place("an empty or new directory")]
+
+
+class Copied(Struct):
+    """Where the databases were copied to."""
+
+    path: str
+
+
+async def copy_databases(desk: Desk, request: CopyTo, progress: Progress) -> Copied:
+    """Copies directory and index while they are used, as they were at one moment each, the index first."""
+    assert desk.copy_databases is not None
+    await desk.copy_databases(request.path)
+    return Copied(request.path)
+
+
+copy_databases_row = Operation(
+    "copy_databases", "", CopyTo, Copied, copy_databases, "copy directory and index", changes=True, long=True
+)
+status_row = Operation("status", "status", Request, Status, status, "nodes, redundancy, queue, workers")
+OPERATIONS = (
+    copy_databases_row,
+    status_row,
+    Operation("reload", "reload", Request, Reloaded, reload, "read settings and certificates again", changes=True),
+)

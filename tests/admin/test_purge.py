@@ -1,0 +1,116 @@
+"""Purging has a time of grace, in which it can be undone and nothing is touched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from powermail.base.errors import NoSuch, Trouble
+from tests.system.conftest import Running
+
+_DAY_S = 86_400.0
+
+
+async def purge(running: Running, account: str, **how: object) -> dict[str, Any]:
+    found = await running.operation("purge", account=account, **how)
+    assert isinstance(found, dict)
+    return found
+
+
+async def orphan(running: Running) -> str:
+    """The id of an account that went, with two messages."""
+    await running.mailbox("ann@local.example")
+    await running.fill(2)
+    account = await running.powermail.core.directory.find("ann@local.example")
+    assert account is not None
+    await running.operation("account_delete", address="ann@local.example")
+    return account.id
+
+
+def later(running: Running, monkeypatch: pytest.MonkeyPatch, days: float) -> None:
+    """The clock of the process goes on."""
+    at = running.powermail.world.clock.now() + days * _DAY_S
+    monkeypatch.setattr(running.powermail.world.clock, "now", lambda: at)
+
+
+async def test_a_purge_can_be_undone_until_it_is_due(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    account = await orphan(running)
+    found = await purge(running, account, confirm=True)
+    assert (found["messages"], found["purged"]) == (2, False) and found["due_at"] is not None
+    (row,) = await rows(running)
+    assert row["purge_at"] == found["due_at"] and row["messages"] == 2
+    await running.powermail.keeping.purges.step()
+    assert (await purge(running, account, undo=True))["undone"] == 1
+    with pytest.raises(NoSuch, match="no purge of these is waiting"):
+        await purge(running, account, undo=True)
+    later(running, monkeypatch, 30)
+    await running.powermail.keeping.purges.step()
+    assert (await rows(running))[0]["messages"] == 2
+
+
+async def rows(running: Running) -> list[dict[str, Any]]:
+    found = await running.operation("orphans")
+    assert isinstance(found, list)
+    return found
+
+
+async def test_when_it_is_due_it_is_done_also_by_the_next_process(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    account = await orphan(running)
+    await purge(running, account, confirm=True)
+    await running.stop()
+    await running.start()
+    assert (await rows(running))[0]["purge_at"] is not None
+    later(running, monkeypatch, 8)
+    await running.powermail.keeping.purges.step()
+    assert await rows(running) == []
+    assert await running.powermail.keeping.purges.plans() == {}
+
+
+async def test_an_orphan_that_is_known_again_is_kept(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row was deleted by mistake, and put back as it was."""
+    account = await orphan(running)
+    await purge(running, account, confirm=True)
+    database = running.powermail.core.directory._db
+    assert database is not None
+    import sqlite3
+
+    with sqlite3.connect(running.data / "directory.db") as other:
+        other.execute(
+            "INSERT INTO accounts (id, address, password) VALUES (?, 'ann@local.example', '{plain}secret')", (int(account),)
+        )
+    other.close()
+    running.powermail.front.resolver.directory.clear()
+    later(running, monkeypatch, 8)
+    await running.powermail.keeping.purges.step()
+    assert len(await running.read("ann@local.example")) == 2
+
+
+async def test_an_account_that_goes_on_loses_what_it_had_and_not_what_came_since(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await running.mailbox("ann@local.example")
+    await running.fill(2)
+    await purge(running, "ann@local.example", confirm=True)
+    (new,) = await running.fill(1, 2)
+    later(running, monkeypatch, 8)
+    await running.powermail.keeping.purges.step()
+    assert await running.read("ann@local.example") == [new]
+
+
+async def test_at_once_is_at_once(running: Running) -> None:
+    account = await orphan(running)
+    await purge(running, account, confirm=True)
+    assert (await purge(running, account, confirm=True, now=True))["purged"] is True
+    assert await rows(running) == []
+    assert await running.powermail.keeping.purges.plans() == {}
+
+
+async def test_plans_that_cannot_be_read_purge_nothing(running: Running) -> None:
+    account = await orphan(running)
+    (running.data / "purges.json").write_text("{nonsense")
+    running.powermail.keeping.purges._plans = None
+    with pytest.raises(Trouble, match=r"purges\.json cannot be read"):
+        await running.powermail.keeping.purges.step()
+    (running.data / "purges.json").unlink()
+    assert (await rows(running))[0]["account"] == account

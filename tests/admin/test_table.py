@@ -1,0 +1,97 @@
+"""The operator's table: everything is derived from it, so every row must say all."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from powermail.admin.operations import ROWS, TABLE
+from powermail.admin.table import Operation, Request, fields_of
+from powermail.base import limits
+from powermail.base.errors import NoSuch, OperatorError, Trouble
+from powermail.base.log import Event
+from tests.system.conftest import Running
+
+IDS = [row.name for row in ROWS]
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_every_row_says_what_it_takes_gives_and_does(name: str) -> None:
+    row: Operation[Request, object] = TABLE[name]
+    assert row.text and row.text[0].islower() and not row.text.endswith(".")
+    assert msgspec.inspect.type_info(row.result), "the result has a type"
+    info = msgspec.inspect.type_info(row.request)
+    assert isinstance(info, msgspec.inspect.StructType) and info.forbid_unknown_fields
+    marked = {one.name for one in fields_of(row.request)}
+    for entry in info.fields:
+        assert entry.name in marked or not entry.required or not row.command, f"{entry.name} cannot be given on a command line"
+
+
+def test_names_and_commands_are_used_once() -> None:
+    assert len(TABLE) == len(ROWS)
+    commands = [row.command for row in ROWS if row.command]
+    assert len(set(commands)) == len(commands)
+
+
+def test_the_room_has_no_way_around_its_types() -> None:
+    for path in Path("src/powermail/admin").glob("*.py"):
+        found = re.search(r"\bAny\b|getattr|setattr|copy\.copy|\*\*kwargs", path.read_text())
+        assert found is None, f"{path}: {found}"
+
+
+async def test_a_request_that_is_none_is_refused_with_the_field(running: Running) -> None:
+    for name, arguments, said in (
+        ("nonsense", {}, "unknown operation 'nonsense'"),
+        ("account_show", {}, "missing required field `address`"),
+        ("account_show", {"address": 7}, "got `int` - at `$.address`"),
+        ("account_show", {"address": "a@b", "more": 1}, "unknown field `more`"),
+        ("queue_set", {"numbers": ["7"], "held": True}, "Expected `int`, got `str`"),
+        ("node_block", {"node": [1]}, "node_block"),
+    ):
+        with pytest.raises(OperatorError, match=said.replace("$", r"\$").replace("[", r"\[")):
+            await running.operation(name, **arguments)
+
+
+async def test_changes_are_logged_and_looks_are_not(running: Running) -> None:
+    await running.operation("account_add", address="ann@example.org", password="tell-nobody")
+    await running.operation("account_list")
+    (line,) = running.lines("operator")
+    assert "what=account_add" in line and "address=ann@example.org" in line
+    assert "tell-nobody" not in line
+    assert Event.OPERATOR.value == ("operator", "info")
+
+
+async def hang(*_: object) -> None:
+    """A call that never answers."""
+    await asyncio.Event().wait()
+
+
+async def test_what_does_not_end_in_time_says_what_it_waits_for(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(limits, "OPERATOR_ANSWER_S", 1.1)
+        patch.setattr(running.index, "queue_rows", hang)
+        patch.setattr(running.index, "totals", hang)
+        with pytest.raises(Trouble, match=r"queue list did not end in time: the index does not answer \(locked, or its disk"):
+            await running.operation("queue_list")
+
+
+async def test_status_answers_although_the_index_does_not(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(limits, "OPERATOR_INDEX_S", 0.05)
+        for name in ("totals", "under_copied_total", "orders_total"):
+            patch.setattr(running.index, name, hang)
+        status = await running.status()
+    assert "index: the index did not answer within 0.05 s" in status["degraded"]
+    assert [node["owed"] for node in status["nodes"]] == [None, None, None]
+
+
+async def test_no_such_is_another_error_than_misuse(running: Running) -> None:
+    with pytest.raises(NoSuch):
+        await running.operation("account_show", address="none@example.org")
+    with pytest.raises(OperatorError) as misuse:
+        await running.operation("account_show", address="none")
+    assert not isinstance(misuse.value, NoSuch)

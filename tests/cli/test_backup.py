@@ -1,0 +1,106 @@
+"""Backup and restore: one consistent set, checked; nothing is replaced unsaid."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.cli.support import make, powermail
+
+
+@pytest.fixture
+def backed_up(data: str, tmp_path: Path) -> tuple[str, str]:
+    """An installation with ann, and its backup."""
+    assert powermail("account", "add", "ann@example.org", "--password", "x", "--data", data).status == 0
+    to = str(tmp_path / "backup")
+    done = powermail("backup", to, "--data", data, "--json")
+    assert done.status == 0, done
+    assert done.json()["files"] == 6
+    return data, to
+
+
+def addresses(data: str) -> list[str]:
+    return [row["address"] for row in powermail("account", "list", "--data", data, "--json").json()]
+
+
+def test_a_backup_holds_directory_index_keys_and_settings_for_its_owner_only(backed_up: tuple[str, str]) -> None:
+    to = Path(backed_up[1])
+    names = sorted(str(path.relative_to(to)) for path in to.rglob("*") if path.is_file())
+    assert names == [
+        "backup.json", "directory.db", "files/powermail.toml", "files/srs.keys", "files/tls/certificate.pem",
+        "files/tls/key.pem", "index.db",
+    ]  # fmt: skip
+    assert {path.stat().st_mode & 0o077 for path in (to, *to.rglob("*"))} <= {0}
+
+
+def test_restore_says_what_it_would_do_and_with_yes_does_it(backed_up: tuple[str, str]) -> None:
+    data, to = backed_up
+    powermail("account", "delete", "ann@example.org", "--data", data)
+    powermail("account", "add", "bob@example.org", "--password", "x", "--data", data)
+    done = powermail("restore", to, "--data", data)
+    assert done.status == 1
+    assert "nothing was changed; add --yes" in done.out
+    assert addresses(data) == ["bob@example.org", "postmaster@localhost"]
+    done = powermail("restore", to, "--yes", "--data", data, "--json")
+    assert done.status == 0 and done.json()["restored"] is True
+    assert addresses(data) == ["ann@example.org", "postmaster@localhost"]
+    assert "directory.db" in os.listdir(done.json()["set_aside"])
+    assert powermail("verify", "--data", data).status == 0
+
+
+def test_restore_makes_a_lost_data_directory_anew(backed_up: tuple[str, str], tmp_path: Path) -> None:
+    data, to = backed_up
+    (tmp_path / "data" / "nodes").rename(tmp_path / "nodes")
+    import shutil
+
+    shutil.rmtree(data)
+    assert powermail("restore", to, "--data", data).status == 0
+    (tmp_path / "nodes").rename(tmp_path / "data" / "nodes")
+    assert addresses(data) == ["ann@example.org", "postmaster@localhost"]
+
+
+@pytest.mark.parametrize("name", ["directory.db", "index.db", "files/srs.keys"])
+@pytest.mark.parametrize("harm", ["changed", "cut", "gone"])
+def test_a_damaged_backup_is_refused_before_anything_is_replaced(backed_up: tuple[str, str], name: str, harm: str) -> None:
+    data, to = backed_up
+    path = Path(to) / name
+    if harm == "gone":
+        path.unlink()
+    else:
+        octets = bytearray(path.read_bytes())
+        octets[len(octets) // 2] ^= 1
+        path.write_bytes(octets if harm == "changed" else octets[:-1])
+    done = powermail("restore", to, "--yes", "--data", data)
+    assert done.status == 2
+    assert str(path) in done.sentence()
+    assert not list(Path(data).glob("before-restore-*"))
+
+
+def test_a_backup_of_another_cluster_is_refused(backed_up: tuple[str, str], tmp_path: Path) -> None:
+    make(tmp_path / "other")
+    done = powermail("restore", backed_up[1], "--yes", "--data", str(tmp_path / "other"))
+    assert done.status == 2
+    assert "belong to cluster" in done.sentence() and "nothing was changed" in done.sentence()
+
+
+def test_a_restore_beside_a_server_is_refused(backed_up: tuple[str, str]) -> None:
+    import fcntl
+
+    data, to = backed_up
+    with open(f"{data}/lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = powermail("restore", to, "--yes", "--data", data)
+    assert done.status == 2
+    assert f"a server runs on {data}: stop it first" in done.sentence()
+
+
+def test_a_backup_never_mixes_with_what_is_there(data: str, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    done = powermail("backup", str(tmp_path / "full"), "--data", data)
+    assert done.status == 2
+    assert "is not empty; nothing was written" in done.sentence()
+    assert "cannot write a backup to /proc/x" in powermail("backup", "/proc/x", "--data", data).sentence()
+    assert os.listdir(tmp_path / "full") == ["file"]
