@@ -36,13 +36,14 @@ def live_groups(cluster: Cluster, machine: Machine, key: bytes) -> tuple[set[str
     return live, unseen
 
 
-def buried_keys(cluster: Cluster, without: str = "") -> dict[bytes, None]:
-    """Keys that some node holds a tombstone of, as far as it can be looked at; the node `without` is passed over."""
-    found: dict[bytes, None] = {}
+def buried_keys(cluster: Cluster, without: str = "") -> dict[bytes, set[str]]:
+    """The groups whose nodes hold a tombstone of a key, as far as they can be looked at; the node `without` is passed over."""
+    found: dict[bytes, set[str]] = {}
     for node in cluster.nodes.values():
         assert isinstance(node, LocalNode)
         if node.id != without:
-            found.update(dict.fromkeys(node.tombstones()))
+            for key in node.tombstones():
+                found.setdefault(key, set()).add(node.group)
     return found
 
 

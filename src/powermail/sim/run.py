@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import hashlib
+import math
 import random
 import shutil
 import tempfile
@@ -94,7 +95,7 @@ class Simulation:
         self._saved: dict[str, float] = {}  # account: when all of it was seen to stand in durable checkpoints
         self._powermail: PowerMail | None = None
         # What deletions were lost: for each account since when, but for keys with tombstones.
-        self._lost: tuple[Callable[[str], float], dict[bytes, None]] | None = None
+        self._lost: tuple[Callable[[str], float], dict[bytes, set[str]], int] | None = None
         self.fleet = fl.Fleet(self.machine.net.named("fleet"), self._chance, self._acknowledged, self.machine.late.__contains__)
         self.observer = Observer(self.index, self.fleet.history.problem)
 
@@ -217,8 +218,12 @@ class Simulation:
             self.outcome.counters[name] = self.outcome.counters.get(name, 0) + count
 
     def forget_deletions(self, since: float) -> None:
-        """Commits since then are lost; a deletion that a node holds a tombstone of stays deleted all the same (P8)."""
-        self._lost = (lambda account: since), self._buried("")
+        """Commits since then are lost; a deletion that a node holds a tombstone of stays deleted all the same (P8).
+
+        It may show until that node is walked, unless one of any G-R+1 groups has a tombstone: these are walked before readers
+        are let in (law 11).
+        """
+        self._lost = (lambda account: since), self._buried(""), COPIES
         self._forgive()
 
     def forget_unsaved(self, without: str) -> None:
@@ -230,29 +235,45 @@ class Simulation:
         loop = asyncio.get_running_loop()
         now = {account: loop.time() for account, unsaved in self.machine.unsaved_accounts().items() if not unsaved}
         saved = now if without else {**self._saved, **now}
-        self._lost = (lambda account: saved.get(account, 0.0)), self._buried(without)
+        self._lost = (lambda account: saved.get(account, 0.0)), self._buried(without), 1
         self._forgive()
 
-    def _buried(self, without: str) -> dict[bytes, None]:
+    def _buried(self, without: str) -> dict[bytes, set[str]]:
         return buried_keys(self._powermail.core.cluster, without) if self._powermail is not None else {}
 
-    async def _watch_checkpoints(self) -> None:
+    async def _watch(self) -> None:
+        """When accounts stand in checkpoints, and when deletions that wait for a walk count again."""
+        gone = self.fleet.history.expunged_acked
         while not self.observer.stopping:
             await asyncio.sleep(1.1)
-            if self.index() is not None:
-                now = asyncio.get_running_loop().time()
-                self._saved.update({name: now for name, unsaved in self.machine.unsaved_accounts().items() if not unsaved})
+            index = self.index()
+            if index is None:
+                continue
+            now = asyncio.get_running_loop().time()
+            self._saved.update({name: now for name, unsaved in self.machine.unsaved_accounts().items() if not unsaved})
+            waiting = [which for which, at in gone.items() if at == math.inf]
+            if waiting and index.numbering and not index.catching_up and await self._walked(index):
+                gone.update(dict.fromkeys(waiting, asyncio.get_running_loop().time()))
+
+    async def _walked(self, index: Index) -> bool:
+        try:
+            return not any(row.owes_walk for row in await index.node_rows())
+        except PowerMailError:
+            return False
 
     def _forgive(self) -> None:
         """Also what is read as done while the process is down: the answer was on its way when it was killed."""
         if self._lost is None:
             return
-        since, buried = self._lost
+        since, buried, groups = self._lost
         history = self.fleet.history
         keys = {(mailbox, number): bytes.fromhex(uidl.decode()) for (mailbox, uidl), number in history.uidls.items()}
         for which in [which for which, at in history.expunged_acked.items() if at >= since(self._owners[which[0]])]:
-            if keys.get(which) not in buried:
+            found = len(buried.get(keys.get(which, b""), ()))
+            if not found:
                 del history.expunged_acked[which]
+            elif found < groups:
+                history.expunged_acked[which] = math.inf
         for name in [name for name, at in self.ledger.gone_told.items() if at >= since(name[0])]:
             if name[1] not in buried:
                 del self.ledger.gone_told[name]
@@ -332,7 +353,7 @@ class Simulation:
         clients = [asyncio.create_task(self.fleet.sender()) for _ in range(6)]
         clients += [asyncio.create_task(self.fleet.reader()) for _ in range(2)]
         clients += [asyncio.create_task(user.run()) for user in users]
-        watching = asyncio.gather(self.observer.run(), self._watch_checkpoints())
+        watching = asyncio.gather(self.observer.run(), self._watch())
         loop = asyncio.get_running_loop()
         faults = Faults(self, self._chance, self._only)
         await faults.run(loop.time() + self._seconds)

@@ -216,6 +216,9 @@ class LocalNode:
             store = self._opening.result()
         if store is not None:
             store.abandon()
+        self._waiting = []
+        self._writes.abandon()
+        self._reads.abandon()
 
     def look(self, keys: Sequence[bytes]) -> list[Held] | None:
         """What it holds, at once and without its lanes, for a checker (simulator); None while it is not open."""
