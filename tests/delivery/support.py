@@ -20,7 +20,7 @@ from powermail.mail.address import parse
 from powermail.mail.envelope import Commit, Envelope, Peer
 from powermail.mail.status import Status
 from powermail.sim.memory import MemoryNode
-from powermail.storage.contract import StorageNode
+from powermail.storage.contract import End, Mark, StorageNode
 from tests.cluster.support import make_world
 
 PEER = Peer("[192.0.2.1]", "elsewhere.example", "ESMTP")
@@ -64,9 +64,9 @@ class Node(MemoryNode):
         super().__init__(node, group, priority)
         self._told = told
 
-    def _delete(self, *args: object) -> None:
+    def _delete(self, keys: Sequence[bytes], mark: Mark, at: float) -> End:
         self._told.append(f"delete {self.id}")
-        super()._delete(*args)  # type: ignore[arg-type]
+        return super()._delete(keys, mark, at)
 
 
 class Office:

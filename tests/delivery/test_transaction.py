@@ -189,6 +189,42 @@ async def test_a_node_that_refused_definitely_need_not_confirm() -> None:
     assert office.told == ["abort", "delete a"]
 
 
+@pytest.mark.parametrize("since", ["round", "restart", "new disk"])
+@virtual
+async def test_a_tombstone_that_was_written_too_late_to_prove_anything_closes(since: str) -> None:
+    """Law 5: what the node took was entered, listed, deleted and forgotten meanwhile; to the index the key is new."""
+    office = await Office().open()
+    message = await office.begin()
+    a, b, c = office.nodes
+    b.fill()
+    c.fill()
+    aborting = office.index.abort
+
+    async def late(key: bytes, asked: list[str]) -> Fate:
+        await office.reconcile("a")
+        assert await office.listed() == [message.key]
+        facts = await office.index.find_mailbox(ACCOUNT.id, "INBOX")
+        assert facts is not None
+        await office.index.expunge(facts.id, [1])
+        if since == "round":
+            stamp = a.stamp()
+            assert stamp is not None
+            await a.fence(stamp)
+        elif since == "restart":
+            await a.restart()
+        else:
+            await a.close()
+            await a.initialise()
+            await a.open()
+        del office.index.state.keys[key]  # law 9 let it go
+        return await aborting(key, asked)
+
+    office.index.abort = late  # type: ignore[assignment, method-assign]
+    assert await office.outcome(message) == "closed"
+    assert office.told == ["abort", "delete a"]
+    assert await a.has([message.key]) == [Held.DEAD], "written all the same"
+
+
 @virtual
 async def test_a_tombstone_that_is_not_confirmed_closes() -> None:
     """Law 5: it may be live there until the order is obeyed."""

@@ -20,12 +20,13 @@ from powermail.index.memory import MemoryIndex, MemoryStore
 from powermail.index.sqlite import SqliteIndex
 from powermail.mail.envelope import Commit, Envelope, Target
 from powermail.sim.world import SimEntropy
-from powermail.storage.contract import START, Mark, Origin, Position, Receipt, Unread
+from powermail.storage.contract import START, End, Mark, Origin, Position, Receipt, Unread
 
 T = TypeVar("T")
 CLUSTER = "00" * 16
 NODES = {"a": "north", "b": "south", "c": "west"}
 NOW = 1_800_000_000.0
+FAR = Position(9, 0)  # an end of a log that lies behind all
 
 
 class Ticks:
@@ -70,6 +71,7 @@ class Rig(ABC):
         entropy = SimEntropy(random.Random(seed))
         self.world = World(self.clock, SystemDisk(), SocketNetwork(), entropy, InlineLane, NullLog())
         self.running: Any = None
+        self.settles = True  # what nodes hold is entered at once at each start: there is nothing
 
     @property
     def index(self) -> Index:
@@ -119,6 +121,8 @@ class MemoryRig(Rig):
     async def start(self) -> Index:
         self.running = MemoryIndex(self.world, self.store)
         await self.running.open(CLUSTER)
+        if self.settles:
+            self.index.settled()
         return self.index
 
     def backup(self) -> Any:
@@ -152,6 +156,8 @@ class SqliteRig(Rig):
         await asyncio.sleep(0)
         self.running = SqliteIndex(self.world, str(self.path))
         await self.running.open(CLUSTER)
+        if self.settles:
+            self.index.settled()
         return self.index
 
     def backup(self) -> Any:
@@ -220,6 +226,11 @@ def incarnation(node: str) -> str:
     return f"{node}-1"
 
 
+def end_of(node: str, end: Position = FAR) -> End:
+    """Where the log of a node that was never made anew ends."""
+    return End(incarnation(node), end)
+
+
 def delivery(number: int, *targets: Target, nodes: Sequence[str] = ("a", "b")) -> Delivery:
     """A message with a receipt of each of `nodes`."""
     receipts = tuple(Receipt(node, incarnation(node), place(number)) for node in nodes)
@@ -283,10 +294,14 @@ async def walk_all(index: Index) -> None:
     await index.caught_up()
 
 
-async def begin_again(index: Index, *marks: Mark, heads: Sequence[Head] = ()) -> int:
-    """What a keeper does when commits were lost; nodes hold nothing that the index does not know."""
+async def begin_again(index: Index, *marks: Mark, heads: Sequence[Head] = (), far: list[Head] | None = None) -> int:
+    """What a keeper does when commits were lost; nodes hold nothing that the index does not know. `far`: what it wrote."""
     epoch = await index.raise_epoch(marks, "a test says so")
     await index.learn_heads(heads)
+    reached = await index.far_heads(1000)
+    await index.heads_written(reached)
+    if far is not None:
+        far += reached
     await index.begin_epoch()
     await walk_all(index)
     return epoch

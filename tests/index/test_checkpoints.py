@@ -7,7 +7,19 @@ import pytest
 from powermail.base import limits
 from powermail.index.contract import CheckpointPlan, FlagChange, Head, Index
 from powermail.storage.contract import START
-from tests.index.support import NOW, Rig, admit, begin_again, deliver, elsewhere, inbox, key, mailbox
+from tests.index.support import (
+    NOW,
+    Rig,
+    admit,
+    begin_again,
+    deliver,
+    elsewhere,
+    end_of,
+    inbox,
+    key,
+    mailbox,
+    scan_all,
+)
 
 INTERVAL = limits.CHECKPOINT_INTERVAL_S
 FAR = NOW + 1e6
@@ -193,23 +205,55 @@ async def test_a_whole_one_is_planned_when_it_is_asked_for(index: Index) -> None
 # -- what is named as expunged ------------------------------------------------------------------------------------------
 
 
-async def test_what_lives_on_elsewhere_is_named_as_expunged_as_long_as_it_lives(index: Index) -> None:
-    """Else a rebuild would enter it again in the mailbox its commit record names."""
+async def test_what_was_expunged_is_named_until_it_is_forgotten(index: Index) -> None:
+    """Law 13: else a rebuild would enter it again in the mailbox its commit record names, also what is dead: no node may have
+    its tombstone yet.
+    """
     await deliver(index, 1, 2, to=[inbox(), inbox("bob"), elsewhere()])
     await deliver(index, 3)
     box, other = await mailbox(index), await mailbox(index, "bob")
     await index.expunge(box, [1, 3])
     plan = await written(index, box)
-    assert (plan.gone, plan.left, plan.skipped) == ((key(1),), (key(1),), False), "what died has tombstones"
+    assert (plan.gone, plan.left, plan.skipped) == ((key(1), key(3)), (key(1), key(3)), False)
     await index.expunge(box, [2])
     delta = await written(index, box)
-    assert (delta.whole, set(delta.gone) - {key(1)}) == (False, {key(2)})
+    assert (delta.whole, set(delta.gone) - {key(1), key(3)}) == (False, {key(2)})
     await index.checkpoints_lost("a")
-    assert (await planned(index, box)).gone == (key(1), key(2)), "a whole one names all"
+    assert (await planned(index, box)).gone == (key(1), key(2), key(3)), "a whole one names all"
     await index.expunge(other, [1])
     await index.finish([row for row in await index.queue_rows(0, 9) if row.key == key(1)])
     await index.checkpoints_lost("a")
-    assert (await planned(index, box)).gone == (key(2),)
+    plan = await planned(index, box)
+    assert (plan.gone, plan.left) == ((key(1), key(2), key(3)),) * 2, "it is dead now, and no node knows it"
+    assert key(1) in (await planned(index, other)).left
+    for node in ("a", "b"):
+        await index.confirm_orders(node, [key(1), key(3)], end_of(node))
+    await scan_all(index)
+    assert await index.forget(9) == 2
+    assert (await planned(index, box)).gone == (key(2),), "tombstones stand for what was forgotten"
+    assert (await planned(index, other)).gone == ()
+
+
+async def test_a_moved_key_that_died_is_named_without_waiting_for_where_it_was_moved(index: Index) -> None:
+    """Law 13: nothing shows it any more, so nothing can be lost between the two checkpoints."""
+    await deliver(index, 1)
+    box, work = await mailbox(index), (await index.make_mailbox("ann", "Work")).id
+    await index.move(box, [1], work)
+    await index.expunge(work, [1])
+    for each in (box, work):
+        plan = await planned(index, each)
+        assert (plan.gone, plan.left, plan.skipped, plan.first) == ((key(1),), (key(1),), False, ())
+
+
+async def test_what_came_and_went_between_two_checkpoints_is_named_by_the_tail(index: Index) -> None:
+    """It is in no entry and in no state that a rebuild could compare; a POP3 mailbox consists of such messages."""
+    await deliver(index, 1)
+    box = await mailbox(index)
+    await written(index, box)
+    await deliver(index, 2)
+    await index.expunge(box, [2])
+    plan = await planned(index, box)
+    assert (plan.whole, plan.gone, plan.left) == (False, (key(2),), (key(2),))
 
 
 async def test_what_came_back_is_not_named(index: Index) -> None:
@@ -288,7 +332,7 @@ async def test_what_was_written_of_another_uidvalidity_is_not_taken_for_this_one
         await deliver(index, 2)
     plan = await planned(index, box)
     assert plan.whole is whole
-    later = Head("ann", "INBOX", plan.mailbox.uidvalidity + 1, 5, 5)
+    later = Head("ann", "INBOX", plan.mailbox.uidvalidity + 1, 5, 5, 1)
     await begin_again(index, heads=[later])
     await deliver(index, 3)
     await index.checkpoint_done(plan, ("a", "b"), NOW)

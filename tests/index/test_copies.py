@@ -7,12 +7,13 @@ import pytest
 from powermail.base import limits
 from powermail.base.errors import OperatorError
 from powermail.index.contract import DropOrder, Fate, Index
-from powermail.storage.contract import START, Held, Origin, Position, Unread
+from powermail.storage.contract import START, Dropped, End, Held, Origin, Position, Unread
 from tests.index.support import (
     NODES,
     begin_again,
     deliver,
     elsewhere,
+    end_of,
     inbox,
     incarnation,
     key,
@@ -34,7 +35,7 @@ async def delete_all(index: Index, account: str = "ann") -> None:
 
 async def confirm_all(index: Index) -> None:
     for row in await index.node_rows():
-        await index.confirm_orders(row.id, await index.orders(row.id, 999))
+        await index.confirm_orders(row.id, await index.orders(row.id, 999), End(row.incarnation, row.end_seen))
 
 
 async def nodes_of(index: Index, number: int) -> tuple[str, ...]:
@@ -68,8 +69,8 @@ async def test_dead_messages_are_not_under_copied(index: Index) -> None:
 
 async def test_belief_grows_and_goes(index: Index) -> None:
     await deliver(index, 1, 2)
-    assert await index.believe(key(1), "c")
-    assert await index.believe(key(1), "c"), "said twice is fine"
+    assert await index.believe(key(1), "c", end_of("c"))
+    assert await index.believe(key(1), "c", end_of("c")), "said twice is fine"
     assert await nodes_of(index, 1) == ("a", "b", "c")
     assert await index.copies_on("c", b"", 9) == [key(1)]
     await index.disbelieve("a", [key(1), key(2), key(7)])
@@ -84,11 +85,38 @@ async def test_a_copy_of_what_died_meanwhile_is_not_believed_but_ordered_away(in
     await deliver(index, 1)
     await delete_all(index)
     await index.abort(key(2), ["a"])
-    assert not await index.believe(key(1), "c")
-    assert not await index.believe(key(2), "c")
+    assert not await index.believe(key(1), "c", end_of("c"))
+    assert not await index.believe(key(2), "c", end_of("c"))
     assert await index.orders("c", 9) == [key(1), key(2)]
-    assert not await index.believe(key(3), "c")
+    assert not await index.believe(key(3), "c", end_of("c"))
     assert await index.orders("c", 9) == [key(1), key(2)], "without a row reconcile will order a drop"
+
+
+async def test_a_note_of_another_disk_adds_no_belief(index: Index) -> None:
+    """Law 8: the copy was made on a disk that is gone."""
+    await deliver(index, 1)
+    await index.admit_node("c", "west", "c-2", "boot", START, START)
+    assert not await index.believe(key(1), "c", end_of("c"))
+    assert await nodes_of(index, 1) == ("a", "b")
+    assert await index.believe(key(1), "c", End("c-2", START))
+    assert await nodes_of(index, 1) == ("a", "b", "c")
+
+
+async def test_a_note_that_comes_after_later_news_of_the_node_adds_no_belief(index: Index) -> None:
+    """Law 8: what was found may have gone since, by an order or a drop, or on a walk."""
+    await deliver(index, 1)
+    await reconcile(index, "c", Position(4, 0))
+    assert not await index.believe(key(1), "c", end_of("c", Position(3, 9)))
+    assert await nodes_of(index, 1) == ("a", "b")
+    assert await index.believe(key(1), "c", end_of("c", Position(4, 0)))
+    await index.confirm_orders("c", [key(9)], end_of("c", Position(5, 0)))
+    assert not await index.believe(key(1), "c", end_of("c", Position(4, 9)))
+    await begin_again(index)
+    assert await index.walked("c", incarnation("c"), Position(6, 0), Position(6, 0), await index.raise_round())
+    assert not await index.believe(key(1), "c", end_of("c", Position(5, 0)))
+    await delete_all(index)
+    assert not await index.believe(key(1), "c", end_of("c", Position(5, 0)))
+    assert key(1) in await index.orders("c", 9), "of what is dead no copy may stay, however old the news of it"
 
 
 async def test_a_bad_copy_counts_no_more_until_the_keeper_has_looked(index: Index) -> None:
@@ -103,7 +131,7 @@ async def test_a_bad_copy_counts_no_more_until_the_keeper_has_looked(index: Inde
     assert await nodes_of(index, 1) == ("b",), "that its record is there does not make it good"
     await index.clear_suspect(key(1), "a")
     assert await index.suspects("a", b"", 9) == []
-    assert await index.believe(key(1), "a")
+    assert await index.believe(key(1), "a", end_of("a"))
     assert await nodes_of(index, 1) == ("a", "b")
 
 
@@ -113,7 +141,7 @@ async def test_a_disk_that_damages_copies_leaves_a_trace_also_when_they_were_rep
     await index.note_bad(key(1), "a", "checksum")
     await index.note_bad(key(1), "a", "the same, seen again")
     await index.note_bad(key(9), "a", "of no message")
-    await index.believe(key(1), "a")
+    await index.believe(key(1), "a", end_of("a"))
     await index.note_bad(key(2), "a", "checksum")
     found = await index.damages()
     assert list(found) == ["a"]
@@ -143,9 +171,36 @@ async def test_orders_wait_until_their_node_confirms(index: Index) -> None:
     await delete_all(index)
     assert await index.orders("a", 2) == [key(1), key(2)]
     assert await index.orders_total("a") == (3, 0)
-    await index.confirm_orders("a", [key(1), key(2)])
+    await index.confirm_orders("a", [key(1), key(2)], end_of("a"))
     assert await index.orders("a", 9) == [key(3)]
     assert await index.orders("b", 9) == [key(1), key(2), key(3)]
+
+
+async def test_what_was_confirmed_lies_before_an_end_that_counts_as_seen(index: Index) -> None:
+    """Law 12: a disk that ends before it is an older one, although reconcile has not come so far."""
+    await deliver(index, 1, 2)
+    await reconcile(index, "a", Position(4, 0), [(3, place(3), Origin.REPAIR)])
+    await delete_all(index)
+    await index.confirm_orders("a", [key(1)], end_of("a", Position(5, 0)))
+    row = (await index.node_rows())[0]
+    assert (row.watermark, row.end_seen) == (Position(4, 0), Position(5, 0))
+    await index.confirm_drops("a", await index.drops("a", 9), Dropped((), end_of("a", Position(6, 0))))
+    await index.confirm_orders("a", [key(2)], end_of("a", Position(5, 5)))
+    assert (await index.node_rows())[0].end_seen == Position(6, 0), "it never falls"
+    assert await index.orders_total("a") == (0, 0)
+
+
+async def test_another_disk_confirms_nothing(index: Index) -> None:
+    """What was written on a disk that is gone says nothing about the one in its place."""
+    await deliver(index, 1)
+    await reconcile(index, "a", Position(4, 0), [(3, place(3), Origin.REPAIR)])
+    await delete_all(index)
+    await index.admit_node("a", "north", "a-2", "boot", START, START)
+    await index.confirm_orders("a", [key(1)], end_of("a"))
+    await index.confirm_drops("a", await index.drops("a", 9), Dropped((), end_of("a")))
+    assert await index.orders_total("a") == (1, 1)
+    assert (await index.node_rows())[0].end_seen == START
+    await index.confirm_orders("d", [key(1)], End("d-1", END))  # nor does a node that is no member
 
 
 async def test_a_message_dies_with_its_last_reference_only(index: Index) -> None:
@@ -164,10 +219,23 @@ async def test_confirming_a_drop_removes_the_belief(index: Index) -> None:
     await reconcile(index, "c", END, [(1, place(1), Origin.REPAIR), (2, place(2), Origin.MOVED)])
     assert await index.orders_total("c") == (0, 2)
     await deliver(index, 1)
-    await index.believe(key(1), "c")
-    await index.confirm_drops("c", await index.drops("c", 1))
+    await index.believe(key(1), "c", end_of("c"))
+    await index.confirm_drops("c", await index.drops("c", 1), Dropped((), end_of("c")))
     assert await nodes_of(index, 1) == ("a", "b")
     assert await index.drops("c", 9) == [DropOrder(key(2), place(2))]
+
+
+async def test_a_drop_leaves_the_belief_in_another_copy_that_is_live_there(index: Index) -> None:
+    """Law 6: the node says which, when it confirms."""
+    await deliver(index, 1, 2, nodes=("b", "c"))
+    await reconcile(index, "c", END, [(3, place(3), Origin.REPAIR), (4, place(4), Origin.REPAIR)])
+    await deliver(index, 3, 4)
+    for number in (3, 4):
+        assert await index.believe(key(number), "c", end_of("c"))
+    await index.confirm_drops("c", await index.drops("c", 9), Dropped((key(4),), end_of("c")))
+    assert await nodes_of(index, 3) == ("a", "b")
+    assert await nodes_of(index, 4) == ("a", "b", "c")
+    assert await index.orders_total("c") == (0, 0)
 
 
 # -- nodes --------------------------------------------------------------------------------------------------------------
@@ -219,8 +287,8 @@ async def test_expulsion_ends_all_that_was_known_of_a_node_and_retires_it_for_ev
     assert await index.unread("c", 9) == []
     assert await nodes_of(index, 3) == ("a", "b")
     assert index.mark().retired == (incarnation("c"),)
-    await index.confirm_orders("a", [key(1)])
-    await index.confirm_orders("b", [key(1)])
+    await index.confirm_orders("a", [key(1)], end_of("a"))
+    await index.confirm_orders("b", [key(1)], end_of("b"))
     await scan_all(index)
     assert await index.forget(9) == 1, "a node that was expelled holds nothing back"
 
@@ -289,7 +357,7 @@ async def test_an_order_holds_forgetting_back_and_raises_the_round(index: Index)
     await scan_all(index)
     await reconcile(index, "c", END, [(1, place(1), Origin.DELIVERY)])
     assert await index.forget(9) == 1, "the other one"
-    await index.confirm_orders("c", [key(1)])
+    await index.confirm_orders("c", [key(1)], end_of("c"))
     assert await index.forget(9) == 0, "it was ordered in this round: a new one must see the log"
     await scan_all(index)
     assert await index.forget(9) == 1

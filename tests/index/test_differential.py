@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from powermail.base.errors import IndexTrouble, OperatorError
 from powermail.index.contract import Attempt, Batch, Delivery, FlagChange, Head, Index
 from powermail.mail.envelope import Commit, Target
-from powermail.storage.contract import START, Held, Mark, Origin, Position, Receipt, Unread
+from powermail.storage.contract import START, Dropped, End, Held, Mark, Origin, Position, Receipt, Unread
 from tests.index.support import NODES, NOW, RIGS, Rig, commit, elsewhere, inbox, key
 
 SEEDS, STEPS = 25, 80
@@ -178,7 +178,8 @@ class Operations:
 
     async def do_believe(self) -> None:
         number, node = self.number(), self.chance.choice("abcd")
-        await self.twins.ask(f"believe {number} {node}", lambda index: index.believe(key(number), node))
+        end = End(f"{node}-{self.chance.choice([1, 1, 1, 2])}", self.position())
+        await self.twins.ask(f"believe {number} {node} {end}", lambda index: index.believe(key(number), node, end))
 
     async def do_disbelieve(self) -> None:
         keys, node = [key(number) for number in self.some()], self.chance.choice("abcd")
@@ -197,9 +198,11 @@ class Operations:
         if row is None:
             return
         keys = await self.twins.ask("orders", lambda index: index.orders(row.id, 5))
-        await self.twins.ask(f"confirm {row.id} {keys}", lambda index: index.confirm_orders(row.id, keys))
+        end = End(row.incarnation if self.chance.random() < 0.9 else "another", self.position())
+        await self.twins.ask(f"confirm {row.id} {keys} {end}", lambda index: index.confirm_orders(row.id, keys, end))
         drops = await self.twins.ask("drops", lambda index: index.drops(row.id, 3))
-        await self.twins.ask(f"confirm {row.id} {drops}", lambda index: index.confirm_drops(row.id, drops))
+        done = Dropped(tuple([drop.key for drop in drops if self.chance.random() < 0.3]), end)
+        await self.twins.ask(f"confirm {row.id} {drops} {done}", lambda index: index.confirm_drops(row.id, drops, done))
 
     async def do_round(self) -> None:
         number = await self.twins.ask("round", lambda index: index.raise_round())
@@ -248,10 +251,19 @@ class Operations:
         await self.twins.ask("epoch", lambda index: index.raise_epoch([mark], "why"))
         boxes = await self.twins.rigs[0].index.mailboxes(0, 99)
         heads = [
-            Head(f.account, f.name, f.uidvalidity + self.chance.choice([0, 0, 0, 1, -1]), f.uid_next + 3, f.modseq + 5)
+            Head(
+                f.account,
+                f.name,
+                f.uidvalidity + self.chance.choice([0, 0, 0, 1, -1]),
+                f.uid_next + 3,
+                f.modseq + 5,
+                self.chance.choice([1, 2]),
+            )
             for f in boxes
         ]
         await self.twins.ask(f"heads {heads}", lambda index: index.learn_heads(heads))
+        far = await self.twins.ask("far heads", lambda index: index.far_heads(3))
+        await self.twins.ask("heads written", lambda index: index.heads_written(far))
         await self.twins.ask("early", lambda index: index.caught_up())
         await self.do_deliver()
         await self.twins.ask("begin", lambda index: index.begin_epoch())

@@ -231,11 +231,12 @@ async def test_what_nodes_remember_of_a_later_epoch_or_writer_proves_a_loss(rig:
     tag, count = mark.slots[number]
     for later in (
         Mark(epoch=mark.epoch + 1),
-        Mark(sequence=number + 1),
-        Mark(number, {number: (tag, count + 1)}),
-        Mark(number, {number: ("another", 0)}),
+        Mark(number + 1, {}, mark.epoch),
+        Mark(number, {number: (tag, count + 1)}, mark.epoch),
+        Mark(number, {number: ("another", 0)}, mark.epoch),
     ):
         assert rig.index.lost(later) != ""
+        assert rig.index.lost(Mark(later.sequence, later.slots, mark.epoch - 1)) == "", "settled when the epoch was raised"
     assert rig.index.lost(Mark()) == ""
 
 
@@ -252,6 +253,13 @@ async def test_a_writer_slot_is_pruned_only_by_a_round_completed_after_it_stoppe
     await scan_all(index)
     await index.forget(9)
     assert set(index.mark().slots) == {second.sequence}
+    assert index.mark() == await index.proof(index.connection)
+    number, (tag, count) = first.sequence, first.slots[first.sequence]
+    more = Mark(second.sequence, {number: (tag, count + 99)}, second.epoch)
+    assert index.lost(more) != "", "it is compared until every node was told that it is left out"
+    await scan_all(index)
+    await scan_all(index)
+    assert index.lost(more) == ""
     assert index.lost(first) == index.lost(second) == "", "missing at or below the sequence: pruned"
 
 
@@ -272,6 +280,111 @@ async def test_a_process_that_finds_its_writer_slot_lower_stops_numbering_and_li
     await begin_again(index)
     await deliver(index, 3)
     assert await last_uid(index) == 2 + JUMP
+
+
+async def test_a_process_takes_a_new_writer_slot_each_time_it_connects(rig: Rig) -> None:
+    """Law 10: what still travels of the old one's transactions never looks like the new one's."""
+    before = rig.index.mark()
+    await rig.die()
+    again = await rig.start()
+    after = again.mark()
+    assert after.sequence == before.sequence + 1 and before.slots.items() <= after.slots.items()
+    assert await again.proof(again.connection) == after
+
+
+async def test_a_process_looks_at_its_old_slot_before_it_takes_a_new_one(room: Path) -> None:
+    """Law 10: the index failed over under a running process. Lower: lost; as it was, or gone as pruned ones go: a new slot."""
+    rig = MemoryRig(room)
+    index = await rig.start()
+    await admit(index)
+    old, slot = rig.backup(), index.mark().sequence
+    rig.put_back(old)
+    connection = index.connection
+    with pytest.raises(IndexTrouble):
+        await index.find_mailbox("ann", "INBOX")
+    assert index.unsettled, "it waits for the logs"
+    await deliver(index, 1)
+    mark = index.mark()
+    assert mark.sequence == slot + 1 and set(mark.slots) == {slot, slot + 1}
+    assert await index.proof(connection) == mark
+    index.settled()
+    rig.put_back(old)
+    with pytest.raises(IndexTrouble):
+        await index.proof(connection)
+    with pytest.raises(IndexLost):
+        await index.proof(index.connection)
+    with pytest.raises(IndexLost):
+        await index.deliver(delivery(2))
+    assert index.lost(Mark()) != ""
+
+
+async def test_a_mark_still_says_what_its_process_did_after_the_index_was_put_back(room: Path) -> None:
+    """Law 10: the epoch and the counts are those of its last transaction, so that the node it goes to shows the loss."""
+    rig = MemoryRig(room)
+    index = await rig.start()
+    await admit(index)
+    old = rig.backup()
+    await index.abort(key(1), ["a"])
+    rig.put_back(old)
+    assert index.lost(index.mark()) != ""
+
+
+async def test_readers_wait_after_a_process_that_died_and_not_after_one_that_stopped(rig: Rig) -> None:
+    """Laws 6, 10: what it had listed may be missing, and nothing else shows it (P7)."""
+    await admit(rig.index)
+    await deliver(rig.index, 1)
+    box = await mailbox(rig.index)
+    rig.settles = False
+    await rig.stop()
+    index = await rig.start()
+    assert not index.unsettled and await uids(index, box) == [1]
+    for _ in range(2):
+        await rig.die()
+        index = await rig.start()
+        assert index.unsettled and not index.catching_up and index.numbering
+        for read in (index.find_mailbox("ann", "INBOX"), index.entries(box, 0, 99, 9), index.view(box), index.tail(box, 0, 1)):
+            with pytest.raises(IndexTrouble):
+                await read
+    await deliver(index, 2)
+    index.settled()
+    assert await uids(index, box) == [1, 2 + 2 * UNCLEAN]
+
+
+async def test_no_transaction_gives_a_mailbox_more_numbers_than_a_leap_makes_up_for(rig: Rig) -> None:
+    """Law 10: marks go to nodes between transactions; what one COPY or MOVE gives may be lost with it, and be given again."""
+    index, most = rig.index, limits.NUMBERS_AT_ONCE_MAX
+    await admit(index)
+    await deliver(index, 1)
+    box = await mailbox(index)
+    there = (await index.make_mailbox("ann", "Archive")).id
+    given = 1
+    while given <= most:
+        await asyncio.sleep(0)
+        given += len(await index.copy(box, range(1, min(given, most + 1 - given) + 1), box))
+    before = index.mark()
+    for call in (index.copy(box, range(1, most + 2), there), index.move(box, range(1, most + 2), there)):
+        with pytest.raises(ValueError, match=str(most)):
+            await call
+    assert index.mark() == before and await uids(index, there) == []
+    numbered = index.numbered
+    assert len(await index.copy(box, range(1, most + 1), there)) == most
+    assert index.numbered - numbered >= most
+    numbered = index.numbered
+    assert len(await index.move(box, range(2, most + 9), there)) == most
+    assert index.numbered - numbered >= most
+
+
+async def test_numbers_of_deliveries_adoption_and_changes_are_counted(rig: Rig) -> None:
+    index = rig.index
+    await admit(index)
+    counts = [index.numbered]
+    await deliver(index, 1, 2, to=[inbox(), inbox("bob")])
+    counts.append(index.numbered)
+    await reconcile(index, "a", Position(2, 9), [(3, Position(1, 9), Origin.DELIVERY)], commits=[(3, commit(3))])
+    counts.append(index.numbered)
+    await index.store(await mailbox(index), [1], FlagChange.ADD, 1, None)
+    counts.append(index.numbered)
+    assert all(after - before >= least for before, after, least in zip(counts, counts[1:], (2, 1, 1), strict=False))
 
 
 # -- a new epoch --------------------------------------------------------------------------------------------------------
@@ -353,10 +466,10 @@ async def test_heads_of_checkpoints_raise_numbers_before_any_is_given(rig: Rig) 
     await deliver(index, 1, to=[inbox(), inbox("bob"), inbox("cat")])
     facts = {name: await facts_of(index, name) for name in ("ann", "bob", "cat")}
     heads = [
-        Head("ann", "INBOX", facts["ann"].uidvalidity, 5000, 7000),
-        Head("bob", "INBOX", facts["bob"].uidvalidity, 1, 1),
-        Head("cat", "INBOX", facts["cat"].uidvalidity - 1, 5000, 7000),
-        Head("dan", "INBOX", facts["cat"].uidvalidity + 10 * JUMP, 5000, 7000),
+        Head("ann", "INBOX", facts["ann"].uidvalidity, 5000, 7000, 1),
+        Head("bob", "INBOX", facts["bob"].uidvalidity, 1, 1, 1),
+        Head("cat", "INBOX", facts["cat"].uidvalidity - 1, 5000, 7000, 1),
+        Head("dan", "INBOX", facts["cat"].uidvalidity + 10 * JUMP, 5000, 7000, 1),
     ]
     await begin_again(index, heads=heads)
     await deliver(index, 2, to=[inbox(), inbox("bob"), inbox("cat"), inbox("dan")])
@@ -366,6 +479,88 @@ async def test_heads_of_checkpoints_raise_numbers_before_any_is_given(rig: Rig) 
     assert after["ann"].modseq == 7000 + JUMP + 1
     assert [after[name].uidvalidity for name in facts] == [facts[name].uidvalidity for name in facts]
     assert after["dan"].uidvalidity > facts["cat"].uidvalidity + 10 * JUMP, "unknown ones teach the counter"
+
+
+async def test_a_head_and_the_row_each_jump_from_their_own_epoch(rig: Rig) -> None:
+    """Law 11: the row jumped in an epoch of which the backup knows nothing, and the checkpoint is older than that epoch."""
+    index = rig.index
+    await admit(index)
+    await deliver(index, 1, to=[inbox(), inbox("bob")])
+    ann, bob = await facts_of(index), await facts_of(index, "bob")
+    heads = [Head("ann", "INBOX", ann.uidvalidity, 5000, 7000, 1), Head("bob", "INBOX", bob.uidvalidity, 5000, 7000, 3)]
+    await index.raise_epoch([Mark(epoch=4)], "a test says so")
+    for _ in range(2):
+        await index.learn_heads(heads)  # of every node that has it
+    await index.begin_epoch()
+    await walk_all(index)
+    await deliver(index, 2, to=[inbox(), inbox("bob")])
+    assert await last_uid(index) == 5000 + 4 * JUMP
+    assert (await uids(index, bob.id))[-1] == 2 + 4 * JUMP, "the row's own is farther"
+    assert (await facts_of(index, "bob")).modseq > 7000 + 2 * JUMP
+
+
+async def test_an_epoch_gives_no_mailbox_more_numbers_than_a_jump_beyond_what_nodes_show(rig: Rig) -> None:
+    """Law 11: else a rebuild, which goes on from the checkpoint by a jump for each epoch, would give them again."""
+    index = rig.index
+    await admit(index)
+    await deliver(index, 1)
+    box = await mailbox(index)
+    plan = await index.checkpoint_plan(box)
+    assert plan is not None
+    await index.checkpoint_done(plan, ("a", "b"), NOW)
+    shown = Head("ann", "INBOX", plan.mailbox.uidvalidity, plan.mailbox.uid_next + JUMP // 3, plan.mailbox.modseq, plan.epoch)
+    await begin_again(index, heads=[shown])
+    assert await index.far_heads(9) == []
+    await deliver(index, 2)
+    assert await last_uid(index) == shown.uid_next + JUMP
+    later = shown._replace(uid_next=plan.mailbox.uid_next + JUMP)
+    assert await index.raise_epoch([], "a test says so") == 3
+    await index.learn_heads([later])
+    (far,) = await index.far_heads(9)
+    assert (far.uid_next, far.epoch) == (later.uid_next + 2 * JUMP, 3), "durable on R groups before a number is given"
+    await index.begin_epoch()  # a keeper would have written it
+    await walk_all(index)
+    with pytest.raises(IndexTrouble):
+        await index.deliver(delivery(3))
+    assert await index.checkpoint_due(rig.clock.at, 9) == [box]
+
+
+async def test_what_a_mailbox_reaches_is_written_and_it_goes_on_from_there(rig: Rig) -> None:
+    """Law 11: no checkpoint can be written before the walks end, and they need numbers."""
+    index = rig.index
+    await admit(index)
+    await deliver(index, 1, to=[inbox(), inbox("bob")])
+    uidvalidity = (await facts_of(index)).uidvalidity
+    await index.raise_epoch([], "a test says so")
+    await index.learn_heads([Head("ann", "INBOX", uidvalidity, 9 * JUMP, 9 * JUMP + 5, 1)])
+    far = await index.far_heads(9)
+    assert far == [Head("ann", "INBOX", uidvalidity, 10 * JUMP, 10 * JUMP + 5, 2)]
+    await index.heads_written(far)
+    assert await index.far_heads(9) == []
+    await index.begin_epoch()
+    await walk_all(index)
+    await deliver(index, 2)
+    assert await last_uid(index) == 10 * JUMP
+    assert await index.audit() == []
+
+
+async def test_a_mailbox_without_room_for_its_leap_is_checkpointed_where_it_stands(rig: Rig) -> None:
+    """Laws 10, 11: it waits for that checkpoint, and would wait for ever."""
+    index = rig.index
+    await admit(index)
+    await deliver(index, 1)
+    uidvalidity = (await facts_of(index)).uidvalidity
+    await begin_again(index, heads=[Head("ann", "INBOX", uidvalidity, JUMP // 2 - 20, 9, 1)])
+    box = await mailbox(index)
+    for _ in range(JUMP // UNCLEAN // 2 + 1):
+        await rig.die()
+        index = await rig.start()
+    with pytest.raises(IndexTrouble):
+        await index.deliver(delivery(2))
+    plan = await index.checkpoint_plan(box)
+    assert plan is not None
+    await index.checkpoint_done(plan, ("a", "b"), rig.clock.at)
+    await deliver(index, 2)
 
 
 @pytest.mark.parametrize("why", ["short", "later"])
@@ -381,9 +576,9 @@ async def test_a_mailbox_whose_uids_are_spent_begins_anew_with_all_its_messages(
     await index.expunge(box, [2])
     before, old = await index.view(box), await facts_of(index)
     if why == "short":
-        head = Head("ann", "INBOX", old.uidvalidity, limits.UID_MAX - JUMP - 5, 10)
+        head = Head("ann", "INBOX", old.uidvalidity, limits.UID_MAX - JUMP - 5, 10, 1)
     else:
-        head = Head("ann", "INBOX", old.uidvalidity + 7, 3, 10)
+        head = Head("ann", "INBOX", old.uidvalidity + 7, 3, 10, 1)
     await begin_again(index, heads=[head])
     stored = await index.store(box, [3], FlagChange.ADD, 2, None)
     assert stored.changed == (3,)
@@ -413,6 +608,7 @@ class History:
         self.rig, self.chance = rig, random.Random(seed)
         self.remembered = Mark()
         self.heads: dict[tuple[str, str], Head] = {}
+        self.far: list[Head] = []  # durable on nodes beside them
         self.backups: list[tuple[Any, bool]] = []
         self.shown: dict[tuple[str, int, int], bytes] = {}  # mailbox, UIDVALIDITY, UID: the key it means for ever
         self.validities: dict[int, str] = {}
@@ -426,7 +622,7 @@ class History:
         """What a process does before its first number (law 10)."""
         index = await self.rig.start()
         if index.lost(self.remembered):
-            await begin_again(index, self.remembered, heads=list(self.heads.values()))
+            await begin_again(index, self.remembered, heads=[*self.heads.values(), *self.far], far=self.far)
         self.remember()
 
     async def look(self) -> None:
@@ -476,7 +672,7 @@ class History:
         plan = await index.checkpoint_plan(box)
         if plan is not None:
             at = plan.mailbox
-            self.heads[at.account, at.name] = Head(at.account, at.name, at.uidvalidity, at.uid_next, at.modseq)
+            self.heads[at.account, at.name] = Head(at.account, at.name, at.uidvalidity, at.uid_next, at.modseq, plan.epoch)
             self.remember()  # a checkpoint carries the mark, durable before it
             await index.checkpoint_done(plan, ("a", "b"), self.rig.clock.at)
 

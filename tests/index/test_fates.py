@@ -10,7 +10,7 @@ import pytest
 from powermail.base import limits
 from powermail.base.errors import IndexTrouble
 from powermail.index.contract import Batch, Delivery, DropOrder, Fate, Index, Outcome, Reconciled
-from powermail.storage.contract import START, Held, Origin, Position, Receipt, Unread
+from powermail.storage.contract import START, End, Held, Origin, Position, Receipt, Unread
 from tests.index.support import (
     MemoryRig,
     Rig,
@@ -45,7 +45,7 @@ async def kill(index: Index, number: int) -> None:
     uid = next(e.uid for e in await index.entries(box, 0, 2**32, 999) if e.key == key(number))
     assert (await index.expunge(box, [uid])).dead == 1
     for row in await index.node_rows():
-        await index.confirm_orders(row.id, await index.orders(row.id, 999))
+        await index.confirm_orders(row.id, await index.orders(row.id, 999), End(row.incarnation, row.end_seen))
 
 
 # -- laws 3-5 -----------------------------------------------------------------------------------------------------------

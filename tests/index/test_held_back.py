@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from powermail.index.contract import Index
 from powermail.storage.contract import Origin
-from tests.index.support import key, place, reconcile, scan_all
+from tests.index.support import end_of, key, place, reconcile, scan_all
 from tests.index.test_copies import END, dead
 
 
@@ -18,5 +18,5 @@ async def test_an_order_that_was_not_confirmed_holds_forgetting_back_through_any
     assert await index.forget(9) == 1, "the other one"
     await scan_all(index)
     assert await index.forget(9) == 0
-    await index.confirm_orders("c", [key(1)])
+    await index.confirm_orders("c", [key(1)], end_of("c"))
     assert await index.forget(9) == 1

@@ -8,7 +8,7 @@ from hypothesis import strategies as some
 
 from powermail.base import limits
 from powermail.index import laws
-from powermail.index.contract import Fate
+from powermail.index.contract import Fate, Head
 from powermail.index.laws import Deed, Numbers, NumbersSpent
 from powermail.storage.contract import Mark, Origin
 
@@ -25,7 +25,7 @@ def test_a_mailbox_jumps_for_each_epoch_it_missed(missed: int) -> None:
     """Law 11: two restores of one backup are two epochs, so the second must jump further than the first."""
     row = laws.renumbered(ROW, 1 + missed, 0, 99)
     assert (row.uid_next, row.modseq, row.uidvalidity) == (11 + missed * JUMP, 21 + missed * JUMP, 5)
-    assert (row.epoch, row.base_uid, row.base_modseq) == (1 + missed, row.uid_next, row.modseq)
+    assert (row.epoch, row.base_uid, row.base_modseq) == (1 + missed, 1 + missed * JUMP, 1 + missed * JUMP), "its bound with it"
     assert laws.renumbered(row, 1 + missed, 0, 99) == row
 
 
@@ -87,22 +87,52 @@ def test_numbers_only_rise_and_no_uid_is_given_twice(steps: list[tuple[str, int]
             row = row._replace(modseq=row.modseq + 1)
 
 
+def head(uidvalidity: int, uid_next: int, modseq: int, epoch: int = 1) -> Head:
+    return Head("ann", "INBOX", uidvalidity, uid_next, modseq, epoch)
+
+
 def test_what_a_checkpoint_shows_is_learned() -> None:
-    assert laws.learned(ROW, 5, 40, 50)[:3] == (40, 50, 5)
-    assert laws.learned(ROW, 5, 3, 4)[:3] == (11, 21, 5)
-    assert laws.learned(ROW, 5, 40, 50)[5:] == (40, 50), "it is durable"
-    assert laws.learned(ROW, 5, 2**40, 50).uid_next == limits.UID_MAX + 1, "spent is spent"
+    assert laws.learned(ROW, head(5, 40, 50))[:3] == (40, 50, 5)
+    assert laws.learned(ROW, head(5, 3, 4)) == ROW
+    assert laws.learned(ROW, head(5, 40, 50))[5:] == (1, 1), "it may lie on one node only"
+    assert laws.learned(ROW, head(5, 2**40, 50)).uid_next == limits.UID_MAX + 1, "spent is spent"
+
+
+def test_each_source_jumps_from_its_own_epoch_and_the_farther_counts() -> None:
+    """Law 11: what was numbered in an older epoch may have got further since than what is shown of a later one."""
+    later = ROW._replace(epoch=3)
+    learned = laws.learned(later, head(5, 40, 50, 1))
+    assert learned[:4] == (40 + 2 * JUMP, 50 + 2 * JUMP, 5, 3)
+    assert laws.learned(ROW, head(5, 40, 50, 3)) == ROW, "the row's own reaches farther"
+    assert laws.learned(ROW, head(5, 2 * JUMP + 11, 5 * JUMP, 3))[:4] == (2 * JUMP + 11, 5 * JUMP, 5, 3)
+    assert laws.learned(ROW, head(5, 1, 1, 0)).uid_next == 1 + JUMP, "of an epoch that is not known it may be any"
+
+
+def test_a_row_that_a_head_moves_far_beyond_its_bound_can_stand_and_gives_no_number() -> None:
+    row = laws.learned(ROW, head(5, 5 * JUMP, 7 * JUMP))
+    assert (row.uid_next - row.base_uid, row.modseq - row.base_modseq) == (JUMP, JUMP)
+    assert laws.reaches(row, 4, 2) == row._replace(
+        uid_next=8 * JUMP + 2 * UNCLEAN,
+        modseq=10 * JUMP + 2 * UNCLEAN,
+        epoch=4,
+        start=2,
+        base_uid=7 * JUMP,
+        base_modseq=9 * JUMP,
+    )
+    assert laws.reaches(ROW, 4, 2) is None
+    with pytest.raises(NumbersSpent):
+        laws.renumbered(row, 4, 0, 99)
 
 
 def test_a_later_uidvalidity_in_a_checkpoint_spends_the_uids_of_the_one_that_is_known() -> None:
     """How far the earlier one got is not known any more: the checkpoint that said so was replaced."""
-    row = laws.learned(ROW, 6, 3, 50)
+    row = laws.learned(ROW, head(6, 3, 50))
     assert row.modseq == 50
     assert laws.renumbered(row, 2, 0, 99).uidvalidity == 99
 
 
 def test_an_earlier_uidvalidity_in_a_checkpoint_teaches_modseqs_only() -> None:
-    assert laws.learned(ROW, 4, 1000, 50)[:3] == (11, 50, 5)
+    assert laws.learned(ROW, head(4, 1000, 50))[:3] == (11, 50, 5)
 
 
 def test_uidvalidity_rises_whatever_the_clock_says() -> None:
@@ -137,7 +167,8 @@ SLOTS = {3: ("tag", 10), 4: ("gat", 7)}
     [
         (Mark(), ""),
         (Mark(4, SLOTS, 2), ""),
-        (Mark(4, {3: ("tag", 9)}, 1), ""),
+        (Mark(4, {3: ("tag", 9)}, 2), ""),
+        (Mark(9, {3: ("other", 99), 9: ("new", 1)}, 1), ""),  # of an older epoch: settled when it was raised
         (Mark(4, {2: ("old", 900)}, 2), ""),  # missing at or below the sequence: pruned
         (Mark(4, SLOTS, 3), "epoch"),
         (Mark(5, SLOTS, 2), "gave only"),

@@ -26,6 +26,7 @@ from tests.index.support import (
     deliver,
     delivery,
     elsewhere,
+    end_of,
     inbox,
     incarnation,
     key,
@@ -332,11 +333,11 @@ async def test_forgetting_goes_on_behind_what_waits_for_a_node(rig: SqliteRig) -
     index = rig.index
     await deliver(index, *range(1, 31))
     await index.expunge(await mailbox(index), list(range(1, 31)))
-    await index.confirm_orders("a", [key(number) for number in range(1, 31)])
-    await index.confirm_orders("b", [key(number) for number in range(11, 31)])
+    await index.confirm_orders("a", [key(number) for number in range(1, 31)], end_of("a"))
+    await index.confirm_orders("b", [key(number) for number in range(11, 31)], end_of("b"))
     await scan_all(index)
     assert [await index.forget(7) for _ in range(4)] == [7, 7, 6, 0]
-    await index.confirm_orders("b", [key(number) for number in range(1, 11)])
+    await index.confirm_orders("b", [key(number) for number in range(1, 11)], end_of("b"))
     assert [await index.forget(7) for _ in range(3)] == [7, 3, 0]
 
 
@@ -390,3 +391,25 @@ async def test_a_comparison_that_the_first_release_owes_drops_orphans_and_delete
     await index.note_compared("a")
     assert not any(row.owes_compare for row in await index.node_rows())
     assert (await index.settle_inventory("a", incarnation("a"), items[:1], START, {}, False)).lost
+
+
+async def test_a_proof_counts_what_was_committed_behind_the_back_of_the_copy_in_memory(room: Path) -> None:
+    """Law 10: a reading lane may see a transaction before the process knows that it is committed; the mark must count it."""
+    rig = SqliteRig(room)
+    index = await rig.start()
+    await admit(index)
+    mark = index.mark()
+    with closing(sqlite3.connect(rig.path)) as other:
+        other.execute("UPDATE writers SET count = count + 1 WHERE id = ?", (mark.sequence,))
+        other.execute("INSERT INTO orders VALUES ('a', ?)", (key(1),))
+        other.commit()
+        assert await index.orders("a", 9) == [key(1)] and index.mark() == mark
+        proof = await index.proof(index.connection)
+        tag, count = mark.slots[mark.sequence]
+        assert proof.slots == {**mark.slots, mark.sequence: (tag, count + 1)}
+        assert (proof.epoch, proof.sequence, proof.uidvalidity) == (mark.epoch, mark.sequence, mark.uidvalidity)
+        other.execute("UPDATE writers SET count = 0")
+        other.commit()
+    with pytest.raises(IndexLost):
+        await index.proof(index.connection)
+    await rig.die()

@@ -32,7 +32,7 @@ change = some.builds(
     Change,
     some.integers(2**41, 2**42),
     some.sampled_from(Op),
-    some.integers(0, 7),
+    some.integers(0, 7) | flags,
     some.sets(some.integers(1, 300), max_size=40).map(lambda uids: tuple(sorted(uids))),
 )
 
@@ -75,6 +75,27 @@ def test_changes_do_what_a_plain_dict_says(rows: list[Entry], changes: list[Chan
     keys = {row[0]: row[1] for row in rows}
     assert all(view.key(view.place(uid)) == keys[uid] for uid in plain)
     assert seen(View.unpack(view.pack(7))) == seen(view)
+
+
+def octets_each(view: View) -> float:
+    columns = (view.uids, view.flags, view.modseqs, view.octets, view.dates)
+    return sum(column.itemsize * len(column) for column in columns) / len(view) + len(view.keys) / len(view)
+
+
+def test_a_view_takes_36_octets_a_message_and_more_only_where_a_number_needs_it() -> None:
+    view = made([(uid, bytes(16), 31, uid, 5000, 1_800_000_000.0 + uid) for uid in range(1, 10_001)])
+    assert octets_each(view) == 33, "system flags only"
+    view.apply(Change(20_000, Op.ADD_FLAGS, 1 << 31, (7,)))
+    assert octets_each(view) == 36, "17 keywords"
+    view.apply(Change(1 << 40, Op.ADD_FLAGS, 1 << 62, (8,)))
+    assert octets_each(view) == 44, "48 keywords, and a MODSEQ behind 4,294 losses of the index"
+    view.arrive([(10_001, b"k" * 16, 0, 20_001, 1 << 33, -1.0)])
+    assert octets_each(view) == 52, "a message of 8 GiB, dated 1969"
+    rows = list(view.rows())
+    assert rows[6] == (7, bytes(16), 31 | 1 << 31, 20_000, 5000, 1_800_000_007.0)
+    assert rows[7] == (8, bytes(16), 31 | 1 << 62, 1 << 40, 5000, 1_800_000_008.0)
+    assert rows[-1] == (10_001, b"k" * 16, 0, 20_001, 1 << 33, -1.0)
+    assert list(View.unpack(view.pack()).rows()) == rows
 
 
 @given(views, some.integers(0, 60), some.lists(change, max_size=8))

@@ -132,8 +132,8 @@ class Installation:
         for name, node in self.nodes.items():
             keys = await self.index.orders(name, 1000)
             if keys:
-                await node.delete(keys, self.index.mark(), self.clock.wall)
-                await self.index.confirm_orders(name, keys)
+                end = await node.delete(keys, self.index.mark(), self.clock.wall)
+                await self.index.confirm_orders(name, keys, end)
 
     async def settle_logs(self) -> None:
         """All logs were read to their end, and held nothing new."""

@@ -16,6 +16,7 @@ from powermail.cluster.fetch import Fetcher
 from powermail.index.contract import Delivery, Fate, Head, NodeRow, Outcome
 from powermail.index.memory import MemoryIndex, MemoryStore
 from powermail.keeper.admission import Admission
+from powermail.keeper.checkpoint import heads
 from powermail.keeper.collect import Collector
 from powermail.keeper.compact import Compactor
 from powermail.keeper.epochs import EpochKeeper, Marker
@@ -99,8 +100,9 @@ class Rig:
 
     async def read_heads(self, node: StorageNode) -> AsyncIterator[list[Head]]:
         """What checkpoints of a node say."""
-        await node.checkpoints(b"", 1)
         yield self.heads.get(node.id, [])
+        async for page in heads(node):
+            yield page
 
     # -- mail ---------------------------------------------------------------------------------------------------------
 

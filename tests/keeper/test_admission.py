@@ -123,6 +123,44 @@ def test_an_older_disk_gets_a_birth_mark_and_brings_nothing_back() -> None:
     go(body)
 
 
+def test_a_disk_without_a_tombstone_that_it_confirmed_is_an_older_one() -> None:
+    """Law 12: also when nobody has scanned the log since. It brought a copy back that no row and no order knew."""
+
+    async def body(rig: Rig) -> None:
+        key = await rig.deliver("ab")
+        await rig.each(lambda node: rig.reconciler.advance(node, 0.0))
+        node, before = rig.nodes["a"], rig.nodes["a"].incarnation
+        old = node.snapshot()
+        await rig.delete(key)
+        await rig.collector.step(node)
+        assert await rig.held("a", key) is Held.DEAD and await rig.index.orders("a", 10) == []
+        await _roll_back(rig, "a", old)
+        facts = await node.facts()
+        assert facts.incarnation != before and facts.birth > START
+        await rig.keep(2000)
+        assert await rig.held("a", key) is not Held.LIVE
+        assert await rig.listed() == []
+
+    go(body)
+
+
+def test_a_disk_that_still_has_what_it_dropped_is_an_older_one() -> None:
+    async def body(rig: Rig) -> None:
+        orphan = rig.key()
+        await rig.put("a", orphan, Origin.REPAIR)
+        await rig.each(lambda node: rig.reconciler.advance(node, 0.0))
+        node, before = rig.nodes["a"], rig.nodes["a"].incarnation
+        old = node.snapshot()
+        await rig.collector.step(node)
+        assert await rig.held("a", orphan) is Held.ABSENT
+        await _roll_back(rig, "a", old)
+        assert node.incarnation != before
+        await rig.keep(300)
+        assert await rig.held("a", orphan) is Held.ABSENT
+
+    go(body)
+
+
 def test_copies_on_an_older_disk_are_believed_only_when_they_are_good() -> None:
     async def body(rig: Rig) -> None:
         good, bad = await rig.deliver("ab"), await rig.deliver("ab")

@@ -15,24 +15,26 @@ from hypothesis import strategies as some
 from powermail.base import limits
 from powermail.base.errors import NotRedundant, Trouble
 from powermail.base.lane import Lane
-from powermail.index.contract import CheckpointPlan, EntryFacts, FlagChange, MailboxFacts, Tail
+from powermail.index.contract import CheckpointPlan, EntryFacts, FlagChange, Head, MailboxFacts, Tail
 from powermail.index.view import Change, Op, View
-from powermail.keeper.checkpoint import heads, pages_of, write_purged
+from powermail.keeper.checkpoint import heads, heads_record, pages_of, write_heads, write_purged
 from powermail.keeper.checkpoint_form import (
     BadRecord,
     Kind,
     RecordHead,
     decode_head,
+    decode_heads,
     decode_queue,
     decode_tail,
     decode_whole,
+    encode_heads,
     encode_purged,
     encode_queue,
     encode_tail,
     encode_whole,
     record_name,
 )
-from powermail.storage.contract import Position
+from powermail.storage.contract import NodeState, Position
 from tests.keeper.installation import Installation, elsewhere, inbox, key
 
 TAG = b"12345678"
@@ -125,13 +127,14 @@ def samples() -> list[bytes]:
         encode_tail(plan_of(view, False), tail, {}, TAG, 5.0)[0],
         encode_purged("ann", TAG, 5.0),
         encode_queue({"a": ("1", Position(1, 1))}, [(key(1), "x@example.net")], 0, 1, TAG, 5.0),
+        encode_heads([Head("ann", "INBOX", 9, 5, 6, 1)], TAG, 5.0),
         zstandard.ZstdCompressor().compress(msgspec.json.encode(first)),
     ]
 
 
 def believed(octets: bytes) -> None:
     """Reads a record by every reader; all but BadRecord is a failure."""
-    readers = (decode_head, decode_queue, lambda one: decode_whole([one]), lambda one: decode_tail([one]))
+    readers = (decode_head, decode_queue, decode_heads, lambda one: decode_whole([one]), lambda one: decode_tail([one]))
     for read in readers:
         try:
             read(octets)
@@ -344,11 +347,23 @@ async def test_heads_show_the_numbers_of_all_checkpoints_also_of_incomplete_ones
     await node.put_checkpoint(bytes(16), 0, b"17", place.index.mark())  # the first release's count
     found = {head for each in place.nodes.values() async for page in heads(each, place.log) for head in page}
     known = {
-        (facts.account, facts.name, facts.uidvalidity, facts.uid_next, facts.modseq)
+        (facts.account, facts.name, facts.uidvalidity, facts.uid_next, facts.modseq, place.index.epoch)
         for facts in await place.index.mailboxes(0, 10)
     }
-    assert {tuple(head) for head in found} == known | {("ann", "INBOX", 9, view.uid_next, view.modseq)}
+    assert {tuple(head) for head in found} == known | {("ann", "INBOX", 9, view.uid_next, view.modseq, 3)}
     assert sum("node-damage" in line for line in place.log.lines) == 1
+
+
+async def test_far_heads_are_among_the_heads_and_no_later_record_replaces_them(place: Installation) -> None:
+    far = [[Head("ann", "INBOX", 9, 100 * number, 200 * number, number)] for number in (1, 2)]
+    for some_heads in far:
+        await write_heads(list(place.nodes.values()), 2, heads_record(place.world, some_heads), place.index.mark())
+    found = [head async for page in heads(place.nodes["a"], place.log) for head in page]
+    assert sorted(found, key=lambda head: head.epoch) == far[0] + far[1]
+    for name in ("a", "b"):
+        place.nodes[name].fail()
+    with pytest.raises(NotRedundant):
+        await write_heads(list(place.nodes.values()), 2, heads_record(place.world, far[0]), place.index.mark())
 
 
 async def test_purged_is_durable_on_copies_required_groups_before_anything_goes(place: Installation) -> None:
@@ -373,3 +388,24 @@ async def test_flags_and_keywords_are_in_the_checkpoint(place: Installation) -> 
     whole = decode_whole([octets for _, head, octets in await records(place, node) if head.kind is Kind.WHOLE])
     assert whole.keywords == {"$Junk": bit}
     assert list(whole.view.flags) == [bit]
+
+
+async def test_a_keeper_that_slept_over_its_checkpoint_takes_nothing_back(place: Installation) -> None:
+    """Law 11: its plan is older than what lies there by now; the nodes are well, and the next one is taken."""
+    await place.deliver(1)
+    mailbox = await place.mailbox()
+    slept = await place.index.checkpoint_plan(mailbox)
+    assert slept is not None
+    for number in range(2, 6):
+        await place.deliver(number)
+        assert await place.checkpointer.write(await place.index.checkpoint_plan(mailbox, whole=True))
+    before = {node: await records(place, node) for node in place.nodes}
+    for side in (0, 1):
+        await place.checkpointer.write(slept._replace(side=side))
+    for node, seen in before.items():
+        names = {name for name, _, _ in seen}
+        assert [each for each in await records(place, node) if each[0] in names] == seen
+    assert place.world.counters.get("law.11.older_checkpoints") > 0
+    await place.deliver(6)
+    assert await place.checkpointer.write(await place.index.checkpoint_plan(mailbox, whole=True))
+    assert all(node.state is NodeState.READ_WRITE for node in place.nodes.values())

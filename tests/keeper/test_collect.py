@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from powermail.base.errors import NodeTrouble
-from powermail.storage.contract import Held, Origin
+import pytest
+
+from powermail.base.errors import IndexTrouble, MarkRefused, NodeTrouble
+from powermail.index.memory import MemoryIndex
+from powermail.keeper.belief import end_of
+from powermail.storage.contract import Held, Mark, Origin, Position
 from tests.keeper.rig import Rig, go
 
 
@@ -69,6 +73,53 @@ def test_a_suspected_copy_that_is_good_counts_again() -> None:
     go(body)
 
 
+def test_a_suspicion_stays_until_the_index_takes_the_news() -> None:
+    """Law 8: the node went on while its copy was read, so it is looked at again."""
+
+    async def body(rig: Rig) -> None:
+        key = await rig.deliver("ab")
+        await rig.index.note_bad(key, "a", "bad")
+        node = rig.nodes["a"]
+        verify = node.verify
+
+        async def slow(key: bytes) -> Position:
+            node.verify = verify  # type: ignore[method-assign]
+            await rig.put("a", rig.key())
+            await rig.reconciler.advance(node, 0.0)
+            return await verify(key)
+
+        node.verify = slow  # type: ignore[method-assign]
+        await rig.collector.step(node)
+        assert await rig.index.suspects("a", b"", 10) == [key]
+        assert await rig.believed(key) == ("b",)
+        await rig.collector.step(node)
+        assert await rig.index.suspects("a", b"", 10) == []
+        assert await rig.believed(key) == ("a", "b")
+
+    go(body)
+
+
+def test_a_dropped_copy_leaves_the_belief_in_another_that_is_live_there() -> None:
+    """Law 6: a copy was found bad and another was made in its place, before the drop of the first was carried out."""
+
+    async def body(rig: Rig) -> None:
+        orphan = rig.key()
+        first = await rig.put("c", orphan, Origin.REPAIR)
+        await rig.each(lambda node: rig.reconciler.advance(node, 0.0))
+        node = rig.nodes["c"]
+        assert [drop.position for drop in await rig.index.drops("c", 10)] == [first.position]
+        await node.drop([(orphan, first.position)], rig.index.mark())  # and that was not noted
+        await rig.deliver("ab", orphan)
+        await rig.put("c", orphan, Origin.REPAIR)
+        assert await rig.index.believe(orphan, "c", await end_of(node))
+        await rig.collector.step(node)
+        assert await rig.index.drops("c", 10) == []
+        assert await rig.held("c", orphan) is Held.LIVE
+        assert await rig.believed(orphan) == ("a", "b", "c")
+
+    go(body)
+
+
 def test_a_bad_copy_goes_only_when_there_are_enough_good_ones_elsewhere() -> None:
     async def body(rig: Rig) -> None:
         key = await rig.deliver("ab")
@@ -77,7 +128,7 @@ def test_a_bad_copy_goes_only_when_there_are_enough_good_ones_elsewhere() -> Non
         await rig.each(rig.collector.step)
         assert await rig.held("a", key) is Held.LIVE, "it may be the best there is"
         await rig.put("c", key, Origin.REPAIR)
-        await rig.index.believe(key, "c")
+        await rig.index.believe(key, "c", await end_of(rig.nodes["c"]))
         await rig.each(rig.collector.step)
         assert await rig.held("a", key) is Held.ABSENT
         assert await rig.index.suspects("a", b"", 10) == []
@@ -108,5 +159,63 @@ def test_a_node_in_trouble_tells_its_own_worker() -> None:
         else:
             raise AssertionError("trouble is said, not passed over")
         rig.nodes["a"].release()
+
+    go(body)
+
+
+def test_a_tombstone_brings_the_count_of_whoever_ordered_it() -> None:
+    """Law 10: another process deleted the message, and its transaction is lost afterwards: the node shows that."""
+
+    async def body(rig: Rig) -> None:
+        other = MemoryIndex(rig.world, rig.store)
+        await other.open()
+        key = await rig.deliver("ab")
+        old = rig.store.snapshot()
+        box = await rig.index.find_mailbox("amy", "INBOX")
+        assert box is not None
+        await other.expunge(box.id, [entry.uid for entry in await rig.index.entries(box.id, 0, 2**32, 9)])
+        await rig.collector.step(rig.nodes["a"])
+        assert await rig.held("a", key) is Held.DEAD
+        mark = (await rig.nodes["a"].facts()).mark
+        rig.store.restore(old)
+        assert rig.index.lost(mark) != ""
+
+    go(body)
+
+
+def test_orders_that_were_read_before_an_older_index_was_put_back_reach_no_node() -> None:
+    """Law 10: with the counts of the older index they would hide that it lost the deletion."""
+
+    async def body(rig: Rig) -> None:
+        old = rig.store.snapshot()
+        key = await rig.deliver("ab")
+        await rig.delete(key)
+        orders = rig.index.orders
+
+        async def then_put_back(node: str, limit: int) -> list[bytes]:
+            keys = await orders(node, limit)
+            rig.store.restore(old)
+            return keys
+
+        rig.index.orders = then_put_back  # type: ignore[method-assign]
+        with pytest.raises(IndexTrouble):
+            await rig.collector.step(rig.nodes["a"])
+        assert await rig.held("a", key) is Held.LIVE
+
+    go(body)
+
+
+def test_a_node_that_knows_a_later_epoch_takes_no_tombstones_of_this_one() -> None:
+    """Law 10: what is sent may come of commits that are lost; the node's own mark says that they are."""
+
+    async def body(rig: Rig) -> None:
+        key = await rig.deliver("ab")
+        await rig.delete(key)
+        await rig.nodes["a"].put_mark(Mark(epoch=2))
+        with pytest.raises(MarkRefused):
+            await rig.collector.step(rig.nodes["a"])
+        assert await rig.held("a", key) is Held.LIVE and await rig.index.orders("a", 9) == [key]
+        await rig.keep(60)
+        assert rig.index.epoch == 3 and await rig.held("a", key) is Held.DEAD
 
     go(body)

@@ -19,7 +19,7 @@ from powermail.index.sqlite import SqliteIndex
 from powermail.index.view import View
 from powermail.keeper.checkpoint import heads, pages_of, write_purged
 from powermail.keeper.checkpoint_form import encode_whole
-from powermail.storage.contract import Held, Mark, Origin
+from powermail.storage.contract import Held, Mark, Origin, Rank
 from tests.keeper.installation import Installation, elsewhere, entries, held, inbox, key, numbers, shown
 
 
@@ -198,13 +198,47 @@ async def test_numbers_of_an_incomplete_checkpoint_count(place: Installation) ->
     assert facts.uid_next > top + limits.EPOCH_JUMP
 
 
-async def part_of_two(place: Installation, mailbox: int, uidvalidity: int = 0) -> bytes:
-    """The first record of a whole checkpoint, of which the second was never written."""
+async def test_each_record_jumps_from_its_own_epoch_and_the_farthest_counts(place: Installation) -> None:
+    """Law 11: what an earlier epoch shows may reach farther than the later record of an index that knew less."""
+    await place.deliver(1)
+    await place.checkpoint()
+    mailbox = await place.mailbox()
+    for name, epoch, more in ((b"y" * 16, 2, 1000), (b"z" * 16, 3, 10)):
+        await place.nodes["c"].put_checkpoint(name, 0, await part_of_two(place, mailbox, 0, epoch, more), place.index.mark())
+    uid_next = (await place.index.mailboxes(0, 1))[0].uid_next
+    await place.store(2)
+    await place.rebuild()
+    assert place.index.epoch == 4
+    assert (await numbers(place))[2] == max(uid_next + 1000 + 2 * limits.EPOCH_JUMP, uid_next + 3 * limits.EPOCH_JUMP)
+    assert (await numbers(place))[1] == 1
+
+
+async def test_what_too_few_groups_show_of_numbers_is_durable_before_a_rebuilt_index_goes_on_from_it(
+    place: Installation,
+) -> None:
+    """Law 11: else the next rebuild, which may have to do without that node, would give the same numbers again."""
+    await place.deliver(1)
+    await place.checkpoint()
+    far = await part_of_two(place, await place.mailbox(), more=limits.EPOCH_JUMP)
+    await place.nodes["c"].put_checkpoint(b"z" * 16, 0, far, place.index.mark())
+    await place.rebuild()
+    await place.deliver(2)
+    used = (await numbers(place))[2]
+    assert used > 2 * limits.EPOCH_JUMP
+    await place.lose_index()
+    await place.rebuild(without=["c"])
+    await place.deliver(3)
+    assert (await numbers(place))[3] > used
+
+
+async def part_of_two(place: Installation, mailbox: int, uidvalidity: int = 0, epoch: int = 0, more: int = 0) -> bytes:
+    """The first record of a whole checkpoint, of which the second was never written, `more` numbers later than now."""
     facts = next(facts for facts in await place.index.mailboxes(0, 10) if facts.id == mailbox)
+    facts = facts._replace(uid_next=facts.uid_next + more, modseq=facts.modseq + more)
     view = View(uidvalidity or facts.uidvalidity, facts.uid_next, facts.modseq)
     view.arrive((uid, key(uid), 0, 1, 1, 0.0) for uid in range(1, 2 + limits.VIEW_PART_ROWS))
     view.uid_next = facts.uid_next
-    plan = CheckpointPlan(facts, True, facts.modseq, 0, (), (), False, epoch=place.index.epoch)
+    plan = CheckpointPlan(facts, True, facts.modseq, 0, (), (), False, epoch=epoch or place.index.epoch)
     records = encode_whole(plan, view, {}, b"half", 0.0)
     assert len(records) == 2
     return records[0]
@@ -268,7 +302,7 @@ async def test_a_bad_record_makes_way_for_the_copy_on_another_node(place: Instal
     assert len(holding) == 2
     async for page in pages_of(holding[0]):
         for name, number, octets in page:
-            await holding[0].put_checkpoint(name, number, octets[:-3] + b"bad", place.index.mark())
+            await holding[0].put_checkpoint(name, number, octets[:-3] + b"bad", place.index.mark(), Rank(9))
     done = await place.rebuild()
     assert await numbers(place) == used
     assert done.records_bad
@@ -319,6 +353,42 @@ async def test_what_one_account_deleted_stays_deleted_while_another_keeps_it(pla
     assert await shown(place.index, "ann") == [1, 3]
 
 
+async def test_what_is_dead_stays_deleted_though_no_node_knows_and_another_mailbox_has_no_checkpoint(
+    place: Installation,
+) -> None:
+    """Law 13: its last reference went in an account that was never written; the tombstones are ordered, and nobody has one."""
+    await place.deliver(1, inbox("ann"), inbox("bob"))
+    await place.deliver(2)
+    await place.expunge(1, account="ann")
+    await place.expunge(1, account="bob")
+    mailbox = await place.mailbox()
+    await place.checkpointer.write(await place.index.checkpoint_plan(mailbox, whole=True))
+    await place.rebuild()
+    assert await shown(place.index) == [2]
+    assert await shown(place.index, "bob") == [1], "it may show again where no checkpoint tells of it"
+
+
+@pytest.mark.parametrize("tail", [False, True])
+async def test_a_deletion_that_no_node_confirmed_is_not_undone_by_a_rebuild(place: Installation, tail: bool) -> None:
+    """Also not by the one after it: the new index names what is dead as long as tombstones are ordered (law 13)."""
+    for number in range(1, 31):
+        await place.deliver(number)
+    if tail:
+        await place.checkpoint()
+    await place.deliver(31)
+    await place.expunge(7, 31)
+    await place.checkpoint()
+    left = [number for number in range(1, 31) if number != 7]
+    await place.rebuild()
+    assert await shown(place.index) == left
+    assert await place.checkpoint() == 1  # nothing shows them, and no node knows that they are dead
+    assert [(await place.nodes["a"].has([key(7)]))[0]] == [Held.LIVE]
+    await place.lose_index()
+    await place.rebuild()
+    assert await shown(place.index) == left
+    assert await held(place, 7) == await held(place, 31) == [Held.DEAD, Held.DEAD]
+
+
 async def test_only_what_is_named_is_deleted(place: Installation) -> None:
     """Deleted behind the last checkpoint, and no node was told: nobody can know, so it is there again."""
     await place.deliver(1)
@@ -354,6 +424,48 @@ async def test_a_moved_message_is_never_lost_between_two_checkpoints(place: Inst
         assert places, order
         assert await shown(again.index, "bob") == [1]
         await again.stop()
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(("INBOX", "Archive", "Trash"), 2)))
+async def test_a_message_that_moved_on_is_in_exactly_one_mailbox_before_the_last_one_is_written(
+    place: Installation, order: tuple[str, str]
+) -> None:
+    """INBOX to Archive, which is written, to Trash; then two of the three are written, whose checkpoints wait for each other:
+    in each of Archive and Trash lies a message that came from the other one.
+    """
+    await place.deliver(1)
+    await place.deliver(2, inbox(mailbox="Trash"))
+    boxes = {name: (await place.index.make_mailbox("ann", name)).id for name in ("INBOX", "Archive", "Trash")}
+    await place.index.move(boxes["INBOX"], await place.uids(1), boxes["Archive"])
+    await place.checkpoint()
+    await place.index.move(boxes["Archive"], await place.uids(1, name="Archive"), boxes["Trash"])
+    await place.index.move(boxes["Trash"], await place.uids(2, name="Trash"), boxes["Archive"])
+    for name in order:
+        await place.checkpointer.write(await place.index.checkpoint_plan(boxes[name]))
+    await place.rebuild()
+    found = {number: [name for name in boxes if number in await shown(place.index, "ann", name)] for number in (1, 2)}
+    assert len(found[1]) >= 1 and len(found[2]) >= 1, "never nowhere"
+    if "Archive" in order:
+        assert len(found[1]) == 1, f"{found}: what Archive showed before was replaced"
+
+
+async def test_checkpoints_that_wait_for_each_other_name_all_in_the_end(place: Installation) -> None:
+    """Law 13: three mailboxes that move messages in a circle; a few rounds of the keeper, and none is owed any more."""
+    names = ("INBOX", "Archive", "Trash")
+    boxes = {name: (await place.index.make_mailbox("ann", name)).id for name in names}
+    for number in range(1, 7):
+        await place.deliver(number, inbox(mailbox=names[number % 3]))
+    await place.checkpoint()
+    for _ in range(2):
+        for source, there in zip(names, (*names[1:], names[0]), strict=True):
+            first = (await place.uids(*range(1, 7), name=source))[:1]
+            await place.index.move(boxes[source], first, boxes[there])
+    before = {name: sorted(await shown(place.index, "ann", name)) for name in names}
+    for _ in range(4):
+        await place.checkpoint()
+    assert [await place.index.checkpoint_plan(box) for box in boxes.values()] == [None, None, None]
+    await place.rebuild()
+    assert {name: sorted(await shown(place.index, "ann", name)) for name in names} == before
 
 
 async def test_a_copy_whose_mailbox_has_no_checkpoint_yet_is_not_lost(place: Installation) -> None:

@@ -6,7 +6,7 @@ import asyncio
 
 from powermail.base import limits
 from powermail.index.contract import Fate
-from powermail.storage.contract import Held, Origin
+from powermail.storage.contract import End, Held, Origin
 from tests.keeper.rig import Rig, go
 
 
@@ -96,16 +96,66 @@ def test_a_copy_of_a_message_that_died_meanwhile_is_ordered_away() -> None:
         key = await rig.deliver("a")
         believe = rig.index.believe
 
-        async def late(key: bytes, node: str) -> bool:
+        async def late(key: bytes, node: str, end: End) -> bool:
             rig.index.believe = believe  # type: ignore[method-assign]
             await rig.delete(key)
-            return await believe(key, node)
+            return await believe(key, node, end)
 
         rig.index.believe = late  # type: ignore[method-assign]
         await rig.repairer.step()
         assert await rig.fate(key) is Fate.DEAD
         await rig.each(rig.collector.step)
         assert Held.LIVE not in [await rig.held(node, key) for node in "abc"]
+
+    go(body)
+
+
+def test_a_repair_whose_disk_was_replaced_before_the_note_is_not_believed() -> None:
+    """Law 8: the note is of the disk that is gone."""
+
+    async def body(rig: Rig) -> None:
+        key = await rig.deliver("a")
+        believe, names = rig.index.believe, []
+
+        async def late(key: bytes, node: str, end: End) -> bool:
+            rig.index.believe = believe  # type: ignore[method-assign]
+            names.append(node)
+            await rig.nodes[node].close()
+            await rig.nodes[node].initialise()
+            await rig.watch()
+            return await believe(key, node, end)
+
+        rig.index.believe = late  # type: ignore[method-assign]
+        await rig.repairer.step()
+        assert await rig.held(names[0], key) is Held.ABSENT
+        assert await rig.believed(key) == ("a",)
+        await rig.keep(60)
+        assert len(await rig.believed(key)) == 2
+
+    go(body)
+
+
+def test_a_repair_that_went_before_its_note_is_not_believed() -> None:
+    """Law 8: the copy was dropped, and that confirmed, while the keeper slept."""
+
+    async def body(rig: Rig) -> None:
+        key = await rig.deliver("a")
+        believe, names = rig.index.believe, []
+
+        async def late(key: bytes, node: str, end: End) -> bool:
+            rig.index.believe = believe  # type: ignore[method-assign]
+            names.append(node)
+            place = await rig.nodes[node].verify(key)
+            done = await rig.nodes[node].drop([(key, place)], rig.index.mark())
+            await rig.index.confirm_drops(node, [], done)
+            return await believe(key, node, end)
+
+        rig.index.believe = late  # type: ignore[method-assign]
+        await rig.repairer.step()
+        assert await rig.held(names[0], key) is Held.ABSENT
+        assert await rig.believed(key) == ("a",)
+        await rig.keep(60)
+        assert len(await rig.believed(key)) == 2
 
     go(body)
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tests.model.copies_faults import backed_up, fault_steps, replaced
+from tests.model.copies_faults import backed_up, fault_steps, replaced, rolled_back_once
 from tests.model.copies_keeping import keeper_steps
 from tests.model.copies_mail import aborting, acknowledged, adopted, asked, delete, gives_up, mail_steps, refused
 from tests.model.copies_state import (
@@ -57,7 +57,8 @@ class Copies:
         took was entered meanwhile, and listed; refused: it answered 451 with its asks still on their way. deleted: a listed
         message was deleted. acked: it answered 250 while
         the index was away, its transaction under way. listed: the message is entered. replaced: acked, and all disks were
-        replaced, one after the other, since the backup of the index was made.
+        replaced, one after the other, since the backup of the index was made. rolled back: listed, and then the disks were
+        rolled back, one after the other, since the backup was made.
         """
         state = State(tuple(Node() for _ in self.bounds.groups))
         kind, pair = self.bounds.start, (0, len(self.bounds.groups) - 1)
@@ -77,6 +78,8 @@ class Copies:
             return adopted(gives_up(asked(state, *pair)))
         if kind == "deleted":
             return delete(acknowledged(state, *pair, entered=True))
+        if kind == "rolled back":
+            return rolled_back_once(self.laws, acknowledged(state, *pair, entered=True))
         return acknowledged(replaced(state) if kind == "replaced" else state, *pair, entered=kind == "listed")
 
     def steps(self, state: State) -> Iterator[tuple[str, State]]:

@@ -170,6 +170,19 @@ def forgive(state: State) -> State:
     return change(state, deleted=False)
 
 
+def rolled_back_once(laws: Laws, state: State) -> State:
+    """All disks were rolled back since the backup was made, one after the other: what the first holds was compared, and its
+    birth mark lifted, before the next.
+    """
+    nodes = []
+    for i, node in enumerate(state.nodes):
+        log, boot = node.log + str(i + 1), str(i + 1)
+        birth = 0 if laws.birth_lifted and not i else len(log)
+        known = change(node.known, inc=i + 1, mark=len(log), seen=len(log), boot=boot)
+        nodes.append(change(node, log=log, inc=i + 1, birth=birth, ahead=True, known=known, saved=Known()))
+    return change(state, nodes=tuple(nodes), saved=("", 0), dirty=True, boots=len(nodes))
+
+
 def replaced(state: State) -> State:
     """All disks were replaced since the backup was made, each repaired before the next."""
     nodes = []

@@ -45,6 +45,7 @@ def keeper_steps(laws: Laws, bounds: Bounds, state: State) -> Steps:
             else:
                 yield from _reconcile(laws, bounds, state, i, node)
             yield from _orders(laws, state, i, node)
+            yield from _lift(laws, state, i, node)
         elif known.member and node.met and (node.inc != known.inc or rolled_back(laws, node)):
             yield from _admission(laws, state, i, node)
         if known.member and state.epoch > node.epoch:
@@ -158,6 +159,13 @@ def dropped(log: str, at: int) -> str:
     if at < 0 or log[at] not in "drm":
         return log
     return log[:at] + "." + log[at + 1 :] + "x"
+
+
+def _lift(laws: Laws, state: State, i: int, node: Node) -> Steps:
+    """What lies before the birth mark was compared, and what was ordered there is done: the mark goes (law 12)."""
+    owed = any(n.known.owes or n.known.strange for n in state.nodes)
+    if laws.birth_lifted and node.birth and not (node.known.order or node.known.drop or owed):
+        yield f"the birth mark of node {i} is lifted", put(state, i, birth=0)
 
 
 def _forget(laws: Laws, state: State) -> Steps:

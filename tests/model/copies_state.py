@@ -67,6 +67,7 @@ class Laws:
     chain: bool = True  # law 12: the chain of boots is looked at
     chain_places: bool = True  # law 12 as mended: the chain says where each boot began
     birth_mark: bool = True  # law 12
+    birth_lifted: bool = True  # law 12 as mended: the birth mark goes when all before it was compared, and its orders are done
     confirm_sees_end: bool = True  # law 12 as mended: a confirmed tombstone or drop raises end_seen
     newer_disk: bool = True  # law 12 as mended: an incarnation that an index which lost commits never knew is no older disk
 

@@ -7,6 +7,9 @@ in good order (law 10, SQLite). The whole index may be lost and rebuilt from wha
 removed and made again under its name, with a fresh UIDVALIDITY. One group may lose its disk. A keeper may sleep over a
 checkpoint and write it when a later one is there.
 
+A head counts as durable only when R groups are known to have it; where a mailbox could get no number below its bound, what it
+reaches is written to them before the epoch begins, and a rebuild writes what it goes on from.
+
 JUMP is 3 here and the small jump 2. One group stands for its nodes. That a loss is noticed is the business of `marks`; here it
 is, or it leaves no mark. MODSEQs are numbers like UIDs and need no model of their own.
 """
@@ -33,7 +36,9 @@ class Laws:
     heads: bool = True  # law 11: checkpoint heads are read before it gets a number in the new epoch
     head_epoch: bool = True  # laws 11, 13 as mended: a head says in which epoch it was written
     per_source: bool = True  # law 11 as mended: a head and the row each jump from their own epoch, and the farther one counts
-    write_back: bool = True  # law 11 as mended: what was read of heads is durable on R groups before a number is given
+    base_jumps: bool = True  # law 11 as mended: the bound jumps along; a new epoch gives no mailbox JUMP numbers more
+    write_back: bool = True  # law 11 as mended: a head moves the bound only once it is durable on R groups; where no number is
+    # left below the bound, what the mailbox reaches is written there before a number is given
     heads_rise: bool = True  # law 11 as mended: a node refuses a checkpoint that is older than the one it has
     other_head: bool = True  # law 11 as mended: a head of a later UIDVALIDITY means that nothing is known of this one
     durable_epoch: bool = True  # law 11: the epoch is durable on R groups before a number is given in it
@@ -66,6 +71,11 @@ class Bounds:
 
 
 NONE = (0, 0, 0)
+
+
+def _reach(head: tuple[int, int, int]) -> tuple[int, int]:
+    """How far a head says that numbers may have got, whatever the epoch is now."""
+    return head[0], head[1] - JUMP * head[2]
 
 
 class Group(NamedTuple):
@@ -172,7 +182,8 @@ class Numbers:
         place += SMALL * (starts if laws.small_difference else min(starts, 1))
         if not epochs and not starts:
             return index
-        return change(index, next=place, base=place if epochs else index.base, epoch=index.index_epoch, start=index.starts)
+        base = index.base + JUMP * epochs if laws.base_jumps else place if epochs else index.base
+        return change(index, next=place, base=base, epoch=index.index_epoch, start=index.starts)
 
     def _number(self, state: State) -> Iterator[tuple[str, State]]:
         index = self.renumbered(state.index)
@@ -236,9 +247,12 @@ class Numbers:
             counter = max([state.index.counter, *(max(state.groups[i].validity, state.groups[i].head[0]) for i in among)])
             if self.laws.validity_jumps:
                 counter += JUMP * (epoch - state.index.index_epoch)
-            index = self._learned(change(state.index, index_epoch=epoch, counter=counter), max(heads))
+            head = max(heads, key=_reach)
+            index, owed = self._far(self._learned(change(state.index, index_epoch=epoch, counter=counter), head))
+            if not state.index.validity and self.laws.write_back:
+                owed = head  # law 13: a rebuild goes on from it
             groups = tuple(change(g, told=False) for g in state.groups)
-            after = change(state, index=index, groups=groups, phase="telling", learned=max(heads))
+            after = change(state, index=index, groups=groups, phase="telling", learned=owed)
             yield f"{among} are read, the epoch becomes {epoch}", after
 
     def _tell(self, state: State) -> Iterator[tuple[str, State]]:
@@ -246,7 +260,7 @@ class Numbers:
         epoch, counter = state.index.index_epoch, state.index.counter
         for i, g in enumerate(state.groups):
             if not g.told:
-                head = max(g.head, state.learned) if self.laws.write_back else g.head
+                head = max(g.head, state.learned, key=_reach)
                 told = change(g, epoch=max(g.epoch, epoch), validity=max(g.validity, counter), head=head, told=True)
                 groups = (*state.groups[:i], told, *state.groups[i + 1 :])
                 yield f"group {i} gets epoch {epoch}", self._noticeable(change(state, groups=groups))
@@ -268,10 +282,19 @@ class Numbers:
             return index
         if not self.laws.per_source:
             return change(index, next=max(index.next, place))
-        mine = index.next + JUMP * (index.index_epoch - index.epoch)
-        if place + JUMP * (index.index_epoch - epoch) <= mine:
+        row = change(index, next=index.next + JUMP * max(0, epoch - index.epoch), epoch=max(epoch, index.epoch))
+        row = change(row, base=index.base + JUMP * (row.epoch - index.epoch))
+        place += JUMP * (row.epoch - epoch)
+        if place <= row.next:
             return index
-        return change(index, next=place, base=place, epoch=epoch)
+        return change(row, next=place, base=row.base if self.laws.write_back else place)
+
+    def _far(self, index: Index) -> tuple[Index, tuple[int, int, int]]:
+        """What the mailbox reaches, to be written, if it could get no number below its bound; the bound is there then."""
+        row = self.renumbered(index)
+        if not self.laws.write_back or not row.validity or row.next < row.base + JUMP:
+            return index, NONE
+        return change(row, base=row.next), (row.validity, row.next, row.epoch)
 
     # -- faults -----------------------------------------------------------------------------------------------------------
 

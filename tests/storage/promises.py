@@ -98,8 +98,13 @@ def _check_scan(store: SegmentStore, promises: Promises, inventory: dict[bytes, 
 def _check_facts(store: SegmentStore, promises: Promises, where: str) -> None:
     facts = store.facts()
     assert facts.end >= promises.end, f"{where}: the log ends before what was told"
+    hidden = store.damaged() or store.recovery.rebuilt  # where, `_check_scan` asks
+    assert hidden or not facts.damaged, f"{where}: a torn tail is no damage: {store.recovery}"
     assert facts.mark.with_seen(promises.mark) == facts.mark, f"{where}: a mark was lost"
     assert [boot for boot in facts.boots if boot in promises.boots] == list(promises.boots), f"{where}: a boot was lost"
+    assert len(facts.began) == len(facts.boots) and list(facts.began) == sorted(facts.began), f"{where}: openings out of order"
+    if facts.boots[-1] not in promises.boots:  # law 12: what was shown does not lie behind where a later opening began
+        assert facts.began[-1] >= promises.end, f"{where}: it would be taken for an older state of itself"
     assert not promises.births or (facts.incarnation, facts.birth) in promises.births, f"{where}: another birth"
     kept = {(name, number): octets for name, number, octets in store.reader.checkpoints(b"", 1 << 20)}
     assert kept in promises.checkpoints, f"{where}: other checkpoints"

@@ -8,12 +8,12 @@ from typing import Any
 
 from powermail.base.entropy import SystemEntropy
 from powermail.sim.disk import SimDisk
-from powermail.storage.contract import START, Chunk, Mark, Origin, Position, Scan, Unread
+from powermail.storage.contract import NO_RANK, START, Chunk, Mark, Origin, Position, Scan, Unread
 from powermail.storage.identity import make_store, read_identity
 from powermail.storage.log import record as rec
 from powermail.storage.log.keys import KeyIndex, MemoryKeyIndex, SqliteKeyIndex
 from powermail.storage.log.store import Options, SegmentStore
-from powermail.storage.log.write import Operation
+from powermail.storage.log.write import FENCE, Operation
 
 CLUSTER = "00" * 16
 PATH = "node"
@@ -113,7 +113,7 @@ def drop(number: int, position: Position) -> Operation:
 
 def checkpoint(name: bytes, number: int, octets: bytes) -> Operation:
     """A record of a checkpoint."""
-    return Operation(rec.CHECKPOINT, name, body=octets, number=number)
+    return Operation(rec.CHECKPOINT, name, body=rec.pack_rank(NO_RANK) + octets, number=number)
 
 
 def marked(mark: Mark) -> Operation:
@@ -159,10 +159,14 @@ def reread(store: SegmentStore, unread: Unread) -> Scan | None:
 
 
 def put(store: SegmentStore, *operations: Operation) -> list[Position]:
-    """Writes one batch that must not fail; the positions of its commits."""
+    """Writes one batch that must not fail; the positions of its commits, and the ends that its fences answer."""
     outcomes = store.write(operations)
     assert not any(isinstance(outcome, Exception) for outcome in outcomes), outcomes
-    return [outcome for outcome in outcomes if isinstance(outcome, Position)]
+    return [
+        outcome
+        for operation, outcome in zip(operations, outcomes, strict=True)
+        if isinstance(outcome, Position) and operation.kind in (rec.COMMIT, FENCE)
+    ]
 
 
 def segments(disk: SimDisk) -> list[str]:

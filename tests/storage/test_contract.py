@@ -51,6 +51,19 @@ async def test_each_opening_adds_a_boot_to_the_chain(rig: Rig) -> None:
     assert len(set(chains[3])) == 4
 
 
+async def test_the_chain_of_boots_says_where_each_began(rig: Rig) -> None:
+    """Law 12: an older disk forked off before what the index has seen, however far it has grown since."""
+    assert (await rig.node.facts()).began == (START,)
+    ends = []
+    for number in (1, 2):
+        await put(rig.node, number)
+        ends.append((await rig.node.facts()).end)
+        await rig.reopen(lose_index=number == 2)
+    facts = await rig.node.facts()
+    assert facts.began == (START, *ends)
+    assert len(facts.boots) == 3 and facts.end > ends[-1]
+
+
 async def test_a_long_chain_of_boots_forgets_its_beginning(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "BOOTS_MAX", 3)
     for _ in range(4):
@@ -58,6 +71,8 @@ async def test_a_long_chain_of_boots_forgets_its_beginning(rig: Rig, monkeypatch
     before = (await rig.node.facts()).boots
     after = (await (await rig.reopen()).facts()).boots
     assert len(before) == len(after) == 3 and after[:2] == before[1:]
+    facts = await rig.node.facts()
+    assert len(facts.began) == 3 and sorted(facts.began) == list(facts.began)
 
 
 # -- receipts -----------------------------------------------------------------------------------------------------
@@ -159,7 +174,7 @@ async def test_a_stamp_of_another_boot_is_refused(rig: Rig) -> None:
     await refused(node, 1, Stamp("00" * 8, fresh(node).at))
 
 
-async def test_a_stamp_older_than_one_that_was_named_is_refused(rig: Rig) -> None:
+async def test_a_stamp_that_is_not_newer_than_one_that_was_named_is_refused(rig: Rig) -> None:
     """Laws 2, 9, 11: without this a pause between check and append brings a forgotten message back."""
     node = rig.node
     old = fresh(node)
@@ -167,7 +182,8 @@ async def test_a_stamp_older_than_one_that_was_named_is_refused(rig: Rig) -> Non
     named = fresh(node)
     await node.fence(named)
     await refused(node, 1, old)
-    await put(node, 2, stamp=named)
+    await refused(node, 2, named)  # what was taken with it came before; what is taken with it now would come after
+    await put(node, 2, stamp=fresh(node))  # also while the clock stands still
     rig.ticks.now += 1.0
     await put(node, 3, stamp=fresh(node))
     await node.fence(old)  # an older one lifts nothing
@@ -299,6 +315,54 @@ async def test_a_drop_removes_one_copy_and_says_nothing_about_the_key(rig: Rig) 
     assert await node.verify(key(1)) == second.position
 
 
+async def test_who_confirms_says_where_the_log_ends(rig: Rig) -> None:
+    """Law 12: a disk that lacks a confirmed tombstone or drop is an older one, whoever compares it."""
+    node = rig.node
+    first = await put(node, 1)
+    before = (await node.facts()).end
+    done = await node.drop([(key(1), first.position)], NO_MARK)
+    assert done.end == (node.incarnation, (await node.facts()).end) and done.end.position > before
+    end = await node.delete([key(1), key(2)], NO_MARK, 0.0)
+    assert end == (node.incarnation, (await node.facts()).end) and end.position > done.end.position
+    assert await node.delete([key(1)], NO_MARK, 0.0) == end, "it was there already"
+    facts = await (await rig.reopen(lose_index=True)).facts()
+    assert facts.began[-1] == end.position
+
+
+async def test_a_drop_says_which_keys_are_live_all_the_same(rig: Rig) -> None:
+    """Law 6: what the index believes follows from that."""
+    first, other = await put(rig.node, 1), await put(rig.node, 2)
+    assert (await rig.node.drop([(key(1), first.position), (key(9), first.position)], NO_MARK)).live == ()
+    await put(rig.node, 1, b"again", origin=Origin.REPAIR)
+    gone = [(key(1), first.position), (key(2), other.position)]
+    assert (await rig.node.drop(gone, NO_MARK)).live == (key(1),)
+    node = await rig.reopen(lose_index=True)
+    assert (await node.drop(gone, NO_MARK)).live == (key(1),)
+    await node.delete([key(1)], NO_MARK, 0.0)
+    assert (await node.drop(gone, NO_MARK)).live == ()
+
+
+async def test_an_abort_is_confirmed_only_with_a_stamp_that_is_still_good(rig: Rig) -> None:
+    """Law 5: with the stamp of its delivery. Else the key may have been listed, deleted and forgotten meanwhile."""
+    node, stamp = rig.node, fresh(rig.node)
+    assert (await node.delete([key(1)], NO_MARK, 0.0, stamp)).incarnation == node.incarnation
+    await node.delete([key(1)], NO_MARK, 0.0, stamp)  # said twice is fine
+    await node.fence(fresh(node))
+    for number in (1, 2):
+        with pytest.raises(NodeTrouble):
+            await node.delete([key(number)], NO_MARK, 0.0, stamp)
+    assert await held(node, 1, 2) == ["dead", "dead"], "written all the same"
+    stamp = fresh(node)
+    rig.ticks.now += limits.COMMIT_WINDOW_S + 1.0
+    with pytest.raises(NodeTrouble):
+        await node.delete([key(3)], NO_MARK, 0.0, stamp)
+    stamp = fresh(node)
+    node = await rig.reopen()
+    with pytest.raises(NodeTrouble):
+        await node.delete([key(4)], NO_MARK, 0.0, stamp)
+    assert await held(node, 3, 4) == ["dead", "dead"]
+
+
 async def test_a_drop_of_another_position_removes_nothing(node: StorageNode) -> None:
     first, second = await put(node, 1), await put(node, 2)
     await node.drop([(key(1), second.position), (key(2), Position(0, 0))], NO_MARK)
@@ -375,7 +439,7 @@ async def test_a_blocked_node_reads_deletes_and_drops(node: StorageNode) -> None
     assert await put(node, 3) == receipts[2], "it is here, and that is all it says"
     assert (await node.read_chunk(key(1), 0)).stored == text(1)
     await node.delete([key(1)], Mark(epoch=3), 0.0)
-    await node.drop([(key(2), receipts[1].position)], NO_MARK)
+    await node.drop([(key(2), receipts[1].position)], Mark(epoch=3))
     await node.put_mark(Mark(epoch=4))
     assert (await node.facts()).mark.epoch == 4
     assert await held(node, 1, 2, 3) == ["dead", "absent", "live"]

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from powermail.base.errors import CommitRefused, NodeTrouble
-from powermail.storage.contract import START, Held, Mark, Origin, Position, Receipt, StorageNode
+from powermail.base.errors import CommitRefused, MarkRefused, NodeTrouble, OlderCheckpoint
+from powermail.storage.contract import START, Held, Mark, Origin, Position, Rank, Receipt, StorageNode
 from tests.storage.asks import FAR, NAME, NO_MARK, chunk, compact_all, fresh, held, put, text
 from tests.storage.rigs import Rig, overdue, then_reopened, walk
 from tests.storage.support import key
@@ -138,7 +138,7 @@ async def test_the_inventory_names_every_key_in_order_and_in_pages(rig: Rig) -> 
 async def test_marks_are_merged_and_kept(rig: Rig) -> None:
     node = rig.node
     await node.put_mark(Mark(2, {1: ("x", 5), 2: ("y", 7)}, 3, 100, ("old",)))
-    await node.put_mark(Mark(1, {1: ("x", 9)}, 1, 50, ("older",)))
+    await node.put_mark(Mark(1, {1: ("x", 9)}, 3, 50, ("older",)))
     wanted = Mark(2, {1: ("x", 9), 2: ("y", 7)}, 3, 100, ("old", "older"))
     assert (await node.facts()).mark == wanted
     node = await rig.reopen(lose_index=True)
@@ -146,6 +146,46 @@ async def test_marks_are_merged_and_kept(rig: Rig) -> None:
     await node.put_mark(Mark(3, {3: ("z", 1)}, 3))
     assert (await node.facts()).mark == wanted.with_seen(Mark(3, {3: ("z", 1)}, 3))
     assert list((await node.facts()).mark.slots) == [3], "the others were pruned"
+    await node.put_mark(Mark(2, {2: ("w", 1)}, 4))
+    node = await rig.reopen(lose_index=True)
+    assert (await node.facts()).mark == Mark(2, {2: ("w", 1)}, 4, 100, ("old", "older")), "what an epoch had ends with it"
+
+
+_KNOWN = Mark(4, {2: ("x", 5), 4: ("y", 7)}, 3)
+_REFUSED = {
+    "older-epoch": Mark(9, {9: ("z", 1)}, 2, 500),
+    "pruned": Mark(3, {3: ("w", 1)}, 3, 500),
+    "given-twice": Mark(4, {4: ("w", 9)}, 3, 500),
+}
+
+
+@pytest.mark.parametrize("why", sorted(_REFUSED))
+async def test_what_comes_of_an_older_epoch_or_of_a_slot_that_was_pruned_is_refused(rig: Rig, why: str) -> None:
+    """Law 10: it may come of commits that are lost. Nothing is done, and what shows the loss stays."""
+    mark, node = _REFUSED[why], rig.node
+    for number in range(1, 41):
+        await put(node, number, text(number, 400))
+    await node.delete([key(number) for number in range(4, 40)], _KNOWN, 0.0)
+    assert await node.compactable(FAR, 0.0) is not None
+    await rig.damage(3)
+    place = await node.verify(key(2))
+    for call in (
+        node.put_mark(mark),
+        node.delete([key(1), key(2)], mark, 0.0),
+        node.drop([(key(2), place)], mark),
+        node.discard(key(3), mark),
+        node.put_checkpoint(NAME, 0, b"x", mark),
+        node.compact(FAR, [], mark),
+    ):
+        with pytest.raises(MarkRefused):
+            await call
+    async for again in then_reopened(rig):
+        assert (await again.facts()).mark == _KNOWN
+        assert await held(again, 1, 2) == ["live", "live"] and await held(again, 3) != ["absent"]
+        assert await again.checkpoints(b"", 9) == []
+    await rig.node.delete([key(1)], _KNOWN, 0.0)
+    await rig.node.delete([key(2)], Mark(5, {2: ("x", 4), 4: ("y", 7), 5: ("w", 1)}, 3), 0.0)
+    assert await held(rig.node, 1, 2) == ["dead", "dead"], "slots that are known, and new ones, are welcome"
 
 
 async def test_what_cannot_be_undone_carries_a_mark(rig: Rig) -> None:
@@ -189,7 +229,51 @@ async def test_rebirth_is_a_new_incarnation_with_a_birth_mark(rig: Rig) -> None:
     assert await put(node, 1) == Receipt("a", node.incarnation, before.position)
 
 
+async def test_a_birth_mark_is_lifted_for_good(rig: Rig) -> None:
+    """Law 12: what lies before it was compared with the index, and is mail as any other from now on."""
+    await rig.node.lift_birth()  # fine if there is none
+    receipt = await put(rig.node, 1)
+    await rig.node.rebirth()
+    incarnation = rig.node.incarnation
+    await rig.node.lift_birth()
+    assert (await rig.node.facts()).birth == START
+    node = await rig.reopen(lose_index=True)
+    facts = await node.facts()
+    assert (facts.incarnation, facts.birth) == (incarnation, START), "it is the same disk"
+    assert await put(node, 1) == Receipt("a", incarnation, receipt.position)
+    assert await node.rebirth() >= facts.end
+
+
 # -- checkpoints --------------------------------------------------------------------------------------------------
+
+
+async def test_a_checkpoint_that_is_older_than_what_lies_under_its_name_is_refused(rig: Rig) -> None:
+    """Law 11: a keeper that slept over its checkpoint would take back how far numbers had got."""
+    node = rig.node
+    for number in range(1, 30):
+        await put(node, number, text(number, 400))
+    await node.put_checkpoint(NAME, 0, b"new", NO_MARK, Rank(2, 7, 50))
+    await node.put_checkpoint(NAME, 1, b"its other part", NO_MARK, Rank(2, 7, 50))
+    for number in range(30, 60):
+        await put(node, number, text(number, 400))
+    wanted = [(NAME, 0, b"new"), (NAME, 1, b"its other part")]
+    for turn in range(4):
+        for older in (Rank(2, 7, 49), Rank(2, 6, 900), Rank(1, 9, 900), Rank()):
+            for number in (0, 1, 2):
+                with pytest.raises(OlderCheckpoint):
+                    await node.put_checkpoint(NAME, number, b"old", NO_MARK, older)
+        assert await node.checkpoints(b"", 10) == wanted
+        if turn == 1:  # compaction moves it, and it stays as new as it was
+            await node.delete([key(number) for number in range(1, 60)], NO_MARK, 0.0)
+            assert await compact_all(node) > 0
+        elif turn != 3:
+            node = await rig.reopen(lose_index=turn == 2)
+    other = key(99)
+    await node.put_checkpoint(other, 0, b"another", NO_MARK, Rank(1, 1, 1))
+    for newer in (Rank(2, 7, 50), Rank(2, 7, 51), Rank(2, 8, 1), Rank(3, 1, 1)):
+        await node.put_checkpoint(NAME, 0, b"newer %d" % newer.modseq, NO_MARK, newer)
+    assert (NAME, 0, b"newer 1") in await node.checkpoints(b"", 10)
+    assert (other, 0, b"another") in await node.checkpoints(b"", 10)
 
 
 async def test_checkpoints_are_kept_by_name_and_number(rig: Rig) -> None:
@@ -338,13 +422,14 @@ async def test_every_call_ends_though_the_disk_hangs(rig: Rig) -> None:
         node.inventory(b"", 10),
         node.put_mark(Mark(epoch=9)),
         node.rebirth(),
+        node.lift_birth(),
         node.put_checkpoint(NAME, 0, b"x", NO_MARK),
         node.checkpoints(b"", 10),
         node.compactable(FAR, 0.0),
         node.compact(FAR, [], NO_MARK),
     )
     for number, end in enumerate(ends):
-        assert isinstance(end, NodeTrouble) or number == 20, f"call {number}: {end!r}"
+        assert isinstance(end, NodeTrouble) or number == 21, f"call {number}: {end!r}"
         assert not isinstance(end, CommitRefused), f"call {number}: a hang is no definite refusal"
     node.stat()
     (closed,) = await overdue(rig, node.close())

@@ -25,11 +25,10 @@ from powermail.storage.log.damage import Damage
 from powermail.storage.log.keys import SqliteKeyIndex
 from powermail.storage.log.segments import Found, Segments
 from powermail.storage.log.store import SegmentStore
-from powermail.storage.log.write import Operation
 from powermail.storage.node import LocalNode
 from tests.storage.bad_disk import BadDisk
 from tests.storage.promises import check
-from tests.storage.support import CLUSTER, NO_MARK, PATH, SMALL, in_file, key, open_store
+from tests.storage.support import CLUSTER, NO_MARK, PATH, SMALL, checkpoint, in_file, key, open_store
 from tests.storage.workload import Driver, random_acts
 
 # -- walks ------------------------------------------------------------------------------------------------------------
@@ -128,6 +127,43 @@ def test_a_disk_that_reads_nothing_is_not_asked_for_ever() -> None:
     file.read = counted  # type: ignore[method-assign]
     assert [found.record for found in segments.walk(1, rec.SEGMENT_HEADER_OCTETS, end, True)] == [None]
     assert asked < 40
+
+
+class CountingCodec(rec.Codec):
+    """Counts the octets that are searched for the next record behind a bad one."""
+
+    octets = 0
+
+    def _next_valid(self, octets: bytes, segment: int, base: int, position: int) -> int | None:
+        self.octets += len(octets) - position
+        return super()._next_valid(octets, segment, base, position)
+
+
+def test_unused_room_of_a_segment_is_read_once_and_not_searched_for_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each start the rest of the last segment is looked through: nearly all of it was never written."""
+    monkeypatch.setattr(segments_module, "WINDOW_OCTETS", 4096)
+    monkeypatch.setattr(segments_module, "_WIDE_OCTETS", 8192)
+    disk, room = SimDisk(), 1 << 20
+    *offsets, end = segment(disk, [500] * 4, room)
+    codec = CountingCodec(bytes(32))
+    segments = Segments(disk, PATH, codec, lambda number: 2)
+    file = segments.file(1)
+    read, octets_read = file.read, 0
+
+    def counted(offset: int, octets: int) -> bytes:
+        nonlocal octets_read
+        octets_read += octets
+        return read(offset, octets)
+
+    file.read = counted  # type: ignore[method-assign]
+    found = [*segments.walk(1, rec.SEGMENT_HEADER_OCTETS, room, False)]
+    assert [one.offset for one in found] == offsets
+    assert not codec.octets and octets_read == room - rec.SEGMENT_HEADER_OCTETS
+    for where in (room - 1, room // 2 + 4096, end):  # a single octet in all of it is not passed over
+        file.write(where, [b"\1"])
+        bad = [one for one in segments.walk(1, rec.SEGMENT_HEADER_OCTETS, room, False) if one.record is None]
+        assert bad[0].offset == end and any(one.offset <= where < one.offset + one.room for one in bad)
+        file.write(where, [b"\0"])
 
 
 # -- damage -----------------------------------------------------------------------------------------------------------
@@ -255,7 +291,7 @@ def test_parts_of_a_replaced_checkpoint_never_come_back(tmp_path: Path) -> None:
     store, name = open_store(disk), b"\x77" * 16
 
     def put(number: int, octets: bytes) -> None:
-        assert store.write([Operation(rec.CHECKPOINT, name, (), octets, number)]) == [None]
+        assert store.write([checkpoint(name, number, octets)]) == [None]
 
     put(0, b"old")
     put(2, b"old part")

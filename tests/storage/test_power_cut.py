@@ -44,7 +44,8 @@ def write_for_ever(path: str, first: int) -> None:
         dropped = outcomes[2]
         assert dropped is not None and not isinstance(dropped, Exception)
         mark = count(number)
-        if any(store.write([marked(mark), tombstone(number + 1, 1.0), drop(number + 2, dropped)])):
+        outcomes = store.write([marked(mark), tombstone(number + 1, 1.0), drop(number + 2, dropped)])
+        if any(isinstance(outcome, Exception) for outcome in outcomes):
             return
         store.settle(everything=number % 5 == 0)
         if number % 10 == 1 and store.compaction.compactable(FAR, 0.0) is not None:
@@ -79,6 +80,7 @@ def test_what_was_acknowledged_survives_real_power_cuts(tmp_path: Path) -> None:
             store = open_at(node)
             try:
                 check(store, acknowledged, f"cut {cut}")
+                assert store.damaged() or not store.facts().damaged, f"a torn tail is no damage: {store.recovery}"
                 first = (max([1, *live(store)]) + 5) // 3 * 3 + 1
             finally:
                 store.close()

@@ -600,6 +600,21 @@ def test_rebirth_is_durable_before_it_is_answered() -> None:
     assert again.reader.verify(key(1)) < birth <= put(again, commit(2))[0]
 
 
+def test_a_lifted_birth_mark_stays_lifted_after_a_power_cut() -> None:
+    disk = fresh_disk()
+    store = open_store(disk)
+    put(store, commit(1))
+    store.rebirth("00" * 7 + "99")
+    disk.settle()
+    base = disk.clone()
+    store.lift_birth()
+    again = open_store(after_cut(disk, base, everything=False))
+    assert (again.facts().incarnation, again.facts().birth) == ("00" * 7 + "99", START)
+    store.fail("it is sick")
+    with pytest.raises(NodeReadOnly):
+        store.lift_birth()
+
+
 def test_marks_are_written_only_when_they_are_news() -> None:
     """Law 10: each batch of tombstones carries one; the log must not grow by it."""
     store = open_store(fresh_disk())

@@ -9,7 +9,7 @@ from typing import Any
 
 from powermail.base.errors import CommitRefused
 from powermail.sim.disk import SimDisk
-from powermail.storage.contract import Mark, Origin, Position
+from powermail.storage.contract import START, Mark, Origin, Position
 from powermail.storage.log.store import SegmentStore
 from powermail.storage.log.write import CANCEL, Operation
 from tests.storage import support as make
@@ -161,6 +161,15 @@ class Driver:
                 earlier.births.append((incarnation, birth))
         self._promised()
 
+    def lift_birth(self) -> None:
+        """There is no birth mark any more (law 12)."""
+        old = self.promises.births[-1]
+        self.promises.births = [old, (old[0], START)]
+        self._note()
+        self.store.lift_birth()
+        self.promises.births = [(old[0], START)]
+        self._promised()
+
     def compact(self, at: float = 0.0, steps: int = 50) -> int:
         """Steps of compaction; tombstones stated before `at` are forgotten. Octets freed."""
         freed = 0
@@ -250,6 +259,7 @@ def random_acts(driver: Driver, chance: random.Random, acts: int, number: int = 
         (2, lambda: driver.compact(at=200.0, steps=chance.randint(1, 6))),
         (1, driver.reopen),
         (1, driver.rebirth),
+        (1, driver.lift_birth),
     ]
     weights = [weight for weight, _ in table]
     for _ in range(acts):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from powermail.app.compose import PowerMail
-from powermail.base.errors import OperatorError
+from powermail.base.errors import NodeTrouble, OperatorError
 from powermail.base.log import MemoryLog
 from powermail.base.settings import load_file
 from powermail.base.world import system_world
@@ -164,6 +164,70 @@ async def test_a_hot_backup_that_left_no_sign_at_all_gives_no_uid_twice(served: 
     for message in (await served.listed(ANN))[2:]:
         assert (message.uidvalidity, message.uid) > (late.uidvalidity, late.uid)
     assert await served.read(ANN) == sent
+
+
+async def test_a_backup_from_before_all_disks_were_replaced_lists_everything(running: Running, tmp_path: Path) -> None:
+    """Laws 10, 11, 12: no disk is left that the index knows, and most of what they hold was written by repair."""
+    await running.mailbox(ANN)
+    sent = await running.fill(5)
+    await running.stop()
+    cold_copy(running.data, tmp_path / "backup")
+    await running.start()
+    sent += await running.fill(5, 100)
+    for turn, node in enumerate("abc"):
+        await running.stop()
+        place = running.data / "nodes" / node
+        await asyncio.to_thread(shutil.move, place, tmp_path / f"old-{node}")
+        place.mkdir()
+        await running.start()
+        await running.operation("node_replace", node=node)
+        await running.heal()
+        sent += await running.fill(1, 200 + turn)
+    await running.dele(ANN, 1, 7)
+    left = [octets for number, octets in enumerate(sent, 1) if number not in (1, 7)]
+    await running.heal()
+    before = {node.id: node.incarnation for node in running.nodes}
+    await running.stop()
+    restore(running.data, tmp_path / "backup")
+    await running.start()
+    await running.until("it has caught up", lambda status: not status["degraded"])
+    assert running.index.epoch == 2
+    assert sorted(await running.read(ANN)) == sorted(left)
+    await running.heal()
+    assert {node.id: node.incarnation for node in running.nodes} == before, "none was taken for an older one"
+    assert await running.operation("verify") == {"messages": len(left), "problems": []}
+
+
+async def test_a_backup_from_before_two_disks_were_rolled_back_lists_everything(running: Running, tmp_path: Path) -> None:
+    """Law 12: one after the other, each repaired; what lay before their birth marks was compared long ago, and is mail."""
+    await running.mailbox(ANN)
+    await running.stop()
+    cold_copy(running.data, tmp_path / "backup")
+    await running.start()
+    sent = await running.fill(5)
+    await running.heal()
+    for turn, node in enumerate("abc"):
+        before = running.nodes[turn].incarnation
+        await running.stop()
+        place, old = running.data / "nodes" / node, tmp_path / f"old-{node}"
+        await asyncio.to_thread(shutil.copytree, place, old)
+        await running.start()
+        sent += await running.fill(6, 100 * (turn + 1))  # two of three nodes take each
+        await running.stop()
+        await asyncio.to_thread(shutil.rmtree, place)
+        await asyncio.to_thread(shutil.move, old, place)
+        await running.start()
+        await running.heal()
+        await running.each(running.powermail.core.admission.step)
+        assert running.nodes[turn].incarnation != before, "an older state of this disk is back"
+    assert sorted(await running.read(ANN)) == sorted(sent)
+    await running.stop()
+    restore(running.data, tmp_path / "backup")
+    await running.start()
+    await running.until("it has caught up", lambda status: not status["degraded"])
+    assert sorted(await running.read(ANN)) == sorted(sent)
+    await running.heal()
+    assert await running.operation("verify") == {"messages": len(sent), "problems": []}
 
 
 # -- disks ---------------------------------------------------------------------------------------------------------------------
@@ -322,6 +386,27 @@ async def test_a_mailbox_without_a_checkpoint_is_rebuilt_under_a_fresh_uidvalidi
     assert after.uidvalidity > before.uidvalidity
     assert sorted(await running.read(ANN)) == sorted(sent[1:])
     assert {entry.key for entry in await running.entries()} == set(named.values())
+
+
+async def test_a_deletion_that_no_node_has_confirmed_is_not_undone_by_a_rebuild(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law 13: what ANN deleted is named by her checkpoint until it is forgotten; the tombstones may be long in coming."""
+
+    async def refuse(*_: object) -> None:
+        raise NodeTrouble("no tombstones today")
+
+    await running.mailbox(ANN)
+    sent = await running.fill(12)
+    await running.heal()
+    for node in running.powermail.core.cluster.nodes.values():
+        monkeypatch.setattr(node, "delete", refuse)
+    await running.dele(ANN, 1, 2)
+    await running.powermail.keeping.checkpoint_all()
+    await running.stop()
+    await rebuilt(running)
+    await running.start()
+    assert await running.read(ANN) == sent[2:]
 
 
 async def test_a_rebuild_without_a_node_says_what_it_may_cost_and_the_node_may_return(running: Running) -> None:

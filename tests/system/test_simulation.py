@@ -12,7 +12,7 @@ import pytest
 
 from powermail.sim.run import simulate
 
-BLOCKS = int(os.environ.get("PM_TEST_SEED_BLOCKS", "2"))
+BLOCKS = int(os.environ.get("PM_TEST_SEED_BLOCKS", "6"))
 PER_BLOCK = 6
 SECONDS = 25
 ONCE_FAILED = (101, 312, 10008)  # seeds that found something; replayed for ever
@@ -22,6 +22,7 @@ BRANCHES = {
     ("old-index", "hot-index"): ("law.10.marks", "law.11.epochs", "law.11.walks", "law.11.caught_up", "keeper.reconciled"),
     ("disk-emptied", "disk-returned"): ("law.12.incarnations", "law.12.older", "keeper.repaired"),
     ("index-away", "index-hung", "kill"): ("delivery.index_late", "keeper.reconciled", "law.9.rounds", "keeper.forgotten"),
+    ("answers-lost", "hung-disks"): ("law.5.closed", "cluster.replaced", "keeper.reconciled"),
     ("rot", "read-error", "disk-away"): ("cluster.replaced", "law.13.wholes", "law.13.tails", "keeper.collected"),
 }
 
@@ -50,6 +51,7 @@ def test_no_client_sees_what_it_must_not(block: int) -> None:
     for name in (
         "law.13.wholes",
         "keeper.collected",
+        "keeper.compacted_octets",
         "keeper.forgotten",
         "law.10.marks",
     ):  # the keepers did run between the faults

@@ -34,6 +34,14 @@ class CommitRefused(NodeReadOnly):
     """A node refused a commit for good: the key is not here, has no tombstone, and nothing was written (law 5)."""
 
 
+class OlderCheckpoint(NodeTrouble):
+    """What was to be kept under a name is older than what the node has there: nothing was replaced (law 11)."""
+
+
+class MarkRefused(NodeTrouble):
+    """What was asked comes of an index that this node knows to have lost commits since, or of a pruned writer slot (law 10)."""
+
+
 class NotRedundant(Trouble):
     """Fewer than `copies_required` writable groups (P6)."""
 

@@ -110,6 +110,7 @@ FORWARD_DESTINATIONS_MAX: Final = 100
 INDEX_WAITING_MAX: Final = 4096  # deliveries that wait for a locked index; beyond it the nodes' records alone must do
 EPOCH_JUMP: Final = 1_000_000  # law 11: how far numbers leap for each epoch, and how many a mailbox gets between checkpoints
 UNCLEAN_JUMP: Final = 10_000  # law 10: the same after a process that did not say that it stopped (SQLite)
+NUMBERS_AT_ONCE_MAX: Final = 2000  # law 10: given in one transaction to one mailbox; a COPY of more is refused
 VIEW_TAIL_ROWS: Final = 2000  # entries and changes behind a stored view before it is merged
 VIEW_PART_ROWS: Final = 4096  # entries in one part of a stored view, and in one record of a checkpoint
 UID_MAX: Final = 2**32 - 1
@@ -161,7 +162,7 @@ COLLECT_BATCH: Final = 1000
 COLLECT_MASS_MAX: Final = 10_000  # P9: more drops than this for one returned disk need the operator (law 12)
 CHECKPOINT_INTERVAL_S: Final = 900.0
 MARK_INTERVAL_S: Final = 10.0  # law 10: every node gets a mark so often while anything is committed
-MARK_NUMBERS_MAX: Final = 10_000  # law 10: and after so many numbers were given
+MARK_NUMBERS_MAX: Final = 4000  # law 10: and after so many numbers were given
 ROUND_INTERVAL_S: Final = 600.0  # law 9: how often dead rows are scanned for and forgotten
 TOMBSTONE_DAYS_DEFAULT: Final = 30.0  # law 9: tombstones stay at least so long, so that backups of the index may be so old
 SCRUB_DAYS_MAX: Final = 14  # law 12: a verdict on each copy within this
@@ -197,7 +198,10 @@ assert COMMIT_WINDOW_S + INDEX_WAIT_S_DEFAULT < DRAIN_TIMEOUT_S, "what was asked
 assert 2 * NODE_RECEIPT_TIMEOUT_S < COMMIT_WINDOW_S - SPARE_MARGIN_S, "a spare can be fed within the window"
 _SLOWEST_S: Final = SMTP_DATA_RATE_GRACE_S + 2 * CHUNK_OCTETS / SMTP_DATA_RATE_OCTETS_PER_S_MIN
 assert _SLOWEST_S < STREAM_ABANDONED_S, "the slowest sender is not given up"
-assert EPOCH_JUMP > UNCLEAN_JUMP >= MARK_NUMBERS_MAX, "no number given since the last mark is given again"
+assert max(INDEX_BATCH_MAX, RECONCILE_BATCH) <= NUMBERS_AT_ONCE_MAX, "one batch of either is one transaction"
+assert EPOCH_JUMP > UNCLEAN_JUMP >= 2 * MARK_NUMBERS_MAX + NUMBERS_AT_ONCE_MAX, (
+    "no number given since the last mark is given again: while one is on its way as many more may be given"
+)
 assert NODE_SLOW_S < NODE_READ_TIMEOUT_S < 5.0, "P20: a blip is at most 5 s"
 assert SMTP_COMMAND_LINE_OCTETS_MAX > PATH_OCTETS_MAX + ENVID_OCTETS_MAX + ORCPT_OCTETS_MAX + 512
 assert RECONCILE_INTERVAL_S + RECONCILE_GRACE_S < 120.0, "section 6: in the index within two minutes"

@@ -265,8 +265,11 @@ class Replication:
 
     async def bury(self, mark: Mark, at: float) -> bool:
         """Writes a tombstone on every node that may hold a commit; True if each confirmed. Only after the index has taken
-        `aborted` (law 5).
+        `aborted`; a node that would refuse a commit of this delivery by now confirms nothing (law 5).
         """
-        nodes = self._undecided()
-        told = await self._all(nodes, [node.delete([self.key], mark, at) for node in nodes])
+        nodes, stamps = self._undecided(), self._stamps or {}
+        told = await self._all(nodes, [self._bury_on(node, mark, at, stamps[node.id]) for node in nodes])
         return all(error is None for error in told)
+
+    async def _bury_on(self, node: StorageNode, mark: Mark, at: float, stamp: Stamp) -> None:
+        await node.delete([self.key], mark, at, stamp)

@@ -9,7 +9,8 @@ Laws 4 and 5 say what the reply may be; everything else is OutcomeUnknown, and t
                                aborted it, or settled it      close
                                does not answer in time        250: the nodes' records are enough, reconcile enters it
     fewer, and                 no node can hold a commit      451: none was asked, or each asked one refused definitely
-                               the index aborted it           451 once each asked node confirmed a tombstone, else close
+                               the index aborted it           451 once each asked node confirmed a tombstone, with the
+                                                              stamp of this delivery still good there; else close
                                the index says live or dead    close
                                the index does not answer      close, and no node is told anything
 """

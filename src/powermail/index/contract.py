@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from powermail.index.view import Change, View
 from powermail.mail.envelope import Commit, Envelope, Target
-from powermail.storage.contract import START, Held, Mark, Origin, Position, Receipt, Unread
+from powermail.storage.contract import START, Dropped, End, Held, Mark, Origin, Position, Receipt, Unread
 
 
 class Fate(IntEnum):
@@ -153,7 +153,10 @@ class Mailboxes(Protocol):
         """The flag bits that keywords have in a mailbox, by name. COPY and MOVE go by the name."""
 
     async def copy(self, mailbox: int, uids: Sequence[int], to: int) -> list[tuple[int, int]]:
-        """(UID, UID there) of the copies, in order; keys are locked and must be live, else nothing is copied (law 8)."""
+        """(UID, UID there) of the copies, in order; keys are locked and must be live, else nothing is copied (law 8).
+
+        All or nothing, in one transaction: raises ValueError for more than `limits.NUMBERS_AT_ONCE_MAX` (law 10).
+        """
 
     async def move(self, mailbox: int, uids: Sequence[int], to: int) -> list[tuple[int, int]]:
         """The same, and they leave this mailbox in the same transaction (RFC 6851 §3.3)."""
@@ -307,9 +310,11 @@ class Copies(Protocol):
     async def copies_on(self, node: str, after: bytes, limit: int) -> list[bytes]:
         """Keys believed to be on a node, in order."""
 
-    async def believe(self, key: bytes, node: str) -> bool:
-        """A copy is durable there. Locks the row and requires live: False, and a tombstone is ordered there if the row is dead
-        or aborted, nothing if there is none: reconcile will order a drop (laws 6, 8).
+    async def believe(self, key: bytes, node: str, end: End) -> bool:
+        """A good copy is durable there, as was found when the log ended at `end` or later. Locks the row and requires live:
+        False, and a tombstone is ordered there if the row is dead or aborted, nothing if there is none: reconcile will order a
+        drop (laws 6, 8). False also if the node is of another incarnation by now, or if the index has seen a later end of its
+        log: what was found may have gone since, and who still wants to know looks again.
         """
 
     async def disbelieve(self, node: str, keys: Sequence[bytes]) -> None:
@@ -335,14 +340,18 @@ class Copies(Protocol):
     async def orders(self, node: str, limit: int) -> list[bytes]:
         """Keys whose tombstone that node has not confirmed, in order (law 8)."""
 
-    async def confirm_orders(self, node: str, keys: Sequence[bytes]) -> None:
-        """The tombstones are durable there."""
+    async def confirm_orders(self, node: str, keys: Sequence[bytes], end: End) -> None:
+        """The tombstones are durable there, before `end`, which counts as seen from now on: a disk without them is an older one
+        (law 12). Nothing is changed if the node is of another incarnation by now.
+        """
 
     async def drops(self, node: str, limit: int) -> list[DropOrder]:
         """Copies that node is to drop (laws 6, 12)."""
 
-    async def confirm_drops(self, node: str, drops: Sequence[DropOrder]) -> None:
-        """They are gone there: the belief goes too (law 6)."""
+    async def confirm_drops(self, node: str, drops: Sequence[DropOrder], done: Dropped) -> None:
+        """They are gone there: the belief goes too, unless the node says that another copy is live there (law 6). Its end
+        counts as seen, and another incarnation changes nothing, as in `confirm_orders`.
+        """
 
     async def orders_total(self, node: str) -> tuple[int, int]:
         """(tombstones, drops) that wait for a node."""
@@ -379,7 +388,11 @@ class Copies(Protocol):
     # -- forgetting -----------------------------------------------------------------------------------------------------
 
     async def raise_round(self) -> int:
-        """Begins a round (law 9); its number."""
+        """Begins a round (law 9); its number. A round is completed when every member's `scan_round` is its number or higher.
+
+        Writer slots that stopped before a completed round are in no mark from then on, and pruned when one more round is
+        completed, in which every member was told the mark, so that it refuses them, and was compared (law 10).
+        """
 
     async def dead_total(self) -> int:
         """How many dead and aborted rows there are."""
@@ -506,6 +519,7 @@ class CheckpointPlan(NamedTuple):
     durable yet are not named as expunged; those mailboxes are `first`, and a whole one follows. `left`: those of `gone` that
     no mailbox of this account shows any more, so that a rebuild enters them in none of its mailboxes again; whoever cannot
     tell leaves it empty. `epoch`: the mailbox was last numbered in; 0 if unknown, which makes a rebuild jump furthest.
+    `planned_in`: the index's epoch then; no node lets an older plan replace what a newer one wrote (law 11).
     """
 
     mailbox: MailboxFacts
@@ -513,22 +527,26 @@ class CheckpointPlan(NamedTuple):
     base: int  # MODSEQ of the whole one (of itself when whole)
     side: int
     nodes: tuple[str, ...]
-    gone: tuple[bytes, ...]  # keys expunged from this mailbox that still live elsewhere
+    gone: tuple[bytes, ...]  # keys expunged from this mailbox, until they are forgotten
     skipped: bool
     left: tuple[bytes, ...] = ()
     first: tuple[int, ...] = ()
     epoch: int = 0
     base_uid: int = 0  # UIDNEXT of the whole one: its tail is `tail(mailbox, base, base_uid)`
+    planned_in: int = 0
 
 
 class Head(NamedTuple):
-    """What a checkpoint on the nodes says about the numbers of a mailbox (law 11)."""
+    """What a record on the nodes says about the numbers of a mailbox (law 11). Numbers of different epochs are compared only
+    after each has jumped from its own (`laws.brought`).
+    """
 
     account: str
     name: str
     uidvalidity: int
     uid_next: int
     modseq: int
+    epoch: int  # the mailbox was last numbered in; 0 if unknown, which makes it reach farthest
 
 
 class Checkpoints(Protocol):
@@ -571,8 +589,35 @@ class Epochs(Protocol):
     def epoch(self) -> int:
         """The current epoch."""
 
+    @property
+    def unsettled(self) -> bool:
+        """Readers wait: the process before did not say that it stopped, or the connection to the database broke. What was
+        listed then may be missing here, without any sign, until the nodes' logs are entered to their ends (laws 6, 10).
+        """
+
+    def settled(self) -> None:
+        """Nodes of G-R+1 groups were compared, and their logs entered, since `unsettled` began: readers wait no more for it."""
+
+    @property
+    def numbered(self) -> int:
+        """How many numbers this process has given since it opened the index, or more: no mailbox got more than so many."""
+
+    @property
+    def connection(self) -> int:
+        """Which connection to the database is used. A new one compares, looks at the process's old writer slot, and takes a new
+        slot (law 10).
+        """
+
+    async def proof(self, connection: int) -> Mark:
+        """The mark that goes to a node with what was read of the index before: it counts every transaction that was seen then,
+        because it is made behind the reading, over the same connection, with the epoch read at once (law 10). Raises
+        IndexTrouble when `connection`, as it was before the reading, is not in use any more: read again.
+        """
+
     def mark(self) -> Mark:
-        """What is committed now: what nodes are to remember. Never blocks."""
+        """What this process knows to be committed: the slots and the epoch as its last transaction found them. It proves all
+        that this process has done, and nothing of what it read that others did: see `proof`. Never blocks.
+        """
 
     def lost(self, mark: Mark) -> str:
         """Why a node's mark proves that commits were lost; "" if it does not (law 10)."""
@@ -587,8 +632,16 @@ class Epochs(Protocol):
         UIDVALIDITY (law 11).
         """
 
+    async def far_heads(self, limit: int) -> list[Head]:
+        """How far mailboxes may have got that used half of what they may get beyond their last durable checkpoint: that is to
+        be on nodes of R groups before the epoch begins (law 11). Few, however many mailboxes there are.
+        """
+
+    async def heads_written(self, heads: Sequence[Head]) -> None:
+        """These are durable on nodes of R groups: the mailboxes go on from there."""
+
     async def begin_epoch(self) -> None:
-        """The epoch is durable on R groups and the heads of checkpoints were learned: numbers may be given."""
+        """The epoch is durable on R groups, heads of checkpoints were learned, far ones are durable: numbers may be given."""
 
     async def walked(self, node: str, incarnation: str, watermark: Position, end: Position, round: int) -> bool:
         """A node was walked whole: its watermark is the end behind its fence (compare-and-set on the incarnation)."""

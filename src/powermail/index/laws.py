@@ -9,13 +9,14 @@ from enum import Enum
 from typing import NamedTuple
 
 from powermail.base import limits
-from powermail.index.contract import Fate
+from powermail.index.contract import Fate, Head
 from powermail.storage.contract import Mark, Origin
 
 
 class Numbers(NamedTuple):
-    """What a mailbox row knows of its numbers. `base_uid` and `base_modseq` are those of its last durable checkpoint, or where
-    it began in this epoch: it never gets more than JUMP numbers beyond them (law 11).
+    """What a mailbox row knows of its numbers. `base_uid` and `base_modseq` are what nodes of R groups are known to show: those
+    of its last durable checkpoint, or where it began. They jump as the numbers do; it never gets more than JUMP beyond them
+    (law 11).
     """
 
     uid_next: int
@@ -31,6 +32,22 @@ class NumbersSpent(Exception):
     """The mailbox must be checkpointed before it gets more numbers."""
 
 
+def brought(row: Numbers, epoch: int) -> Numbers:
+    """The row as it is in a later epoch: a jump by JUMP for each that it missed, and its bound with it (law 11).
+
+    What is known of one mailbox from several sources can be compared only in one epoch.
+    """
+    jump = limits.EPOCH_JUMP * max(0, epoch - row.epoch)
+    end = limits.UID_MAX + 1
+    return row._replace(
+        uid_next=min(row.uid_next + jump, end),
+        modseq=row.modseq + jump,
+        epoch=max(epoch, row.epoch),
+        base_uid=min(row.base_uid + jump, end),
+        base_modseq=row.base_modseq + jump,
+    )
+
+
 def renumbered(row: Numbers, epoch: int, start: int, fresh_uidvalidity: int, count: int = 1) -> Numbers:
     """The row as it must be before it gets `count` UIDs in this epoch, after this many unclean starts (laws 10, 11).
 
@@ -39,11 +56,10 @@ def renumbered(row: Numbers, epoch: int, start: int, fresh_uidvalidity: int, cou
     the first UIDs, sets `uid_next` and `base_uid` behind them, and trims all changes, so that nobody goes on from an old view.
     `count` 0 is for a change, which needs a MODSEQ only: UIDs stay as they are. Raises NumbersSpent.
     """
-    jump = limits.EPOCH_JUMP * (epoch - row.epoch) + limits.UNCLEAN_JUMP * max(0, start - row.start)
+    row = brought(row, epoch)
+    jump = limits.UNCLEAN_JUMP * max(0, start - row.start)
     uid_next, modseq, uidvalidity = min(row.uid_next + jump, limits.UID_MAX + 1), row.modseq + jump, row.uidvalidity
     base_uid, base_modseq = row.base_uid, row.base_modseq
-    if epoch > row.epoch:
-        base_uid, base_modseq = uid_next, modseq
     if count and uid_next > limits.UID_MAX - limits.EPOCH_JUMP:
         uid_next, base_uid, uidvalidity = 1, 1, fresh_uidvalidity
     if uid_next + count - base_uid > limits.EPOCH_JUMP or modseq + max(1, count) - base_modseq > limits.EPOCH_JUMP:
@@ -51,16 +67,53 @@ def renumbered(row: Numbers, epoch: int, start: int, fresh_uidvalidity: int, cou
     return Numbers(uid_next, modseq, uidvalidity, epoch, start, base_uid, base_modseq)
 
 
-def learned(row: Numbers, uidvalidity: int, uid_next: int, modseq: int) -> Numbers:
-    """The row after a checkpoint showed these numbers (law 11): the higher ones count.
-
-    A later UIDVALIDITY means that nothing is known of how far the row's own one got: its UIDs are spent, and it begins anew.
+def check_at_once(count: int) -> None:
+    """Raises ValueError if one transaction would give a mailbox more UIDs than the leap after an unclean start makes up for:
+    marks are put between transactions (law 10).
     """
-    row = row._replace(modseq=max(row.modseq, modseq), base_modseq=max(row.base_modseq, modseq))
-    if uidvalidity < row.uidvalidity:
+    if count > limits.NUMBERS_AT_ONCE_MAX:
+        raise ValueError(f"{count} messages at once; at most {limits.NUMBERS_AT_ONCE_MAX} are copied or moved in one step")
+
+
+def reached(head: Head, epoch: int) -> tuple[int, int]:
+    """UIDNEXT and MODSEQ to which numbers may have got by a later epoch, as a record shows (law 11)."""
+    jump = limits.EPOCH_JUMP * max(0, epoch - head.epoch)
+    return min(head.uid_next + jump, limits.UID_MAX + 1), head.modseq + jump
+
+
+def learned(row: Numbers, head: Head) -> Numbers:
+    """The row after a record on some node showed these numbers (law 11): each jumps from its own epoch, and the farther counts.
+
+    The bound stays where it was, because the record may lie on fewer than R groups; it follows only so far that the row may
+    stand. A later UIDVALIDITY means that nothing is known of how far the row's own one got: its UIDs are spent, it begins anew.
+    """
+    mine = brought(row, head.epoch)
+    known, modseq = reached(head, mine.epoch)
+    modseq, uid_next, base_uid = max(mine.modseq, modseq), mine.uid_next, mine.base_uid
+    if head.uidvalidity > row.uidvalidity:
+        uid_next = base_uid = max(uid_next, limits.UID_MAX)
+    elif head.uidvalidity == row.uidvalidity:
+        uid_next = max(uid_next, known)
+    if (uid_next, modseq) == (mine.uid_next, mine.modseq):
         return row
-    known = limits.UID_MAX if uidvalidity > row.uidvalidity else min(uid_next, limits.UID_MAX + 1)
-    return row._replace(uid_next=max(row.uid_next, known), base_uid=max(row.base_uid, known))
+    return mine._replace(
+        uid_next=uid_next,
+        modseq=modseq,
+        base_uid=max(base_uid, uid_next - limits.EPOCH_JUMP),
+        base_modseq=max(mine.base_modseq, modseq - limits.EPOCH_JUMP),
+    )
+
+
+def reaches(row: Numbers, epoch: int, start: int) -> Numbers | None:
+    """How far a mailbox may have got, if half of what it may get before a durable checkpoint is used: that must stand on nodes
+    of R groups before the epoch begins, because no checkpoint can be written before the walks end (law 11). Else None.
+    """
+    row = brought(row, epoch)
+    jump = limits.UNCLEAN_JUMP * max(0, start - row.start)
+    row = row._replace(
+        uid_next=min(row.uid_next + jump, limits.UID_MAX + 1), modseq=row.modseq + jump, start=max(start, row.start)
+    )
+    return row if needs_checkpoint(row) else None
 
 
 def fresh_uidvalidity(last: int, now: float) -> int:
@@ -89,10 +142,13 @@ def needs_checkpoint(row: Numbers) -> bool:
 def loss(mark: Mark, epoch: int, sequence: int, slots: Mapping[int, tuple[str, int]]) -> str:
     """Why what a node remembers proves that this index lost commits; "" if it does not (law 10).
 
-    A slot that is missing here with a number at or below the sequence was pruned: that proves nothing.
+    A slot that is missing here with a number at or below the sequence was pruned: that proves nothing. Nor does what is of an
+    older epoch: whatever was lost then was settled when the epoch was raised.
     """
     if mark.epoch > epoch:
         return f"a node knows epoch {mark.epoch}, the index {epoch}"
+    if mark.epoch < epoch:
+        return ""
     if mark.sequence > sequence:
         return f"a node knows writer slot {mark.sequence}, the index gave only {sequence}"
     for number, (tag, count) in sorted(mark.slots.items()):

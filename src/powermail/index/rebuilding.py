@@ -18,7 +18,7 @@ from powermail.base import limits
 from powermail.base.errors import IndexTrouble
 from powermail.base.world import World
 from powermail.index import laws
-from powermail.index.contract import Fate, NodeRow, QueueRow
+from powermail.index.contract import Fate, Head, NodeRow, QueueRow
 from powermail.index.laws import Numbers
 from powermail.index.sqlite import migration, queue_form, schema
 from powermail.index.sqlite.rows import Placements, set_counter
@@ -45,17 +45,6 @@ class RecordPlace(NamedTuple):
     base: int
     modseq: int
     rank: int
-
-
-class Numbered(NamedTuple):
-    """What one record says about the numbers of a mailbox; `epoch` 0 if it does not say."""
-
-    account: str
-    name: str
-    uidvalidity: int
-    uid_next: int
-    modseq: int
-    epoch: int
 
 
 class Found(NamedTuple):
@@ -111,11 +100,13 @@ class Rebuilding(Protocol):
     async def note_records(self, account_records: Sequence[tuple[str, str, RecordPlace]]) -> None:
         """Remembers where complete records of (account, mailbox) lie."""
 
-    async def note_numbers(self, seen: Sequence[Numbered]) -> None:
-        """Remembers the highest numbers of each (account, mailbox, UIDVALIDITY), also of records that are not complete."""
+    async def note_numbers(self, group: str, seen: Sequence[Head]) -> None:
+        """Remembers the highest numbers that a group shows of each (account, mailbox, UIDVALIDITY, epoch), also of records that
+        are not complete.
+        """
 
-    async def numbers(self, account: str, mailbox: str) -> list[Numbered]:
-        """The highest numbers of each UIDVALIDITY, the latest last."""
+    async def numbers(self, account: str, mailbox: str) -> list[tuple[str, Head]]:
+        """All that was noted of one, each with the group that shows it; of the earliest UIDVALIDITY first."""
 
     async def boxes(self, after: tuple[str, str], limit: int) -> list[tuple[str, str]]:
         """(account, mailbox) that have records, in order, but those of purged accounts."""
@@ -176,8 +167,9 @@ _SCRATCH = (
     "CREATE TABLE rebuild_records (account TEXT, mailbox TEXT, kind INTEGER, tag BLOB, node TEXT, name BLOB,"
     " uidvalidity INTEGER, base INTEGER, modseq INTEGER, rank INTEGER, PRIMARY KEY (account, mailbox, kind, tag, node, name))"
     " WITHOUT ROWID",
-    "CREATE TABLE rebuild_numbers (account TEXT, mailbox TEXT, uidvalidity INTEGER, uid_next INTEGER, modseq INTEGER,"
-    " epoch INTEGER, PRIMARY KEY (account, mailbox, uidvalidity)) WITHOUT ROWID",
+    # Only numbers of one epoch are compared as they are (law 11).
+    "CREATE TABLE rebuild_numbers (site TEXT, account TEXT, mailbox TEXT, uidvalidity INTEGER, uid_next INTEGER,"
+    " modseq INTEGER, epoch INTEGER, PRIMARY KEY (account, mailbox, uidvalidity, epoch, site)) WITHOUT ROWID",
     "CREATE TABLE rebuild_copies (key BLOB, node INTEGER, old INTEGER, settled INTEGER, PRIMARY KEY (key, node)) WITHOUT ROWID",
     "CREATE TABLE rebuild_tombstones (key BLOB PRIMARY KEY) WITHOUT ROWID",
     "CREATE TABLE rebuild_entries (key BLOB, mailbox INTEGER, uid INTEGER, flags INTEGER, modseq INTEGER, octets INTEGER,"
@@ -259,19 +251,20 @@ class SqliteRebuilding:
             [(account, mailbox, *record) for account, mailbox, record in account_records],
         )
 
-    async def note_numbers(self, seen: Sequence[Numbered]) -> None:
+    async def note_numbers(self, group: str, seen: Sequence[Head]) -> None:
         await self._insert(
-            "INSERT INTO rebuild_numbers VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
-            " uid_next = max(uid_next, excluded.uid_next), modseq = max(modseq, excluded.modseq),"
-            " epoch = max(epoch, excluded.epoch)",
-            seen,
+            "INSERT INTO rebuild_numbers VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
+            " uid_next = max(uid_next, excluded.uid_next), modseq = max(modseq, excluded.modseq)",
+            [(group, *head) for head in seen],
         )
 
-    async def numbers(self, account: str, mailbox: str) -> list[Numbered]:
+    async def numbers(self, account: str, mailbox: str) -> list[tuple[str, Head]]:
         rows = await self._ask(
-            "SELECT * FROM rebuild_numbers WHERE account = ? AND mailbox = ? ORDER BY uidvalidity", account, mailbox
+            "SELECT * FROM rebuild_numbers WHERE account = ? AND mailbox = ? ORDER BY uidvalidity, epoch, site",
+            account,
+            mailbox,
         )
-        return [Numbered(*row) for row in rows]
+        return [(group, Head(*head)) for group, *head in rows]
 
     async def boxes(self, after: tuple[str, str], limit: int) -> list[tuple[str, str]]:
         return await self._ask(
@@ -466,7 +459,7 @@ class SqliteRebuilding:
                 " WHERE key = ?",
                 (key,),
             ).rowcount
-            # Keys that live on and are named as expunged: the next checkpoints must name them too (law 13).
+            # What is named as expunged: the next checkpoints must name it too (law 13).
             db.execute(
                 "INSERT INTO gone (mailbox, key, modseq, to_mailbox, to_modseq) SELECT g.mailbox, g.key, b.modseq, 0, 0"
                 " FROM rebuild_gone g JOIN mailboxes b ON b.id = g.mailbox WHERE g.key = ?"
@@ -502,6 +495,13 @@ class SqliteRebuilding:
         db.executemany("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
     def _bury(self, db: sqlite3.Connection, key: bytes, nodes: Sequence[str]) -> None:
+        """Its mailboxes name it until it is forgotten: the tombstones that are ordered now may be long in coming (law 13)."""
+        db.execute(
+            "INSERT INTO gone (mailbox, key, modseq, to_mailbox, to_modseq) SELECT b.id, ?1, b.modseq, 0, 0 FROM mailboxes b"
+            " WHERE b.id IN (SELECT mailbox FROM rebuild_entries WHERE key = ?1"
+            " UNION SELECT mailbox FROM rebuild_gone WHERE key = ?1)",
+            (key,),
+        )
         db.execute("DELETE FROM rebuild_entries WHERE key = ?", (key,))
         db.execute(
             "INSERT INTO messages (key, octets, sha256, placement, refs, fate, round) VALUES (?, 0, x'', ?, 0, ?,"

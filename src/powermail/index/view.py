@@ -1,7 +1,8 @@
 """Owns a mailbox's whole state as of one MODSEQ, and how changes bring it forward. Pure: no SQL, no I/O.
 
 A view is what IMAP selects, what is stored in `views` and what goes to the nodes as a checkpoint, in bounded parts. Columns
-lie in arrays: 52 octets a message in memory, 16 of them its key; packed 4 to 9, and the 11 that are left of a key.
+lie in arrays as narrow as what is in them: 33 octets a message in memory, 16 of them its key, 36 where a mailbox has up to 17
+keywords; wider when a number does not fit. Packed 4 to 9, and the 11 that are left of a key.
 A change is one STORE, COPY or EXPUNGE, whatever its size.
 
 Rules: arrivals and changes of one tail may be told apart and brought in the one behind the other, because no change names
@@ -35,6 +36,8 @@ _MAGIC = b"PMv1"
 _HEAD = struct.Struct("<4sIQQIII")
 _COLUMN = struct.Struct("<Bqq")
 _CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}
+_FLAGS_IN, _NUMBERS_IN, _DATES_IN = "BHIQ", "IQ", "Iq"  # what a column may lie in, narrowest first
+_ARRIVALS = 4096  # taken in at a time
 _COLUMNS = 5
 _PART_ROWS_MAX = 16 * limits.VIEW_PART_ROWS  # what a reader takes: parts may grow by so much in later versions
 _PART_OCTETS_MAX = _HEAD.size + _COLUMNS * _COLUMN.size + _PART_ROWS_MAX * (8 * _COLUMNS + KEY_OCTETS)
@@ -80,10 +83,10 @@ class View:
         self.uid_next = uid_next
         self.modseq = modseq
         self.uids = array("I")
-        self.flags = array("Q")
-        self.modseqs = array("Q")
-        self.octets = array("Q")
-        self.dates = array("d")
+        self.flags = array(_FLAGS_IN[0])
+        self.modseqs = array(_NUMBERS_IN[0])
+        self.octets = array(_NUMBERS_IN[0])
+        self.dates = array(_DATES_IN[0])
         self.keys = bytearray()  # 16 octets each
 
     def __len__(self) -> int:
@@ -101,7 +104,7 @@ class View:
     def rows(self) -> Iterator[Entry]:
         """All messages in order of UID, as they are now."""
         for place, (uid, flags, modseq, octets, date) in enumerate(
-            zip(self.uids, self.flags, self.modseqs, self.octets, self.dates, strict=True)
+            zip(self.uids, self.flags, self.modseqs, self.octets, map(float, self.dates), strict=True)
         ):
             yield uid, self.key(place), flags, modseq, octets, date
 
@@ -116,19 +119,32 @@ class View:
 
     def arrive(self, entries: Iterable[Entry]) -> None:
         """Takes new messages, UIDs rising and above all that were here. Raises ValueError if they are not."""
-        last = self.uids[-1] if self.uids else 0
-        for uid, key, flags, modseq, octets, date in entries:
-            if not last < uid <= limits.UID_MAX or len(key) != KEY_OCTETS:
-                raise ValueError(f"UID {uid} does not follow {last}")
-            self.uids.append(uid)
-            self.flags.append(flags)
-            self.modseqs.append(modseq)
-            self.octets.append(octets)
-            self.dates.append(float(int(date)))
-            self.keys += key
-            self.modseq = max(self.modseq, modseq)
-            last = uid
-        self.uid_next = max(self.uid_next, last + 1)
+        entries = iter(entries)
+        while part := list(islice(entries, _ARRIVALS)):
+            uids, keys, flags, modseqs, octets, dates = zip(*part, strict=True)
+            last = self.uids[-1] if self.uids else 0
+            for uid, key in zip(uids, keys, strict=True):
+                if not last < uid <= limits.UID_MAX or len(key) != KEY_OCTETS:
+                    raise ValueError(f"UID {uid} does not follow {last}")
+                last = uid
+            self._extend(uids, flags, modseqs, octets, list(map(int, dates)))
+            self.keys += b"".join(keys)
+            self.modseq = max(self.modseq, *modseqs)
+            self.uid_next = max(self.uid_next, last + 1)
+
+    def _extend(
+        self,
+        uids: Sequence[int],
+        flags: Sequence[int],
+        modseqs: Sequence[int],
+        octets: Sequence[int],
+        dates: Sequence[int],
+    ) -> None:
+        self.uids.extend(uids)
+        self.flags = _extended(self.flags, flags, _FLAGS_IN)
+        self.modseqs = _extended(self.modseqs, modseqs, _NUMBERS_IN)
+        self.octets = _extended(self.octets, octets, _NUMBERS_IN)
+        self.dates = _extended(self.dates, dates, _DATES_IN)
 
     def apply(self, change: Change) -> tuple[int, ...]:
         """Makes one change; the UIDs that really changed. UIDs that are not here are passed over."""
@@ -136,6 +152,9 @@ class View:
         if change.op is Op.EXPUNGE:
             return self._expunge(change.uids)
         new = _FLAGS[change.op]
+        self.flags = _extended(self.flags, (change.flags,), _FLAGS_IN)  # wide enough for what comes
+        self.modseqs = _extended(self.modseqs, (change.modseq,), _NUMBERS_IN)
+        del self.flags[-1], self.modseqs[-1]
         uids, flags, modseqs, count = self.uids, self.flags, self.modseqs, len(self.uids)
         changed = []
         place = 0
@@ -205,7 +224,7 @@ class View:
                 _pack_column(self.flags[start:end], steps=False),
                 _pack_column(self.modseqs[start:end], steps=True),
                 _pack_column(self.octets[start:end], steps=False),
-                _pack_column([int(date) for date in self.dates[start:end]], steps=True),
+                _pack_column(self.dates[start:end], steps=True),
                 *(keys[place::KEY_OCTETS] for place in range(KEY_OCTETS)),
             )
         )
@@ -244,11 +263,7 @@ class View:
         keys = bytearray(rows * KEY_OCTETS)
         for place in range(KEY_OCTETS):
             keys[place::KEY_OCTETS] = octets[place * rows : (place + 1) * rows]
-        self.uids.extend(uids)
-        self.flags.extend(flags)
-        self.modseqs.extend(modseqs)
-        self.octets.extend(sizes)
-        self.dates.extend(map(float, dates))
+        self._extend(uids, flags, modseqs, sizes, dates)
         self.keys += keys
 
     def _check(self) -> None:
@@ -259,6 +274,21 @@ class View:
             raise ValueError("a view whose UIDs do not rise")
         if max(self.modseqs) > self.modseq:
             raise ValueError("a view with messages of a later MODSEQ")
+
+
+def _extended(column: array[int], numbers: Sequence[int], codes: str) -> array[int]:
+    """The column with more numbers behind it, in a wider array if one does not fit. Raises OverflowError if none fits."""
+    count = len(column)
+    while True:
+        try:
+            column.extend(numbers)
+            return column
+        except OverflowError:
+            del column[count:]
+            wider = codes[codes.index(column.typecode) + 1 :]
+            if not wider:
+                raise
+            column = array(wider[0], column)
 
 
 def _pack_column(values: Sequence[int], steps: bool) -> bytes:
@@ -281,7 +311,7 @@ def _width(span: int) -> int:
     return next(width for width, end in ((0, 1), (1, 1 << 8), (2, 1 << 16), (4, 1 << 32), (8, 1 << 64)) if span < end)
 
 
-def _unpack_column(octets: memoryview, rows: int, steps: bool) -> tuple[Iterable[int], memoryview]:
+def _unpack_column(octets: memoryview, rows: int, steps: bool) -> tuple[Sequence[int], memoryview]:
     """The numbers of a column, and what lies behind it. Raises ValueError or struct.error."""
     width, first, lowest = _COLUMN.unpack_from(octets)
     octets = octets[_COLUMN.size :]
@@ -301,7 +331,7 @@ def _unpack_column(octets: memoryview, rows: int, steps: bool) -> tuple[Iterable
     if sys.byteorder == "big":
         packed.byteswap()
     numbers = map(lowest.__add__, packed)
-    return (accumulate(chain((first,), numbers)) if steps else numbers), octets[count * width :]
+    return list(accumulate(chain((first,), numbers)) if steps else numbers), octets[count * width :]
 
 
 def _decompressed(packed: bytes) -> bytes:

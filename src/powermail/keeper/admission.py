@@ -2,6 +2,7 @@
 
 An ordinary reopening checks nothing. A new incarnation is taken in from the beginning of its log, and belief is checked against
 it. An older state of a disk gets a new incarnation and a birth mark first: nothing before that mark is ever entered as mail.
+When all before it was compared and nothing is ordered any more, the mark is lifted: an index restored later finds mail there.
 Danger: an old disk that is believed brings back what was deleted (P8).
 """
 
@@ -24,8 +25,17 @@ _VERIFIED_AT_ONCE = 64
 
 
 def is_older(row: NodeRow, facts: NodeFacts) -> bool:
-    """True if a log of the same incarnation ends before what the index has seen of it, or lacks its last opening (law 12)."""
-    return facts.end < max(row.watermark, row.end_seen) or bool(row.boot and row.boot not in facts.boots)
+    """True if a log of the same incarnation lacks the last opening that the index knows, or ended before what the index has
+    seen of it when that opening was over (law 12). However far an older state has grown since, it forked off before.
+    """
+    end = facts.end
+    if row.boot:
+        if row.boot not in facts.boots:
+            return True
+        later = facts.boots.index(row.boot) + 1
+        if later < len(facts.began):
+            end = facts.began[later]
+    return end < max(row.watermark, row.end_seen)
 
 
 @dataclass
@@ -175,9 +185,12 @@ class Admission:
         if node not in self._cluster.admitted() or self._index.catching_up:
             return _REST_S
         row = await known_row(self._index, node)
-        if row is None or row.owes_walk or (row.boot and not row.owes_compare):
+        if row is None or row.owes_walk:
             return _REST_S
         facts = await node.facts()
+        if row.boot and not row.owes_compare:
+            await self._lift_birth(node, row, facts)
+            return _REST_S
         if facts.incarnation != row.incarnation:
             return _REST_S
         if not row.boot and facts.birth > START:
@@ -193,6 +206,16 @@ class Admission:
         if not row.boot:
             await self._note_boot(node, facts)
         return _REST_S
+
+    async def _lift_birth(self, node: StorageNode, row: NodeRow, facts: NodeFacts) -> None:
+        """Law 12: what still lies before the birth mark is mail as any other, once all that was ordered there is confirmed, and
+        nothing is there that cannot be read. Then the mark goes: an index that loses commits later must enter what is live.
+        """
+        if facts.birth == START or facts.incarnation != row.incarnation or facts.damaged or node.stat().damaged:
+            return
+        if await self._index.orders_total(node.id) == (0, 0) and not await self._index.unread(node.id, 1):
+            await node.lift_birth()
+            self._world.counters.add("law.12.lifted")
 
     async def _settle(self, node: StorageNode, facts: NodeFacts, below: Position) -> bool:
         """Law 12: copies of live rows are believed once verified, of dead ones ordered away, the others dropped.

@@ -15,7 +15,7 @@ from powermail.base.log import Event
 from powermail.base.world import World
 from powermail.index.contract import Fate, Index, NodeRow
 from powermail.mail.envelope import Commit
-from powermail.storage.contract import Held, StorageNode
+from powermail.storage.contract import End, Held, StorageNode
 
 
 async def known_row(index: Index, node: StorageNode) -> NodeRow | None:
@@ -24,6 +24,15 @@ async def known_row(index: Index, node: StorageNode) -> NodeRow | None:
         if row.id == node.id:
             return row if row.incarnation == node.incarnation else None
     return None
+
+
+async def end_of(node: StorageNode) -> End:
+    """Where a node's log ends now: asked before a copy is looked at, so that a note says how old it is at most (law 8).
+
+    Raises NodeTrouble.
+    """
+    facts = await node.facts()
+    return End(facts.incarnation, facts.end)
 
 
 class Records(NamedTuple):

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
 from powermail.base import limits
-from powermail.base.errors import NodeTrouble, NotRedundant, Trouble
+from powermail.base.errors import NodeTrouble, NotRedundant, OlderCheckpoint, Trouble
 from powermail.base.lane import Lane
 from powermail.base.log import Event, Log
 from powermail.base.world import World
@@ -26,13 +26,15 @@ from powermail.keeper.checkpoint_form import (
     BadRecord,
     Kind,
     decode_head,
+    decode_heads,
+    encode_heads,
     encode_purged,
     encode_queue,
     encode_tail,
     encode_whole,
     record_name,
 )
-from powermail.storage.contract import StorageNode
+from powermail.storage.contract import NO_RANK, Mark, Rank, StorageNode
 
 T = TypeVar("T")
 _IDLE_S = 10.0  # between looks for mailboxes that are due
@@ -84,24 +86,29 @@ class Checkpointer:
 
         A mailbox where nothing is to be written counts as written.
         """
+        connection = self._index.connection
         plan = await self._index.checkpoint_plan(mailbox)
         if plan is not None and plan.skipped and plan.first:  # law 13: the destination first, then the source names what moved
             for destination in plan.first[:_FIRST_MAX]:
                 if destination != mailbox:
-                    await self.write(await self._index.checkpoint_plan(destination))
+                    await self.write(await self._index.checkpoint_plan(destination), connection)
             plan = await self._index.checkpoint_plan(mailbox)
-        return await self.write(plan)
+        return await self.write(plan, connection)
 
-    async def write(self, plan: CheckpointPlan | None) -> bool:
-        """Writes what a plan says and tells the index; False if it is not durable on R groups. Raises Trouble."""
+    async def write(self, plan: CheckpointPlan | None, connection: int | None = None) -> bool:
+        """Writes what a plan says and tells the index; False if it is not durable on R groups. Raises Trouble.
+
+        `connection` to the index as it was before the plan was made, if it may be another by now (law 10).
+        """
+        connection = self._index.connection if connection is None else connection
         if plan is not None and not plan.whole:
-            if await self._write_tail(plan):
+            if await self._write_tail(plan, connection):
                 return True
             # A holder of the whole one takes nothing, or the tail is too large: a whole one goes elsewhere.
             plan = await self._index.checkpoint_plan(plan.mailbox.id, whole=True)
-        return plan is None or await self._write_whole(plan)
+        return plan is None or await self._write_whole(plan, connection)
 
-    async def _write_tail(self, plan: CheckpointPlan) -> bool:
+    async def _write_tail(self, plan: CheckpointPlan, connection: int) -> bool:
         now = self._world.clock.monotonic()
         nodes = [self._cluster.nodes[node] for node in plan.nodes if node in self._cluster.nodes]
         if len(nodes) < max(len(plan.nodes), self._cluster.copies_required):
@@ -118,9 +125,10 @@ class Checkpointer:
         except ValueError:
             return False
         name = record_name(Kind.TAIL, plan.mailbox.account, plan.mailbox.name, plan.side)
-        return await self._give_and_tell(plan, name, records, nodes, len(nodes))
+        holders = await self._give(name, records, nodes, len(nodes), connection, _rank(plan))
+        return await self._tell(plan, holders)
 
-    async def _write_whole(self, plan: CheckpointPlan) -> bool:
+    async def _write_whole(self, plan: CheckpointPlan, connection: int) -> bool:
         box = plan.mailbox
         try:
             view = await self._index.view(box.id)
@@ -133,12 +141,11 @@ class Checkpointer:
             self._world.log.event(Event.TROUBLE, worker="checkpoint", account=box.account, mailbox=box.name, error=str(error))
             return False
         name = record_name(Kind.WHOLE, box.account, box.name, plan.side)
-        return await self._give_and_tell(plan, name, records, self._cluster.place(), self._cluster.copies_required)
+        order, required = self._cluster.place(), self._cluster.copies_required
+        holders = await self._give(name, records, order, required, connection, _rank(plan))
+        return await self._tell(plan, holders)
 
-    async def _give_and_tell(
-        self, plan: CheckpointPlan, name: bytes, records: Sequence[bytes], order: Sequence[StorageNode], required: int
-    ) -> bool:
-        holders = await self._give(name, records, order, required)
+    async def _tell(self, plan: CheckpointPlan, holders: Sequence[str]) -> bool:
         if holders:
             await self._index.checkpoint_done(plan, holders, self._world.clock.now())
             self._written += 1
@@ -157,9 +164,17 @@ class Checkpointer:
     def _tag(self) -> bytes:
         return self._world.entropy.octets(8)
 
-    async def _give(self, name: bytes, records: Sequence[bytes], order: Sequence[StorageNode], required: int) -> list[str]:
+    async def _give(
+        self,
+        name: bytes,
+        records: Sequence[bytes],
+        order: Sequence[StorageNode],
+        required: int,
+        connection: int,
+        rank: Rank = NO_RANK,
+    ) -> list[str]:
         """Writes records under a name to `required` nodes of as many groups, tried in order: who holds all, none if too few."""
-        mark = self._index.mark()  # law 10
+        mark = await self._index.proof(connection)  # law 10
         now = self._world.clock.monotonic()
         holders: dict[str, str] = {}
         for node in sorted(order, key=lambda node: self._away.get(node.id, now) > now):
@@ -169,7 +184,11 @@ class Checkpointer:
                 continue
             try:
                 for number, octets in enumerate(records):
-                    await node.put_checkpoint(name, number, octets, mark)
+                    await node.put_checkpoint(name, number, octets, mark, rank)
+            except OlderCheckpoint as error:  # another keeper was quicker, and the node is well
+                self._world.counters.add("law.11.older_checkpoints")
+                self._world.log.event(Event.TROUBLE, worker="checkpoint", node=node.id, error=str(error))
+                return []
             except NodeTrouble as error:
                 self._away[node.id] = self._world.clock.monotonic() + _AWAY_S
                 self._world.log.event(Event.TROUBLE, worker="checkpoint", node=node.id, error=str(error))
@@ -183,7 +202,7 @@ class Checkpointer:
         The watermarks are those of the first page: what is behind them and not in a later page was sent by then.
         """
         now = self._world.clock.now()
-        tag = self._tag()
+        tag, connection = self._tag(), self._index.connection
         pages: list[bytes] = []
         after, more = 0, True
         watermarks = None
@@ -198,7 +217,7 @@ class Checkpointer:
         # The sides go by the time: who starts anew does not begin with the one that was written last.
         side = int(now // limits.CHECKPOINT_INTERVAL_S) % _SIDES
         name = record_name(Kind.QUEUE, "", "", side)
-        if not await self._give(name, pages, self._cluster.place(), self._cluster.copies_required):
+        if not await self._give(name, pages, self._cluster.place(), self._cluster.copies_required, connection):
             raise NotRedundant("the queue's state could not be written to enough groups")
 
     def close(self) -> None:
@@ -208,20 +227,41 @@ class Checkpointer:
             self._lane = None
 
 
+def _rank(plan: CheckpointPlan) -> Rank:
+    """How new a checkpoint is: no node lets an older one take its place (law 11)."""
+    return Rank(plan.planned_in, plan.mailbox.uidvalidity, plan.mailbox.modseq)
+
+
 async def write_purged(world: World, cluster: Cluster, index: Index, account: str) -> None:
     """PURGED(account), durable on nodes of R groups before any row of the account goes (law 13). Raises NotRedundant."""
     name = record_name(Kind.PURGED, account, "", 0)
     octets = encode_purged(account, world.entropy.octets(8), world.clock.now())
+    await _write_note(cluster.readable(), cluster.copies_required, name, octets, index.mark(), f"that {account} is purged")
+
+
+def heads_record(world: World, heads: Sequence[Head]) -> tuple[bytes, bytes]:
+    """Far heads under a name of their own: no later record replaces what they alone say (law 11)."""
+    tag = world.entropy.octets(8)
+    return record_name(Kind.HEADS, "", tag.hex(), 0), encode_heads(heads, tag, world.clock.now())
+
+
+async def write_heads(nodes: Sequence[StorageNode], required: int, record: tuple[bytes, bytes], mark: Mark) -> None:
+    """Makes far heads durable on nodes of `required` groups (law 11). Raises NotRedundant."""
+    await _write_note(nodes, required, *record, mark, "how far mailboxes may have got")
+
+
+async def _write_note(nodes: Sequence[StorageNode], required: int, name: bytes, octets: bytes, mark: Mark, what: str) -> None:
+    """A small record, on all nodes that take it: some may be lost later."""
     groups: dict[str, None] = {}
     cause: Trouble | None = None
-    for node in cluster.readable():  # all that take it: it is small, and nodes may be lost later
+    for node in nodes:
         try:
-            await node.put_checkpoint(name, 0, octets, index.mark())
+            await node.put_checkpoint(name, 0, octets, mark)
             groups[node.group] = None
         except NodeTrouble as error:
             cause = error
-    if len(groups) < cluster.copies_required:
-        raise NotRedundant(f"only {len(groups)} groups took the note that {account} is purged") from cause
+    if len(groups) < required:
+        raise NotRedundant(f"only {len(groups)} groups took the note {what}") from cause
 
 
 async def pages_of(node: StorageNode) -> AsyncGenerator[list[tuple[bytes, int, bytes]], None]:
@@ -250,10 +290,11 @@ async def heads(node: StorageNode, log: Log | None = None) -> AsyncIterator[list
                     continue
                 try:
                     head = decode_head(octets)
+                    if head.kind in (Kind.WHOLE, Kind.TAIL):
+                        found[head.numbers()] = None
+                    elif head.kind is Kind.HEADS:
+                        found |= dict.fromkeys(decode_heads(octets))
                 except BadRecord as error:
                     if log is not None:
                         log.event(Event.NODE_DAMAGE, node=node.id, error=str(error))
-                    continue
-                if head.kind in (Kind.WHOLE, Kind.TAIL):
-                    found[head.numbers()] = None
             yield list(found)

@@ -1,10 +1,10 @@
-"""Owns the octets of what keepers write to the nodes: mailboxes' checkpoints, PURGED, and the queue's state (law 13).
+"""Owns the octets of what keepers write to the nodes: mailboxes' checkpoints, PURGED, the queue's state, far heads (11, 13).
 
 A record is `PMc2`, the length of its head (u32, little endian), the head, and one zstd frame with the body; head and body are
 msgpack arrays to which fields are only ever appended. The parts of one checkpoint have their head in common but for its place;
 `tag` is drawn for each writing, so parts of two writers are never taken for one. A whole checkpoint is the view in the parts
 in which `View.pack` gives it; a tail holds the entries and changes behind the whole one. Both name, a part each, keys that
-were expunged from the mailbox and live elsewhere. What the first release wrote (zstd and JSON, no head) is read too.
+were expunged from the mailbox and are not forgotten. What the first release wrote (zstd and JSON, no head) is read too.
 
 Danger: a record is read back years later from a disk that may be damaged. Everything that does not decode, whole and within
 its bounds, is `BadRecord`; nothing is ever half believed.
@@ -38,6 +38,7 @@ _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _PART_ROWS = limits.VIEW_PART_ROWS
 _KEYS_IN_PART = 4 * limits.VIEW_PART_ROWS
 _PARTS_MAX = 1 << 20
+HEADS_MAX = limits.VIEW_PART_ROWS  # in one record
 _NUMBERS_END = 1 << 63  # what a database takes
 
 
@@ -52,6 +53,7 @@ class Kind(IntEnum):
     TAIL = 2
     PURGED = 3
     QUEUE = 4
+    HEADS = 5
 
 
 class RecordHead(Struct, frozen=True, array_like=True):
@@ -73,7 +75,7 @@ class RecordHead(Struct, frozen=True, array_like=True):
 
     def numbers(self) -> Head:
         """What it says about the numbers of a mailbox (law 11)."""
-        return Head(self.account, self.name, self.uidvalidity, self.uid_next, self.modseq)
+        return Head(self.account, self.name, self.uidvalidity, self.uid_next, self.modseq, self.epoch)
 
 
 class WholeBody(Struct, frozen=True, array_like=True):
@@ -103,6 +105,12 @@ class QueueBody(Struct, frozen=True, array_like=True):
 
     watermarks: list[tuple[str, str, int, int]]
     rows: list[tuple[bytes, str]]
+
+
+class HeadsBody(Struct, frozen=True, array_like=True):
+    """How far mailboxes may have got, of which no checkpoint on enough nodes shows it (law 11)."""
+
+    heads: list[Head]
 
 
 class FirstBody(Struct):
@@ -156,6 +164,7 @@ _decode_head = msgspec.msgpack.Decoder(RecordHead).decode
 _decode_whole = msgspec.msgpack.Decoder(WholeBody).decode
 _decode_tail = msgspec.msgpack.Decoder(TailBody).decode
 _decode_queue = msgspec.msgpack.Decoder(QueueBody).decode
+_decode_heads = msgspec.msgpack.Decoder(HeadsBody).decode
 _decode_first = msgspec.json.Decoder(FirstBody).decode
 
 
@@ -192,7 +201,7 @@ def _heads(plan: CheckpointPlan, kind: Kind, tag: bytes, at: float, numbers: Hea
         yield RecordHead(
             kind=kind, tag=tag, part=part, parts=parts, at=at, account=numbers.account, name=numbers.name,
             uidvalidity=numbers.uidvalidity, uid_next=numbers.uid_next, modseq=numbers.modseq, base=plan.base,
-            epoch=plan.epoch, skipped=plan.skipped,
+            epoch=numbers.epoch, skipped=plan.skipped,
         )  # fmt: skip
 
 
@@ -201,7 +210,8 @@ def encode_whole(plan: CheckpointPlan, view: View, keywords: dict[str, int], tag
     views, gone, left = view.pack(), _slices(plan.gone), _slices(plan.left)
     parts = max(len(views), len(gone), len(left))
     box = plan.mailbox
-    numbers = Head(box.account, box.name, view.uidvalidity, max(view.uid_next, box.uid_next), max(view.modseq, box.modseq))
+    uid_next, modseq = max(view.uid_next, box.uid_next), max(view.modseq, box.modseq)
+    numbers = Head(box.account, box.name, view.uidvalidity, uid_next, modseq, plan.epoch)
     heads = _heads(plan, Kind.WHOLE, tag, at, numbers, parts)
     return [
         _record(head, WholeBody(_at(views, n), _at(gone, n), _at(left, n), {} if n else keywords))
@@ -222,7 +232,7 @@ def encode_tail(plan: CheckpointPlan, tail: Tail, keywords: dict[str, int], tag:
     gone, left = _slices(plan.gone), _slices(plan.left)
     rows = max(len(entries), len(changes))
     parts = max(1, -(-rows // _PART_ROWS), len(gone), len(left))
-    numbers = Head(box.account, box.name, box.uidvalidity, box.uid_next, box.modseq)
+    numbers = Head(box.account, box.name, box.uidvalidity, box.uid_next, box.modseq, plan.epoch)
     records = []
     for number, head in enumerate(_heads(plan, Kind.TAIL, tag, at, numbers, parts)):
         some = slice(number * _PART_ROWS, (number + 1) * _PART_ROWS)
@@ -247,6 +257,11 @@ def encode_queue(
     return _record(RecordHead(Kind.QUEUE, tag, part, parts, at), QueueBody(marks, list(rows)))
 
 
+def encode_heads(heads: Sequence[Head], tag: bytes, at: float) -> bytes:
+    """The record of at most `HEADS_MAX` far heads."""
+    return _record(RecordHead(Kind.HEADS, tag, 0, 1, at), HeadsBody(list(heads)))
+
+
 # -- reading ---------------------------------------------------------------------------------------------------------------
 
 
@@ -255,12 +270,18 @@ def decode_head(octets: bytes) -> RecordHead:
     if octets.startswith(_ZSTD_MAGIC):
         return _first_head(decode_first(octets))
     head: RecordHead = _guarded(_decode_head, _split(octets)[0])
-    numbers = (head.uidvalidity, head.uid_next, head.modseq, head.base, head.epoch)
-    if not all(0 <= number < _NUMBERS_END for number in numbers) or not 0 <= head.part < _PARTS_MAX:
-        raise BadRecord("a head whose numbers cannot be")
-    if head.uidvalidity > limits.UID_MAX or head.uid_next > limits.UID_MAX + 1 or not 0 <= head.parts <= _PARTS_MAX:
+    _check_numbers(head.uidvalidity, head.uid_next, head.modseq, head.base, head.epoch)
+    if not 0 <= head.part < _PARTS_MAX or not 0 <= head.parts <= _PARTS_MAX:
         raise BadRecord("a head whose numbers cannot be")
     return head
+
+
+def _check_numbers(uidvalidity: int, uid_next: int, *others: int) -> None:
+    """Raises BadRecord if no keeper can have written them."""
+    if not 0 <= uidvalidity <= limits.UID_MAX or not 0 <= uid_next <= limits.UID_MAX + 1:
+        raise BadRecord("a head whose numbers cannot be")
+    if not all(0 <= number < _NUMBERS_END for number in others):
+        raise BadRecord("a head whose numbers cannot be")
 
 
 def is_first_release(octets: bytes) -> bool:
@@ -303,6 +324,16 @@ def decode_queue(octets: bytes) -> tuple[RecordHead, dict[str, tuple[str, Positi
     body = _guarded(_decode_queue, _body(octets))
     marks = {node: (incarnation, Position(segment, offset)) for node, incarnation, segment, offset in body.watermarks}
     return head, marks, body.rows
+
+
+def decode_heads(octets: bytes) -> list[Head]:
+    """Far heads. Raises BadRecord."""
+    if decode_head(octets).kind is not Kind.HEADS:
+        raise BadRecord("not a record of heads")
+    body: HeadsBody = _guarded(_decode_heads, _body(octets))
+    for head in body.heads:
+        _check_numbers(head.uidvalidity, head.uid_next, head.modseq, head.epoch)
+    return body.heads
 
 
 def decode_first(octets: bytes) -> FirstBody:

@@ -12,7 +12,7 @@ from powermail.base.log import Event
 from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
 from powermail.index.contract import Index
-from powermail.keeper.belief import known_row
+from powermail.keeper.belief import end_of, known_row
 from powermail.storage.contract import Held, NodeState, StorageNode
 
 _REST_S = 2.0
@@ -40,25 +40,30 @@ class Collector:
         return 0.0 if more else _REST_S
 
     async def _bury(self, node: StorageNode) -> bool:
+        connection = self._index.connection
         keys = await self._index.orders(node.id, limits.COLLECT_BATCH)
         if keys:
-            await node.delete(keys, self._index.mark(), self._world.clock.now())  # law 10: the mark goes with the act
-            await self._index.confirm_orders(node.id, keys)
+            mark = await self._index.proof(connection)  # law 10: it goes with the act, and counts what ordered it
+            end = await node.delete(keys, mark, self._world.clock.now())
+            await self._index.confirm_orders(node.id, keys, end)
             self._world.counters.add("keeper.collected", len(keys))
             self._world.log.event(Event.COLLECTED, node=node.id, messages=len(keys))
         return len(keys) == limits.COLLECT_BATCH
 
     async def _drop(self, node: StorageNode) -> bool:
+        connection = self._index.connection
         drops = await self._index.drops(node.id, limits.COLLECT_BATCH)
         if drops:
-            await node.drop([(drop.key, drop.position) for drop in drops], self._index.mark())
-            await self._index.confirm_drops(node.id, drops)
+            mark = await self._index.proof(connection)
+            done = await node.drop([(drop.key, drop.position) for drop in drops], mark)
+            await self._index.confirm_drops(node.id, drops, done)
             self._world.counters.add("keeper.dropped", len(drops))
             self._world.log.event(Event.COLLECTED, node=node.id, messages=len(drops), by="drop")
         return len(drops) == limits.COLLECT_BATCH
 
     async def _look_at_suspects(self, node: StorageNode) -> None:
         """A suspected copy that is good counts again; a bad one goes once there are enough good ones elsewhere."""
+        connection = self._index.connection
         keys = await self._index.suspects(node.id, self._suspect_after.get(node.id, b""), _SUSPECTS_AT_ONCE)
         self._suspect_after[node.id] = keys[-1] if len(keys) == _SUSPECTS_AT_ONCE else b""
         groups = self._cluster.groups()
@@ -68,6 +73,7 @@ class Collector:
             if message is None:  # it died since, and a tombstone was ordered here too (law 8)
                 await self._index.clear_suspect(key, node.id)
                 continue
+            end = await end_of(node)
             try:
                 await node.verify(key)
             except CopyMissing:
@@ -76,9 +82,9 @@ class Collector:
                 elsewhere = {groups[name] for name in message.nodes if name in groups and name != node.id}
                 if len(elsewhere) < self._cluster.copies_required:
                     continue  # it may be the best there is
-                held = await node.discard(key, self._index.mark())
+                held = await node.discard(key, await self._index.proof(connection))
             else:
                 held = Held.LIVE
-            if held is Held.LIVE:
-                await self._index.believe(key, node.id)
+            if held is Held.LIVE and not await self._index.believe(key, node.id, end):
+                continue  # law 8: it died, or the node has gone on meanwhile: looked at again
             await self._index.clear_suspect(key, node.id)

@@ -36,6 +36,7 @@ class Compactor:
             return _IDLE_S
         if self._index.catching_up or not self._index.numbering:
             return _IDLE_S  # the walk needs what is there
+        connection = self._index.connection
         row = await known_row(self._index, node)
         if row is None or row.owes_walk or row.owes_compare:
             return _IDLE_S
@@ -45,7 +46,8 @@ class Compactor:
         if dead is None:
             return _IDLE_S
         forgotten = await self._index.forgotten(dead) if dead else []
-        freed = await node.compact(below, forgotten, self._index.mark())  # law 10: permission carries the mark
+        mark = await self._index.proof(connection)  # law 10: permission carries the mark
+        freed = await node.compact(below, forgotten, mark)
         if freed:
             self.freed[node.id] = self.freed.get(node.id, 0) + freed
             self._world.counters.add("keeper.compacted_octets", freed)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from powermail.base import limits
 from powermail.base.errors import NodeTrouble, Trouble
@@ -18,27 +18,32 @@ from powermail.base.log import Event
 from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
 from powermail.index.contract import Head, Index, NodeRow
+from powermail.keeper.checkpoint import heads_record, write_heads
+from powermail.keeper.checkpoint_form import HEADS_MAX
 from powermail.storage.contract import Mark, NodeFacts, StorageNode
 
 T = TypeVar("T")
 Heads = Callable[[StorageNode], AsyncIterator[list[Head]]]
 _LOOK_S = 1.0
-_TRANSACTIONS_MAX = limits.MARK_NUMBERS_MAX // limits.INDEX_BATCH_MAX  # each gives a mailbox at most so many numbers
 
 
-def transactions(mark: Mark) -> int:
-    """How many transactions its slots have counted."""
-    return sum(count for _, count in mark.slots.values())
+class _Put(NamedTuple):
+    """The mark that a node has: which, on what incarnation, when, and how many numbers had been given."""
+
+    incarnation: str = ""
+    mark: Mark = Mark()
+    at: float = 0.0
+    numbered: int = 0
 
 
 class Marker:
-    """Puts the index's mark on every node: after 10 s of activity, after 10,000 numbers, at start and at stop (law 10)."""
+    """Puts the index's mark on every node: after 10 s of activity, after 4,000 numbers, at start and at stop (law 10)."""
 
     def __init__(self, world: World, cluster: Cluster, index: Index) -> None:
         self._world = world
         self._cluster = cluster
         self._index = index
-        self._put: dict[str, tuple[str, Mark, float]] = {}  # incarnation, mark and when, by node
+        self._put: dict[str, _Put] = {}  # by node
 
     async def step(self, node: StorageNode) -> float:
         """Puts the mark on one node if it is due. Raises NodeTrouble."""
@@ -47,21 +52,21 @@ class Marker:
         return _LOOK_S
 
     def _is_due(self, node: StorageNode) -> bool:
-        incarnation, before, at = self._put.get(node.id, ("", Mark(), 0.0))
-        mark = self._index.mark()
-        if incarnation != node.incarnation:
+        put = self._put.get(node.id, _Put())
+        if put.incarnation != node.incarnation:
             return True
-        if mark == before:
+        if self._index.mark() == put.mark:
             return False
-        numbered = transactions(mark) - transactions(before) >= _TRANSACTIONS_MAX
-        return numbered or self._world.clock.monotonic() - at >= limits.MARK_INTERVAL_S
+        if self._index.numbered - put.numbered >= limits.MARK_NUMBERS_MAX:
+            return True
+        return self._world.clock.monotonic() - put.at >= limits.MARK_INTERVAL_S
 
     async def put(self, node: StorageNode) -> None:
         """Puts the mark on one node. Raises NodeTrouble."""
-        mark, incarnation = self._index.mark(), node.incarnation
+        numbered, mark, incarnation = self._index.numbered, self._index.mark(), node.incarnation
         await node.put_mark(mark)
         self._world.counters.add("law.10.marks")
-        self._put[node.id] = incarnation, mark, self._world.clock.monotonic()
+        self._put[node.id] = _Put(incarnation, mark, self._world.clock.monotonic(), numbered)
 
     async def put_all(self, deadline_s: float = limits.NODE_CALL_TIMEOUT_S) -> None:
         """At start and at stop: every node that answers in time gets the mark; nobody waits for a sick one (law 14)."""
@@ -90,6 +95,7 @@ class EpochKeeper:
         self._lock = asyncio.Lock()
         self._new: dict[str, str] = {}  # incarnations admitted since the index was known to be whole, by node
         self._compared: dict[str, None] = {}  # nodes whose marks proved nothing since then
+        self._settled: dict[str, tuple[str, int]] = {}  # incarnation, and connection to the index, by node
         self._raised = 0  # the epoch that this process raised and has not begun yet
         self._marks_read = False
         self._durable = False
@@ -119,6 +125,10 @@ class EpochKeeper:
         self._new[node] = incarnation
         self._compared.clear()
 
+    def note_settled(self, node: str, incarnation: str, connection: int) -> None:
+        """This incarnation was compared, and then its log entered to its end, all over one connection to the index."""
+        self._settled[node] = incarnation, connection
+
     async def _raise(self, marks: list[Mark], why: str) -> None:
         """From here on nothing is numbered. What other nodes know is read in `step`, which raises it again if need be."""
         epoch = await self._index.raise_epoch(marks, why)  # law 11
@@ -142,6 +152,8 @@ class EpochKeeper:
                 await self._begin()
         if self._index.catching_up:
             await self._catch_up()
+        elif self._index.unsettled:
+            await self._end_unsettled()
         elif self._new:
             old = [node for node in self._compared if node not in self._new]
             if not self._lacks(await self._index.node_rows(), old, self._compared):
@@ -158,6 +170,7 @@ class EpochKeeper:
         if not self._durable:
             await self._make_durable()
         await self._read_heads(rows)
+        await self._write_far_heads()
         await self._index.begin_epoch()
         self._world.log.event(Event.EPOCH_RAISED, epoch=self._index.epoch, begun=True)
         self._raised = 0
@@ -196,6 +209,17 @@ class EpochKeeper:
         whole = [node for node, incarnation in self._heads_read.items() if is_intact(rows, node, incarnation)]
         self._ask_groups(rows, whole, list(self._heads_read), "checkpoints of")
 
+    async def _write_far_heads(self) -> None:
+        """Law 11: who has few numbers left below its bound goes on from what R groups know: no checkpoint is written before the
+        walks end. Raises NotRedundant.
+        """
+        connection = self._index.connection
+        while heads := await self._index.far_heads(HEADS_MAX):
+            record, mark = heads_record(self._world, heads), await self._index.proof(connection)  # law 10
+            await write_heads(self._cluster.admitted(), self._cluster.copies_required, record, mark)
+            await self._index.heads_written(heads)
+            self._world.counters.add("law.11.far_heads", len(heads))
+
     async def _learn_heads(self, node: StorageNode) -> str:
         incarnation = node.incarnation
         async for page in self._heads(node):
@@ -223,6 +247,20 @@ class EpochKeeper:
         self._world.counters.add("law.11.caught_up")
         await self._index.caught_up()  # every message has a copy, or a tombstone, on a node that was walked
         self._world.log.event(Event.EPOCH_RAISED, epoch=self._index.epoch, caught_up=True)
+
+    async def _end_unsettled(self) -> None:
+        """Readers wait no more once what nodes of G-R+1 groups hold is entered: a backup that was put back so soon that no
+        mark tells of it is older than something that was listed (laws 6, 10).
+        """
+        rows = await self._index.node_rows()
+        now = self._index.connection
+        done = {node: inc for node, (inc, connection) in self._settled.items() if connection == now}
+        done = {row.id: row.incarnation for row in rows if done.get(row.id) == row.incarnation}
+        whole = [node for node, incarnation in done.items() if is_intact(rows, node, incarnation)]
+        if lacks := self._lacks(rows, whole, done):
+            raise NodeTrouble(f"the process before did not stop in good order: the logs of {lacks}")
+        self._index.settled()
+        self._world.counters.add("law.10.settled")
 
     def _ask_groups(self, rows: Sequence[NodeRow], whole: Collection[str], answered: Collection[str], what: str) -> None:
         """Raises NodeTrouble unless nodes of G-R+1 groups are whole, or every node there is has answered."""

@@ -71,6 +71,7 @@ class Forgetter:
         stamp = node.stamp()
         if stamp is None:
             raise NodeTrouble(f"node {node.id} gives no stamp, so round {round_} waits for it")
+        await node.put_mark(await self._index.proof(self._index.connection))  # law 10: which writer slots stay
         end = await node.fence(stamp)  # laws 2, 9: nothing older than this stamp is taken behind that end
         await self._reconciler.advance(node, 0.0, end, round_)
         return _LOOK_S

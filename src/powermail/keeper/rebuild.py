@@ -20,19 +20,21 @@ from powermail.base import limits
 from powermail.base.errors import CopyDamaged, CopyMissing, NodeTrouble, NotRedundant, OperatorError
 from powermail.base.log import Event
 from powermail.base.world import World
-from powermail.index.contract import Fate, NodeRow
-from powermail.index.rebuilding import Found, LostEntry, Numbered, Rebuilding, RecordPlace, Verdict, begin
-from powermail.keeper.checkpoint import pages_of
+from powermail.index.contract import Fate, Head, NodeRow
+from powermail.index.rebuilding import Found, LostEntry, Rebuilding, RecordPlace, Verdict, begin
+from powermail.keeper.checkpoint import heads_record, pages_of, write_heads
 from powermail.keeper.checkpoint_form import (
     FIRST_RELEASE_MARK,
+    HEADS_MAX,
     BadRecord,
     Kind,
     RecordHead,
     decode_head,
+    decode_heads,
     decode_queue,
     is_first_release,
 )
-from powermail.keeper.restored import FIRST, Restored, restored
+from powermail.keeper.restored import FIRST, Restored, restored, shown_by
 from powermail.mail.envelope import Commit, Target
 from powermail.storage.contract import START, Held, Mark, NodeFacts, Position, StorageNode
 
@@ -150,6 +152,9 @@ class Rebuilder:
         self._epoch = 0  # highest known
         self._uidvalidity = 0
         self._unsure = False  # too few groups are read to know the highest epoch
+        self._groups_needed = copies_required  # to take what must be durable
+        self._thin: list[Head] = []  # what the index goes on from, and too few groups show
+        self._thin_records: list[tuple[bytes, bytes]] = []  # the same, packed
 
     async def run(self) -> Rebuilt:
         """Reads every node and makes the index. Raises OperatorError, Trouble."""
@@ -223,6 +228,7 @@ class Rebuilder:
         groups = {node.group for node in self._nodes}
         read = {source.node.group for source in sources} - {node.group for node in self._nodes if node.id in self._without}
         self._unsure = len(read) < len(groups) - self._required + 1  # law 11
+        self._groups_needed = min(self._required, len({source.node.group for source in sources}))
         return sources
 
     def _absent(self, node: StorageNode) -> NodeRow:
@@ -239,9 +245,12 @@ class Rebuilder:
                 groups[source.node.group] = None
             except NodeTrouble as error:
                 cause = error
-        required = min(self._required, len({source.node.group for source in sources}))
+        required = self._groups_needed
         if len(groups) < required:
             raise NotRedundant(f"only {len(groups)} of {required} groups took the new epoch") from cause
+        self._pack_thin()
+        for record in self._thin_records:  # law 11: what too few groups show is durable before a number is given beyond it
+            await write_heads([source.node for source in sources], required, record, mark)
 
     # -- checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -249,7 +258,7 @@ class Rebuilder:
         """Where complete records lie, what they say of numbers; PURGED and the queue's states at once."""
         async for page in pages_of(node):
             places: list[tuple[str, str, RecordPlace]] = []
-            seen: list[Numbered] = []
+            seen: list[Head] = []
             purged: list[str] = []
             for name, group in groupby(page, key=lambda record: record[0]):
                 if name == FIRST_RELEASE_MARK:
@@ -260,15 +269,17 @@ class Rebuilder:
                         purged.append(head.account)
                     elif head.kind is Kind.QUEUE:
                         await self._take_queue(index, node, parts)
+                    elif head.kind is Kind.HEADS:
+                        seen += self._far_heads(node, parts)
                     else:
-                        seen += [Numbered(*h.numbers(), h.epoch) for h, _ in parts]
+                        seen += [h.numbers() for h, _ in parts]
                         place = _place(node, name, parts)
                         if place is not None:
                             places.append((head.account, head.name, place))
             for numbers in seen:
                 self._epoch = max(self._epoch, numbers.epoch)
                 self._uidvalidity = max(self._uidvalidity, numbers.uidvalidity)
-            await index.note_numbers(seen)
+            await index.note_numbers(node.group, seen)
             await index.note_records(places)
             await index.note_purged(purged)
 
@@ -287,6 +298,13 @@ class Rebuilder:
     def _bad(self, node: StorageNode, error: BadRecord) -> None:
         self._counts.bad += 1
         self._world.log.event(Event.NODE_DAMAGE, node=node.id, error=str(error))
+
+    def _far_heads(self, node: StorageNode, parts: list[tuple[RecordHead, bytes]]) -> list[Head]:
+        try:
+            return [each for _, octets in parts for each in decode_heads(octets)]
+        except BadRecord as error:
+            self._bad(node, error)
+            return []
 
     async def _take_queue(self, index: Rebuilding, node: StorageNode, parts: list[tuple[RecordHead, bytes]]) -> None:
         head = parts[0][0]
@@ -325,7 +343,19 @@ class Rebuilder:
         def bad(place: RecordPlace, error: BadRecord) -> None:
             self._bad(nodes[place.node], error)
 
-        return await restored(await index.records(account, name), await index.numbers(account, name), read, bad)
+        seen = await index.numbers(account, name)
+        state = await restored(await index.records(account, name), [head for _, head in seen], read, bad)
+        n = state.numbers if state is not None and not self._unsure else None
+        if n is not None and n.uidvalidity and shown_by(n, seen) < self._groups_needed:
+            self._thin.append(Head(account, name, n.uidvalidity, n.uid_next, n.modseq, n.epoch))
+            if len(self._thin) == HEADS_MAX:
+                self._pack_thin()
+        return state
+
+    def _pack_thin(self) -> None:
+        if self._thin:
+            self._thin_records.append(heads_record(self._world, self._thin))
+            self._thin = []
 
     # -- messages -----------------------------------------------------------------------------------------------------------
 

@@ -39,8 +39,9 @@ class Reconciler:
 
     async def step(self, node: StorageNode) -> float:
         """One pass over one node. Raises NodeTrouble, IndexTrouble."""
-        await self._pass(node, 0.0 if self._index.catching_up else limits.RECONCILE_GRACE_S)
-        return 1.0 if self._index.catching_up else limits.RECONCILE_INTERVAL_S
+        waited_for = self._index.catching_up or self._index.unsettled
+        await self._pass(node, 0.0 if waited_for else limits.RECONCILE_GRACE_S)
+        return 1.0 if waited_for else limits.RECONCILE_INTERVAL_S
 
     async def settle(self, deadline_s: float = limits.NODE_OPEN_WAIT_S) -> None:
         """At start and at stop, while no delivery is under way: everything durable is entered, however young.
@@ -68,7 +69,9 @@ class Reconciler:
                 row = await known_row(self._index, node)
             if row is not None:
                 await self._retry_unread(node, row, facts)
-        await self.advance(node, age_s)
+        connection = self._index.connection
+        if await self.advance(node, age_s) and not age_s and row is not None:
+            self._epochs.note_settled(node.id, row.incarnation, connection)
 
     def _lock(self, node: StorageNode) -> asyncio.Lock:
         return self._busy.setdefault(node.id, asyncio.Lock())

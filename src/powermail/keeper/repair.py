@@ -16,7 +16,7 @@ from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
 from powermail.cluster.fetch import Fetcher
 from powermail.index.contract import Index, MessageFacts
-from powermail.keeper.belief import compare_belief
+from powermail.keeper.belief import compare_belief, end_of
 from powermail.storage.contract import Held, NodeState, StorageNode
 
 _REST_S = 5.0  # when nothing is thin
@@ -157,6 +157,7 @@ class Repairer:
         patience = limits.NODE_CALL_TIMEOUT_S + message.octets / _OCTETS_PER_S_MIN
         try:
             async with asyncio.timeout(patience):
+                end = await end_of(target)
                 held = (await target.has([key]))[0]
                 if held is Held.DEAD:
                     return False, f"{target.id} has a tombstone of it", False
@@ -171,7 +172,7 @@ class Repairer:
             self._avoided[target.id] = self._world.clock.monotonic() + _AVOID_S
             self._world.log.event(Event.TROUBLE, worker="repair", key=key, node=target.id, error=why)
             return False, f"{source.id} to {target.id}: {why}", False
-        if not await self._index.believe(key, target.id):  # law 8: it died meanwhile
+        if not await self._index.believe(key, target.id, end):  # law 8: it died meanwhile, or the node has gone on: once more
             return False, _OVER, False
         self._world.log.event(Event.COPY_REPAIRED, key=key, node=target.id)
         return True, "", False
@@ -186,6 +187,7 @@ class Repairer:
             if source is target:
                 raise
             await source.verify(key)
+            # law 10: what says that it is bad is the node alone, and nothing of the index
             return await target.discard(key, self._index.mark()) is Held.LIVE
         return True
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
+from powermail.index import laws
+from powermail.index.contract import Head
 from powermail.index.laws import Numbers
-from powermail.index.rebuilding import Numbered, RecordPlace
+from powermail.index.rebuilding import RecordPlace
 from powermail.index.view import Entry, Op, View
 from powermail.keeper.checkpoint_form import (
     BadRecord,
@@ -70,8 +72,8 @@ def _options(places: Iterable[RecordPlace]) -> list[_Option]:
     return sorted(options, reverse=True)
 
 
-async def restored(places: Sequence[RecordPlace], seen: Sequence[Numbered], read: Read, bad: Bad) -> Restored | None:
-    """The newest state that can be read; None if there is none. `seen`: the highest numbers of each UIDVALIDITY."""
+async def restored(places: Sequence[RecordPlace], seen: Sequence[Head], read: Read, bad: Bad) -> Restored | None:
+    """The newest state that can be read; None if there is none. `seen`: the numbers that any record shows."""
     for option in _options(places):
         state: Restored | None
         if option.form == FIRST:
@@ -85,19 +87,27 @@ async def restored(places: Sequence[RecordPlace], seen: Sequence[Numbered], read
     return None
 
 
-def _highest(numbers: Numbers, seen: Sequence[Numbered]) -> Numbers:
-    """The state's numbers, raised to the highest that any record shows (law 11).
+def _highest(numbers: Numbers, seen: Sequence[Head]) -> Numbers:
+    """The state's numbers, raised to the farthest that any record shows, each from its own epoch (law 11).
 
     A later UIDVALIDITY that no complete checkpoint stands under means a fresh one: nothing is known of how far this one got.
     """
-    uidvalidity, uid_next, modseq, epoch = numbers.uidvalidity, numbers.uid_next, numbers.modseq, numbers.epoch
-    for other in seen:
-        modseq = max(modseq, other.modseq)
-        if other.uidvalidity == numbers.uidvalidity:
-            uid_next, epoch = max(uid_next, other.uid_next), max(epoch, other.epoch)
-        elif other.uidvalidity > numbers.uidvalidity:
-            uidvalidity = 0
-    return Numbers(uid_next, modseq, uidvalidity, epoch, 0, uid_next, modseq)
+    farthest = numbers
+    for head in seen:
+        farthest = laws.learned(farthest, head)
+    uidvalidity = numbers.uidvalidity if all(head.uidvalidity <= numbers.uidvalidity for head in seen) else 0
+    return farthest._replace(uidvalidity=uidvalidity, base_uid=farthest.uid_next, base_modseq=farthest.modseq)
+
+
+def shown_by(numbers: Numbers, seen: Sequence[tuple[str, Head]]) -> int:
+    """Nodes of how many groups show that a mailbox may have got so far (law 11)."""
+    uids, modseqs = set(), set()
+    for group, head in seen:
+        if head.uidvalidity == numbers.uidvalidity:
+            uid_next, modseq = laws.reached(head, numbers.epoch)
+            uids |= {group} if uid_next >= numbers.uid_next else set()
+            modseqs |= {group} if modseq >= numbers.modseq else set()
+    return min(len(uids), len(modseqs))
 
 
 async def _decoded(

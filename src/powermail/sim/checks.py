@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from powermail.sim.run import Simulation
 
 _CALM_S = 900.0  # virtual time within which all must be well again
-_SETTLED_S = 120.0  # what a killed front end left on one node is entered by then
+_SETTLED_S = 60.0  # what a killed front end left on one node is entered by then
 
 
 def live_groups(cluster: Cluster, machine: Machine, key: bytes) -> tuple[set[str], set[str]]:
@@ -36,12 +36,14 @@ def live_groups(cluster: Cluster, machine: Machine, key: bytes) -> tuple[set[str
     return live, unseen
 
 
-def buried_keys(cluster: Cluster) -> dict[bytes, None]:
-    """Keys that some node holds a tombstone of, as far as it can be looked at."""
-    found: dict[bytes, None] = {}
+def buried_keys(cluster: Cluster, without: str = "") -> dict[bytes, set[str]]:
+    """The groups whose nodes hold a tombstone of a key, as far as they can be looked at; the node `without` is passed over."""
+    found: dict[bytes, set[str]] = {}
     for node in cluster.nodes.values():
         assert isinstance(node, LocalNode)
-        found.update(dict.fromkeys(node.tombstones()))
+        if node.id != without:
+            for key in node.tombstones():
+                found.setdefault(key, set()).add(node.group)
     return found
 
 

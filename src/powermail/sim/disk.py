@@ -42,6 +42,7 @@ class SimFile:
             content.extend(bytes(offset + len(data) - len(content)))
         content[offset : offset + len(data)] = data
         self._disk.journal.append(Op("write", self._inode, offset, data, durable and not self._disk.lies))
+        self._disk.fault("answer")  # it was written, and the answer says that it was not
 
     def read(self, offset: int, octets: int) -> bytes:
         self._disk.fault("read")

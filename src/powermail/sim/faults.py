@@ -18,6 +18,7 @@ from powermail.sim.world import DATA, Machine
 
 _STREAMS = 3
 _HEAL_S = 240.0
+_LONG_S = 45.0  # how long an old copy of a disk is kept at most: deletions since were forgotten, and their tombstones went
 
 
 class Site(Protocol):
@@ -35,11 +36,14 @@ class Site(Protocol):
     async def restart(self, pause_s: float) -> None:
         """Starts a new process after a kill."""
 
-    async def checkpointed(self) -> float:
-        """Writes checkpoints; the time from which on a rebuild may undo deletions."""
+    def forget_unsaved(self, without: str) -> None:
+        """Deletions that stand in no durable checkpoint may be undone, unless a node that is read holds a tombstone."""
 
-    async def rebuild(self) -> None:
-        """Makes the index anew from the nodes, while nothing serves."""
+    async def checkpointed(self) -> None:
+        """Writes the checkpoints that are due."""
+
+    async def rebuild(self, without: str) -> None:
+        """Makes the index anew from the nodes, while nothing serves; the node `without`, if there is one, is left out."""
 
     async def healed(self, within_s: float) -> bool:
         """Waits until every message is redundant. False if it takes too long."""
@@ -60,6 +64,7 @@ class Faults:
         self._process = asyncio.Lock()  # one death of the process at a time
         self._damage = asyncio.Lock()  # one loss of data at a time: what R copies must bear
         self._old_disks: dict[str, SimDisk] = {}
+        self._absent = ""  # a node that a rebuild was told to do without: until it is back, no copy may be unreadable
         kinds: dict[str, Callable[[], Awaitable[None]]] = {
             "kill": self._kill,
             "power-cut": self._power_cut,
@@ -70,9 +75,11 @@ class Faults:
             "disk-full": self._disk_full,
             "no-space": self._no_space,
             "write-error": self._write_error,
+            "answers-lost": self._answers_lost,
             "read-error": self._read_error,
             "slow-disk": self._slow_disk,
             "hung-disk": self._hung_disk,
+            "hung-disks": self._hung_disks,
             "keys-zeroed": self._keys_zeroed,
             "index-away": self._index_away,
             "index-unknown": self._index_unknown,
@@ -136,15 +143,36 @@ class Faults:
             prefix = f"{DATA}/nodes/{name}"
             self._machine.disk.away[prefix] = None
             await asyncio.sleep(self._chance.uniform(2.0, 10.0))
-            empty = SimDisk()
-            empty.make_directory(prefix)
-            self._old_disks[name] = self._machine.replace_disk(prefix, empty)
-            self._machine.disk.away.pop(prefix, None)
-            for _ in range(120):  # refused while a write still hangs there: the operator tries again
-                if await self._site.operation("node_replace", node=name) is not None:
-                    break
-                await asyncio.sleep(1.0)
+            self._old_disks[name] = await self._replaced(name)
             await self._site.healed(_HEAL_S)
+
+    async def _replaced(self, name: str) -> SimDisk:
+        """Puts an empty disk in the place of a node's and tells the node; the disk that was there."""
+        prefix = f"{DATA}/nodes/{name}"
+        empty = SimDisk()
+        empty.make_directory(prefix)
+        before = self._machine.replace_disk(prefix, empty)
+        self._machine.disk.away.pop(prefix, None)
+        for _ in range(120):  # refused while a write still hangs there: the operator tries again
+            if await self._site.operation("node_replace", node=name) is not None:
+                break
+            await asyncio.sleep(1.0)
+        return before
+
+    async def obey(self, name: str) -> None:
+        """The operator does what a node's message says: a disk that may never come back as it is is emptied and replaced."""
+        for node in await self._nodes():
+            if node["id"] == name and "empty its directory" in node["reason"]:
+                self._machine.note(f"the operator empties node {name}")
+                await self._replaced(name)
+
+    async def _nodes(self) -> list[dict[str, str]]:
+        for _ in range(120):
+            nodes = await self._site.operation("node_list")
+            if isinstance(nodes, list):
+                return nodes
+            await asyncio.sleep(1.0)
+        return []
 
     async def _disk_returned(self) -> None:
         """The disk that was replaced, or an older state of this one, is put back (F16, F31)."""
@@ -154,7 +182,7 @@ class Faults:
             old = self._old_disks.pop(name, None)
             if old is None:
                 old = self._older_state(name)
-                await asyncio.sleep(self._chance.uniform(5.0, 30.0))
+                await asyncio.sleep(self._chance.uniform(5.0, 30.0) if self._chance.random() < 0.5 else _LONG_S)
             if not await self._site.healed(_HEAL_S):
                 return
             self._machine.disk.away[prefix] = None
@@ -165,6 +193,7 @@ class Faults:
             self._machine.disk.away.pop(prefix, None)
             await asyncio.sleep(5.0)
             await self._site.operation("node_confirm", node=name)
+            await self.obey(name)
             await self._site.healed(_HEAL_S)
 
     def _older_state(self, name: str) -> SimDisk:
@@ -219,10 +248,21 @@ class Faults:
         disk.clear_faults()
         await self._kill()
 
+    async def _answers_lost(self) -> None:
+        """Several nodes write what they are asked and say that they could not; the process ends soon after."""
+        names = self._chance.sample(self._site.node_names, self._chance.randint(2, len(self._site.node_names)))
+        for name in names:
+            self._disk(name).fail("answer", self._chance.randint(1, 4))
+        await asyncio.sleep(self._chance.uniform(0.5, 6.0))
+        for name in names:
+            self._disk(name).clear_faults()
+        await self._kill()
+
     async def _read_error(self) -> None:
         disk = self._disk(self._node())
         for _ in range(self._chance.randint(1, 5)):
-            disk.fail("read", self._chance.randint(1, 10))
+            if not self._absent:
+                disk.fail("read", self._chance.randint(1, 10))
             await asyncio.sleep(self._chance.uniform(0.2, 2.0))
         disk.clear_faults()
 
@@ -241,6 +281,15 @@ class Faults:
         await asyncio.sleep(self._chance.uniform(5.0, 90.0))
         for lane in lanes:
             self._machine.hung.pop(lane, None)
+
+    async def _hung_disks(self) -> None:
+        """Writes to several nodes do not end for a while, and then they do: their answers come too late for anybody."""
+        names = self._chance.sample(self._site.node_names, self._chance.randint(2, len(self._site.node_names)))
+        for name in names:
+            self._machine.hung[f"{name}-write"] = None
+        await asyncio.sleep(self._chance.uniform(3.0, 25.0))
+        for name in names:
+            self._machine.hung.pop(f"{name}-write", None)
 
     async def _keys_zeroed(self) -> None:
         """A page of a node's derived key index is lost; the node makes it anew (law 14)."""
@@ -292,8 +341,9 @@ class Faults:
 
     async def _old_index(self) -> None:
         """A backup is put under a process that is down (F28)."""
-        self._machine.snapshot_index()
-        backup_at = asyncio.get_running_loop().time()
+        async with self._process:  # not while the index is being made anew
+            self._machine.snapshot_index()
+            backup_at = asyncio.get_running_loop().time()
         await asyncio.sleep(self._chance.uniform(1.0, 40.0))
         async with self._process:
             await self._restore(backup_at)
@@ -312,21 +362,57 @@ class Faults:
         self._site.forget_deletions(backup_at)
         self._site.let_go()
         self._machine.restore_index()
+        sick = asyncio.ensure_future(self._sick_for_a_while())
         await self._site.restart(self._chance.uniform(0.1, 2.0))
+        await sick
+
+    async def _sick_for_a_while(self) -> None:
+        """Now and then some nodes hang or are absent when the process starts (law 11 with some groups only)."""
+        names = self._chance.sample(self._site.node_names, self._chance.choice([0, 0, 1, 2, 3]))
+        away = self._chance.random() < 0.5
+        for name in names:
+            if away:
+                self._machine.disk.away[f"{DATA}/nodes/{name}"] = None
+            else:
+                self._machine.hung.update({f"{name}-write": None, f"{name}-read": None})
+        await asyncio.sleep(self._chance.uniform(2.0, 30.0) if names else 0.0)
+        for name in names:
+            self._machine.disk.away.pop(f"{DATA}/nodes/{name}", None)
+            self._machine.hung.pop(f"{name}-write", None)
+            self._machine.hung.pop(f"{name}-read", None)
 
     async def _rebuild(self) -> None:
-        """The index is lost; the operator makes it anew, sometimes killed in the middle of it."""
+        """The index is lost at any moment; the operator makes it anew, sometimes killed in the middle of it, sometimes twice,
+        sometimes without a node, which comes back before or after the start.
+        """
         async with self._process, self._damage:
             if not await self._site.healed(_HEAL_S):
                 return
-            since = await self._site.checkpointed()
-            await asyncio.sleep(self._chance.uniform(0.0, 5.0))
-            self._machine.kill()
-            self._site.forget_deletions(since)
-            self._site.let_go()
-            self._machine.lose_index()
-            await self._site.rebuild()
-            await self._site.restart(self._chance.uniform(0.1, 2.0))
+            for _ in range(self._chance.choice([1, 1, 2])):
+                if self._chance.random() < 0.3:
+                    await self._site.checkpointed()
+                await asyncio.sleep(self._chance.uniform(0.0, 8.0))
+                await self._rebuild_once(self._node() if self._chance.random() < 0.35 else "")
+                if not await self._site.healed(_HEAL_S):
+                    return
+
+    async def _rebuild_once(self, without: str) -> None:
+        prefix = f"{DATA}/nodes/{without}"
+        self._machine.kill()
+        self._site.forget_unsaved(without)
+        self._site.let_go()
+        self._machine.lose_index()
+        if without:
+            self._absent = without
+            self._machine.disk.away[prefix] = None
+        await self._site.rebuild(without)
+        if self._chance.random() < 0.5:
+            self._machine.disk.away.pop(prefix, None)
+        await self._site.restart(self._chance.uniform(0.1, 2.0))
+        if without:
+            await asyncio.sleep(self._chance.uniform(0.0, 8.0))
+            self._machine.disk.away.pop(prefix, None)
+            self._absent = ""
 
     # -- network and clock -------------------------------------------------------------------------------------------
 

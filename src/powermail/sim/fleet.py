@@ -92,7 +92,8 @@ class Fleet:
         if chance.random() < 0.4:
             recipients.append(chance.choice(IMAP_MAILBOXES))
         size = chance.choice([200, 1500, 4000, 4000, 30_000]) if chance.random() > 0.02 else 600_000
-        lines = [b"%08d " % chance.randrange(10**8) * 8 for _ in range(size // 72 + 1)]
+        first = chance.randrange(10**7)
+        lines = [b"%08d " % (first + 7 * line) * 8 for line in range(size // 72 + 1)]
         if chance.random() < 0.2:
             lines.append(b".")  # a line that must be stuffed
         octets = b"Subject: sim\r\nX-Number: %d\r\n\r\n" % number + b"\r\n".join(lines) + b"\r\n"

@@ -1,31 +1,52 @@
-"""Owns virtual time: an event loop that never waits and that runs what is ready in an order drawn from the seed."""
+"""Owns virtual time: an event loop that never waits and that runs what is ready in an order drawn from the seed.
+
+Half of what a simulation costs is the loop's own work, so it is asyncio's without what nobody needs here: debug mode, sockets,
+threads, and timers that compare themselves.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import heapq
 import random
 import traceback
 from asyncio import base_events
+from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVarTuple
+
+Ts = TypeVarTuple("Ts")
 
 
 class NothingLeft(RuntimeError):
     """Everybody waits and no timer is set: a deadlock, which a real process would sit in for ever."""
 
 
-class _Selector:
-    """Waits by moving the clock."""
+class _Handle(asyncio.TimerHandle):
+    """A call that is due, now or at its time."""
 
-    def __init__(self, loop: SimLoop) -> None:
+    __slots__ = ()
+    _callback: Any
+    _args: Any
+    _context: contextvars.Context
+    _cancelled: bool
+
+    def __init__(
+        self, when: float, callback: Any, args: Any, loop: asyncio.AbstractEventLoop, context: contextvars.Context | None
+    ) -> None:
+        self._when = when
+        self._callback = callback
+        self._args = args
         self._loop = loop
+        self._context = contextvars.copy_context() if context is None else context
+        self._cancelled = False
+        self._repr = None
+        self._source_traceback = None
 
-    def select(self, timeout: float | None) -> list[Any]:
-        """There are no sockets; time passes at once."""
-        if timeout is None:
-            raise NothingLeft("every task waits and no timer is set")
-        self._loop.pass_time(timeout)
-        return []
+    def cancel(self) -> None:
+        self._cancelled = True
+        self._callback = self._args = None
 
 
 class SimLoop(base_events.BaseEventLoop):
@@ -33,28 +54,69 @@ class SimLoop(base_events.BaseEventLoop):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        self._selector = _Selector(self)
         self._virtual = 1000.0
         self._order = random.Random(seed)
+        self._timers: list[tuple[float, int, _Handle]] = []
+        self._due: deque[_Handle] = deque()
+        self._timed = 0  # timers so far: of two for the same instant the one that was set first comes first
         self.steps = 0
 
     def time(self) -> float:
         """Virtual seconds."""
         return self._virtual
 
-    def pass_time(self, seconds: float) -> None:
-        """Moves the clock."""
-        self._virtual += seconds
+    def call_soon(
+        self, callback: Callable[[*Ts], object], *args: *Ts, context: contextvars.Context | None = None
+    ) -> asyncio.Handle:
+        """As asyncio's."""
+        handle = _Handle(self._virtual, callback, args, self, context)
+        self._due.append(handle)
+        return handle
+
+    def call_at(
+        self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: contextvars.Context | None = None
+    ) -> asyncio.TimerHandle:
+        """As asyncio's."""
+        handle = _Handle(when, callback, args, self, context)
+        self._timed += 1
+        heapq.heappush(self._timers, (when, self._timed, handle))
+        return handle
+
+    def call_later(
+        self, delay: float, callback: Callable[[*Ts], object], *args: *Ts, context: contextvars.Context | None = None
+    ) -> asyncio.TimerHandle:
+        """As asyncio's."""
+        return self.call_at(self._virtual + delay, callback, *args, context=context)
 
     def _run_once(self) -> None:
-        ready: Any = self._ready  # type: ignore[attr-defined]
-        self.steps += len(ready)
-        if len(ready) > 1:
-            handles = list(ready)
+        due, timers = self._due, self._timers
+        if not due:
+            while timers and timers[0][2]._cancelled:
+                heapq.heappop(timers)
+            if timers:
+                self._virtual = max(self._virtual, timers[0][0])  # nothing to do: time passes at once
+            elif not self._stopping:  # type: ignore[attr-defined]
+                raise NothingLeft("every task waits and no timer is set")
+        now = self._virtual
+        while timers and timers[0][0] <= now:
+            due.append(heapq.heappop(timers)[2])
+        count = len(due)
+        self.steps += count
+        if count > 1:
+            handles = list(due)
             self._order.shuffle(handles)
-            ready.clear()
-            ready.extend(handles)
-        super()._run_once()  # type: ignore[misc]
+            due.clear()
+            due.extend(handles)
+        for _ in range(count):
+            handle = due.popleft()
+            if not handle._cancelled:
+                handle._run()
+
+    def close(self) -> None:
+        """Lets go of all that was still to be called."""
+        self._due.clear()
+        self._timers.clear()
+        super().close()
 
     def _process_events(self, event_list: list[Any]) -> None:
         """There are none."""

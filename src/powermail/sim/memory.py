@@ -8,16 +8,28 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 from powermail.base import limits
-from powermail.base.errors import CommitRefused, CopyDamaged, CopyMissing, NodeReadOnly, NodeTrouble
+from powermail.base.errors import (
+    CommitRefused,
+    CopyDamaged,
+    CopyMissing,
+    MarkRefused,
+    NodeReadOnly,
+    NodeTrouble,
+    OlderCheckpoint,
+)
 from powermail.storage.contract import (
+    NO_RANK,
     START,
     Chunk,
+    Dropped,
+    End,
     Held,
     Item,
     Mark,
@@ -26,6 +38,7 @@ from powermail.storage.contract import (
     NodeState,
     Origin,
     Position,
+    Rank,
     Receipt,
     Scan,
     Scanned,
@@ -65,8 +78,10 @@ class Disk:
     live: dict[bytes, _Record] = field(default_factory=dict)
     dead: dict[bytes, _Record] = field(default_factory=dict)
     checkpoints: dict[bytes, dict[int, bytes]] = field(default_factory=dict)
+    ranks: dict[bytes, Rank] = field(default_factory=dict)
     mark: Mark = field(default_factory=Mark)
     boots: tuple[str, ...] = ()
+    began: tuple[Position, ...] = ()
     birth: Position = START
     end: Position = START
 
@@ -108,6 +123,7 @@ class MemoryNode:
         self._reason = ""
         self._blocked = False
         self._boot = ""
+        self._stamped_at = float("-inf")
         self._floor: Stamp | None = None
         self._open: dict[bytes, dict[int, Chunk]] = {}  # chunks without a commit
         self._bad: dict[bytes, None] = {}
@@ -242,7 +258,11 @@ class MemoryNode:
     def stamp(self) -> Stamp | None:
         if not self._boot or self._hung is not None:
             return None
-        return Stamp(self._boot, self._monotonic())
+        now = self._monotonic()
+        if now <= self._stamped_at:  # no two moments are one, also while the clock stands still
+            now = math.nextafter(self._stamped_at, math.inf)
+        self._stamped_at = now
+        return Stamp(self._boot, now)
 
     async def open(self) -> None:
         if self._boot:
@@ -252,7 +272,8 @@ class MemoryNode:
         disk = self._disk
         self._boot = self._fresh()
         disk.boots = (*disk.boots, self._boot)[-limits.BOOTS_MAX :]
-        self._write("other", b"", 8 * len(disk.boots))
+        disk.began = (*disk.began, disk.end)[-limits.BOOTS_MAX :]
+        self._write("other", b"", 24 * len(disk.boots))
         self._set(NodeState.BLOCKED if self._blocked else NodeState.READ_WRITE, "by the operator" if self._blocked else "")
 
     async def initialise(self) -> None:
@@ -264,7 +285,7 @@ class MemoryNode:
     async def facts(self) -> NodeFacts:
         await self._reading("facts")
         disk = self._disk
-        return NodeFacts(disk.incarnation, disk.end, disk.boots, disk.birth, self._damaged, disk.mark)
+        return NodeFacts(disk.incarnation, disk.end, disk.boots, disk.began, disk.birth, self._damaged, disk.mark)
 
     async def probe(self) -> None:
         await self._reading("probe")
@@ -392,8 +413,8 @@ class MemoryNode:
             return "its stamp is of another boot"
         if self._monotonic() - stamp.at > limits.COMMIT_WINDOW_S:
             return "its stamp is too old"
-        if self._floor is not None and stamp.at < self._floor.at:
-            return "its stamp is older than a round or walk that has begun"
+        if self._floor is not None and stamp.at <= self._floor.at:
+            return "its stamp is not newer than a round or walk that has begun"
         return ""
 
     def _commit(self, key: bytes, chunks: Sequence[Chunk], commit: bytes, count: int, origin: Origin, late: str) -> Receipt:
@@ -419,10 +440,17 @@ class MemoryNode:
     async def cancel(self, key: bytes) -> None:
         await self._submit("cancel", lambda: self._open.pop(key, None))
 
-    async def delete(self, keys: Sequence[bytes], mark: Mark, at: float) -> None:
-        await self._submit("delete", lambda: self._delete(keys, mark, at))
+    async def delete(self, keys: Sequence[bytes], mark: Mark, at: float, stamp: Stamp | None = None) -> End:
+        late = self._late(stamp)
+        end = await self._submit("delete", lambda: self._delete(keys, mark, at))
+        if late:  # law 5: written, but it proves nothing about the time before
+            raise NodeTrouble(f"node {self.id}: {late}")
+        return end
 
-    def _delete(self, keys: Sequence[bytes], mark: Mark, at: float) -> None:
+    def _end(self) -> End:
+        return End(self._disk.incarnation, self._disk.end)
+
+    def _delete(self, keys: Sequence[bytes], mark: Mark, at: float) -> End:
         self._writing()
         self._remember(mark)  # law 10: with the act
         for key in keys:
@@ -432,11 +460,12 @@ class MemoryNode:
             if record is None:
                 record = self._disk.dead[key] = self._write("tombstone", key, 8)
             record.stated_at = max(record.stated_at, at)
+        return self._end()
 
-    async def drop(self, copies: Sequence[tuple[bytes, Position]], mark: Mark) -> None:
-        await self._submit("drop", lambda: self._drop(copies, mark))
+    async def drop(self, copies: Sequence[tuple[bytes, Position]], mark: Mark) -> Dropped:
+        return await self._submit("drop", lambda: self._drop(copies, mark))
 
-    def _drop(self, copies: Sequence[tuple[bytes, Position]], mark: Mark) -> None:
+    def _drop(self, copies: Sequence[tuple[bytes, Position]], mark: Mark) -> Dropped:
         self._writing()
         self._remember(mark)
         for key, position in copies:
@@ -445,6 +474,8 @@ class MemoryNode:
                 del self._disk.live[key]
                 self._bad.pop(key, None)
                 self._write("other", key, 16)
+        live = tuple([key for key in dict.fromkeys(key for key, _ in copies) if key in self._disk.live])
+        return Dropped(live, self._end())
 
     async def discard(self, key: bytes, mark: Mark) -> Held:
         return await self._submit("discard", lambda: self._discard(key, mark))
@@ -550,6 +581,8 @@ class MemoryNode:
         return found
 
     def _remember(self, mark: Mark) -> None:
+        if why := self._disk.mark.refusal(mark):  # law 10
+            raise MarkRefused(f"node {self.id}: {why}")
         merged = self._disk.mark.with_seen(mark)
         if merged != self._disk.mark:
             self._disk.mark = merged
@@ -572,15 +605,25 @@ class MemoryNode:
         self._write("other", b"", 24)
         return self._disk.birth
 
-    async def put_checkpoint(self, name: bytes, number: int, octets: bytes, mark: Mark) -> None:
-        await self._submit("put_checkpoint", lambda: self._put_checkpoint(name, number, octets, mark))
+    async def lift_birth(self) -> None:
+        await self._submit("lift_birth", self._lift_birth)
 
-    def _put_checkpoint(self, name: bytes, number: int, octets: bytes, mark: Mark) -> None:
+    def _lift_birth(self) -> None:
+        self._writing()
+        self._disk.birth = START
+
+    async def put_checkpoint(self, name: bytes, number: int, octets: bytes, mark: Mark, rank: Rank = NO_RANK) -> None:
+        await self._submit("put_checkpoint", lambda: self._put_checkpoint(name, number, octets, mark, rank))
+
+    def _put_checkpoint(self, name: bytes, number: int, octets: bytes, mark: Mark, rank: Rank) -> None:
         self._taking()
         self._remember(mark)
+        if self._disk.ranks.get(name, NO_RANK) > rank:  # law 11
+            raise OlderCheckpoint(f"node {self.id}: a newer checkpoint is here")
         self._write("other", name, len(octets))
         if not number:
             self._disk.checkpoints[name] = {}
+            self._disk.ranks[name] = rank
         self._disk.checkpoints.setdefault(name, {})[number] = octets
 
     async def checkpoints(self, after: bytes, limit: int) -> list[tuple[bytes, int, bytes]]:

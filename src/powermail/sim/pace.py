@@ -10,27 +10,31 @@ from contextlib import contextmanager
 from typing import Final
 
 from powermail.base import limits
+from powermail.keeper import compact, forget
 
-PACE: Final = {
-    "CHECKPOINT_INTERVAL_S": 12.0,
-    "ROUND_INTERVAL_S": 15.0,
-    "RECONCILE_INTERVAL_S": 3.0,
-    "RECONCILE_GRACE_S": 10.0,
-    "VIEW_TAIL_ROWS": 20,
-    "VIEW_PART_ROWS": 16,
-    "COMPACT_STEP_OCTETS": 64 * limits.KIB,
-    "SCRUB_DAYS_MAX": 0.002,
-}
+PACE: Final = [
+    (limits, "CHECKPOINT_INTERVAL_S", 6.0),
+    (limits, "ROUND_INTERVAL_S", 8.0),
+    (limits, "RECONCILE_INTERVAL_S", 3.0),
+    (limits, "RECONCILE_GRACE_S", 10.0),
+    (limits, "VIEW_TAIL_ROWS", 20),
+    (limits, "VIEW_PART_ROWS", 16),
+    (limits, "COMPACT_STEP_OCTETS", 64 * limits.KIB),
+    (limits, "COMPACT_DEAD_FRACTION", 0.25),
+    (limits, "SCRUB_DAYS_MAX", 0.002),
+    (compact, "_IDLE_S", 5.0),
+    (forget, "_COMFORT_S", 5.0),
+]
 
 
 @contextmanager
 def hurried() -> Iterator[None]:
-    """Within it, the limits of `PACE` hold."""
-    before = {name: getattr(limits, name) for name in PACE}
-    for name, value in PACE.items():
-        setattr(limits, name, value)
+    """Within it, what `PACE` says holds."""
+    before = [(room, name, getattr(room, name)) for room, name, _ in PACE]
+    for room, name, value in PACE:
+        setattr(room, name, value)
     try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(limits, name, value)
+        for room, name, value in before:
+            setattr(room, name, value)

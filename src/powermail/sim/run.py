@@ -7,12 +7,15 @@ are over, everything is redundant, read and sent within a bounded virtual time.
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
+import math
 import random
 import shutil
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +49,9 @@ from powermail.storage.log.keys import KeyIndex, SqliteKeyIndex
 
 NODES = {"a": "rack-1", "b": "rack-2", "c": "rack-3", "d": "rack-3"}
 COPIES = 2
-_TOMBSTONE_DAYS = 0.0005
+_TOMBSTONE_S = (10.0, 43.0)  # how long tombstones stay at least; a short time lets older disks outlive them
+_SEGMENTS = (1, 4)  # size of a segment in smallest ones; small ones are compacted soon
+_CLOSING_S = 5.0
 
 
 @dataclass
@@ -84,8 +89,13 @@ class Simulation:
         self.ledger = Ledger()
         self._chance = random.Random(seed + 1)
         self._seconds = seconds
+        kind = random.Random(seed + 2)
+        self._tombstone_days = kind.choice(_TOMBSTONE_S) / 86_400.0
+        self._segment_octets = kind.choice(_SEGMENTS) * limits.SEGMENT_OCTETS_MIN
+        self._saved: dict[str, float] = {}  # account: when all of it was seen to stand in durable checkpoints
         self._powermail: PowerMail | None = None
-        self._lost: tuple[float, dict[bytes, None]] | None = None  # commits since then, but for keys with tombstones
+        # What deletions were lost: for each account since when, but for keys with tombstones.
+        self._lost: tuple[Callable[[str], float], dict[bytes, set[str]], int] | None = None
         self.fleet = fl.Fleet(self.machine.net.named("fleet"), self._chance, self._acknowledged, self.machine.late.__contains__)
         self.observer = Observer(self.index, self.fleet.history.problem)
 
@@ -95,10 +105,10 @@ class Simulation:
             hostname="mx.sim.example",
             cluster=ClusterSettings(
                 copies_required=COPIES,
-                segment_octets=4 * limits.SEGMENT_OCTETS_MIN,
+                segment_octets=self._segment_octets,
                 reserve_octets=100_000,
                 repair_after_s=5.0,
-                tombstone_days=_TOMBSTONE_DAYS,
+                tombstone_days=self._tombstone_days,
                 nodes=[NodeSettings(name, f"nodes/{name}", group) for name, group in NODES.items()],
             ),
             index=IndexSettings(path=f"{real}/index.db"),
@@ -130,11 +140,12 @@ class Simulation:
         for number, name in enumerate((*fl.MAILBOXES, *IMAP_MAILBOXES), 1):
             await directory.add([Account(str(number), name, password)])
         await directory.add([Account("", name, password, 0, (to,), name == fl.KEEPS) for name, to in fl.FORWARDS.items()])
-        self._accounts = {}
-        for name in IMAP_MAILBOXES:
+        self._owners = {}
+        for name in (*fl.MAILBOXES, *IMAP_MAILBOXES):
             account = await directory.find(name)
             assert account is not None
-            self._accounts[name] = account.id
+            self._owners[name] = account.id
+        self._accounts = {name: self._owners[name] for name in IMAP_MAILBOXES}
         await directory.close()
         self.machine.settle()
 
@@ -179,9 +190,21 @@ class Simulation:
                 self.machine.note(f"start failed: {error}")
                 if attempt == 59:
                     self.outcome.problems.append(f"does not start: {error}")
-                self.machine.kill()
-                self.let_go()
+                await self._give_up()
                 await asyncio.sleep(2.0)
+
+    async def _give_up(self) -> None:
+        """A process that could not start closes what it had opened, as far as it can, and ends."""
+        assert self._powermail is not None
+        closing = asyncio.ensure_future(self._powermail.stop(1.0))
+        await asyncio.wait([closing], timeout=_CLOSING_S)
+        if not closing.done():
+            closing.cancel()
+        elif closing.exception() is not None:
+            self.machine.note(f"stop failed: {closing.exception()}")
+        self.machine.kill()
+        self.let_go()
+        gc.collect()  # what was half open: a database that a dead process has open must not be seen by the next one
 
     def let_go(self) -> None:
         """The dead process holds no files any more."""
@@ -195,48 +218,87 @@ class Simulation:
             self.outcome.counters[name] = self.outcome.counters.get(name, 0) + count
 
     def forget_deletions(self, since: float) -> None:
-        """Commits since then are lost; a deletion that a node holds a tombstone of stays deleted all the same (P8)."""
-        self._lost = since, buried_keys(self._powermail.core.cluster) if self._powermail is not None else {}
+        """Commits since then are lost; a deletion that a node holds a tombstone of stays deleted all the same (P8).
+
+        It may show until that node is walked, unless one of any G-R+1 groups has a tombstone: these are walked before readers
+        are let in (law 11).
+        """
+        self._lost = (lambda account: since), self._buried(""), COPIES
         self._forgive()
+
+    def forget_unsaved(self, without: str) -> None:
+        """The index is lost: only what stands in durable checkpoints, or in a tombstone on a node that is read, is known.
+
+        Without a node, what only just became durable again after another disk was lost may have been there alone: then nothing
+        older than this moment counts.
+        """
+        loop = asyncio.get_running_loop()
+        now = {account: loop.time() for account, unsaved in self.machine.unsaved_accounts().items() if not unsaved}
+        saved = now if without else {**self._saved, **now}
+        self._lost = (lambda account: saved.get(account, 0.0)), self._buried(without), 1
+        self._forgive()
+
+    def _buried(self, without: str) -> dict[bytes, set[str]]:
+        return buried_keys(self._powermail.core.cluster, without) if self._powermail is not None else {}
+
+    async def _watch(self) -> None:
+        """When accounts stand in checkpoints, and when deletions that wait for a walk count again."""
+        gone = self.fleet.history.expunged_acked
+        while not self.observer.stopping:
+            await asyncio.sleep(1.1)
+            index = self.index()
+            if index is None:
+                continue
+            now = asyncio.get_running_loop().time()
+            self._saved.update({name: now for name, unsaved in self.machine.unsaved_accounts().items() if not unsaved})
+            waiting = [which for which, at in gone.items() if at == math.inf]
+            if waiting and index.numbering and not index.catching_up and await self._walked(index):
+                gone.update(dict.fromkeys(waiting, asyncio.get_running_loop().time()))
+
+    async def _walked(self, index: Index) -> bool:
+        try:
+            return not any(row.owes_walk for row in await index.node_rows())
+        except PowerMailError:
+            return False
 
     def _forgive(self) -> None:
         """Also what is read as done while the process is down: the answer was on its way when it was killed."""
         if self._lost is None:
             return
-        since, buried = self._lost
+        since, buried, groups = self._lost
         history = self.fleet.history
         keys = {(mailbox, number): bytes.fromhex(uidl.decode()) for (mailbox, uidl), number in history.uidls.items()}
-        for which in [which for which, at in history.expunged_acked.items() if at >= since]:
-            if keys.get(which) not in buried:
+        for which in [which for which, at in history.expunged_acked.items() if at >= since(self._owners[which[0]])]:
+            found = len(buried.get(keys.get(which, b""), ()))
+            if not found:
                 del history.expunged_acked[which]
-        for name in [name for name, at in self.ledger.gone_told.items() if at >= since]:
+            elif found < groups:
+                history.expunged_acked[which] = math.inf
+        for name in [name for name, at in self.ledger.gone_told.items() if at >= since(name[0])]:
             if name[1] not in buried:
                 del self.ledger.gone_told[name]
         self.observer.forget_counters()
 
-    async def checkpointed(self) -> float:
-        """Writes every checkpoint that is due; the time from which on deletions may be undone by a rebuild."""
+    async def checkpointed(self) -> None:
+        """Writes every checkpoint that is due, if that can be done."""
         running = self._powermail
         if running is None or not running.serving:
-            return 0.0
-        at = asyncio.get_running_loop().time()
+            return
         try:
             await running.keeping.checkpoint_all()
         except PowerMailError as error:
             self.machine.note(f"checkpoints: {error}")
-            return 0.0
-        return at
 
-    async def rebuild(self) -> None:
-        """The operator's command, until it works; now and then it is killed in the middle."""
+    async def rebuild(self, without: str) -> None:
+        """The operator's command, until it works; now and then it is killed in the middle. `without`: a node, or ""."""
         for attempt in range(60):
             process = self._process()
 
             async def progress(done: int, total: int) -> None:
                 """Nobody looks."""
 
-            work = asyncio.ensure_future(process.rebuild(progress))
-            await asyncio.wait([work], timeout=self._chance.uniform(0.0, 0.5) if attempt == 0 else 600.0)
+            work = asyncio.ensure_future(process.rebuild(progress, [without] if without else []))
+            await asyncio.wait([work], timeout=self._chance.uniform(0.0, 0.2) if attempt == 0 else 600.0)
             if work.done() and work.exception() is None:
                 await process.stop(1.0)
                 return
@@ -244,6 +306,7 @@ class Simulation:
             work.cancel()
             self.machine.kill()
             process.abandon()
+            gc.collect()
             await asyncio.sleep(2.0)
         self.outcome.problems.append("the index cannot be rebuilt")
 
@@ -290,11 +353,12 @@ class Simulation:
         clients = [asyncio.create_task(self.fleet.sender()) for _ in range(6)]
         clients += [asyncio.create_task(self.fleet.reader()) for _ in range(2)]
         clients += [asyncio.create_task(user.run()) for user in users]
-        watching = asyncio.create_task(self.observer.run())
+        watching = asyncio.gather(self.observer.run(), self._watch())
         loop = asyncio.get_running_loop()
         faults = Faults(self, self._chance, self._only)
         await faults.run(loop.time() + self._seconds)
         for name in self.node_names:  # a restored index may say that one is blocked which the operator has released since
+            await faults.obey(name)
             await self.operation("node_block", node=name, blocked=False)
         await self.operation("queue_set", numbers=[], held=False, due=True)  # what a rebuild holds: sent or not is unknown
         self.fleet.stopping = True
@@ -302,6 +366,7 @@ class Simulation:
             user.stopping = True
         ThisPeer.trouble = False
         await asyncio.gather(*clients)
+        self.observer.calm = True
         if self._powermail is not None:
             await Judge(self, ThisPeer, self._accounts).judge()
             self.observer.stopping = True
@@ -329,7 +394,7 @@ def simulate(seed: int, seconds: float = 60.0, only: Sequence[str] = ()) -> Outc
             return await simulation.run()
 
         try:
-            with hurried():
+            with hurried(), _collected_at_the_end():
                 outcome, _ = sim_loop.run(work(), seed, complaints.append)
         except Exception as error:  # noqa: BLE001  whatever breaks a simulation is a finding, with its place
             trace = traceback.extract_tb(error.__traceback__)[-1]
@@ -340,6 +405,17 @@ def simulate(seed: int, seconds: float = 60.0, only: Sequence[str] = ()) -> Outc
         return outcome
     finally:
         shutil.rmtree(real, ignore_errors=True)
+
+
+@contextmanager
+def _collected_at_the_end() -> Iterator[None]:
+    """Cycles are looked for once, so that errors nobody awaited are told at the same place each time; and it costs less."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.collect()
 
 
 def _fast_directory() -> str | None:

@@ -19,6 +19,7 @@ IMAP_MAILBOXES = ("imap0@sim.example", "imap1@sim.example")
 FOLDERS = ("INBOX", "Archive", "Trash")
 _PAGE = 500
 _PATIENCE_S = 20.0
+_WHOLE_EVERY = 8  # looks of which one reads all entries, also of a mailbox that says it has not changed
 
 
 @dataclass
@@ -113,16 +114,18 @@ class Observer:
 
     def __init__(self, index: Callable[[], Index | None], problem: Callable[[str], None]) -> None:
         self.looks = 0
+        self.calm = False  # no faults any more, and no senders
         self.stopping = False
         self._index = index
         self._problem = problem
         self._shown: dict[tuple[str, str, int, int], bytes] = {}
         self._numbers: dict[tuple[str, str], tuple[int, int, int]] = {}  # UIDVALIDITY, UIDNEXT, MODSEQ seen last
+        self._read: dict[tuple[str, str], MailboxFacts] = {}  # what was so when its entries were read last
 
     async def run(self) -> None:
-        """Looks every second or so."""
+        """Looks every second or so; in calm, when hardly anything is numbered, less often."""
         while not self.stopping:
-            await asyncio.sleep(1.3)
+            await asyncio.sleep(6.5 if self.calm else 1.3)
             index = self._index()
             if index is None:
                 continue
@@ -143,6 +146,9 @@ class Observer:
             if found is None:
                 continue
             self._counters(found)
+            if self._read.get((found.account, found.name)) == found and self.looks % _WHOLE_EVERY:
+                continue
+            self._read[found.account, found.name] = found
             for entry in await index.entries(found.id, 0, found.uid_next, 1 << 20):
                 name = (found.account, found.name, found.uidvalidity, entry.uid)
                 before = self._shown.setdefault(name, entry.key)

@@ -265,11 +265,23 @@ class Machine:
             self.bases[prefix] = disk.clone()
 
     def snapshot_index(self) -> None:
-        """A backup of the index, as an operator makes it while it is used (a hot copy)."""
-        source, target = sqlite3.connect(f"{self.real}/index.db"), sqlite3.connect(f"{self.real}/backup.db")
+        """A backup of the index, as an operator makes it while it is used (a hot copy). There must be an index."""
+        source = sqlite3.connect(f"file:{self.real}/index.db?mode=ro", uri=True)
+        target = sqlite3.connect(f"{self.real}/backup.db")
         source.backup(target)
         source.close()
         target.close()
+
+    def unsaved_accounts(self) -> dict[str, bool]:
+        """Each account, and whether one of its mailboxes has changed since its last durable checkpoint."""
+        if not os.path.exists(f"{self.real}/index.db"):
+            return {}
+        db = sqlite3.connect(f"file:{self.real}/index.db?mode=ro", uri=True)
+        try:
+            rows = db.execute("SELECT account, max(due_at > 0 OR skipped) FROM mailboxes GROUP BY account ORDER BY account")
+            return {account: bool(unsaved) for account, unsaved in rows.fetchall()}
+        finally:
+            db.close()
 
     def lose_index(self) -> None:
         """The index file is gone."""
@@ -279,7 +291,5 @@ class Machine:
 
     def restore_index(self) -> None:
         """The index file is what it was at the backup (F28)."""
-        for suffix in ("-wal", "-shm"):
-            if os.path.exists(f"{self.real}/index.db{suffix}"):
-                os.unlink(f"{self.real}/index.db{suffix}")
+        self.lose_index()
         shutil.copy(f"{self.real}/backup.db", f"{self.real}/index.db")

@@ -7,7 +7,8 @@ Rules
 - A write error or fsync error makes the node read-only (P18).
 - Absence is never inferred: `Held.ABSENT` and `CopyMissing` say "not here", `Held.UNKNOWN` "I cannot tell"; nothing more.
 - Every call ends within its deadline: `NodeTrouble` then says that the outcome is unknown (law 14).
-- Tombstones, drops, checkpoints and compaction carry a `Mark` of the index, durable before or with the act (law 10).
+- Tombstones, drops, checkpoints and compaction carry a `Mark` of the index, durable before or with the act (law 10). With a
+  mark that `Mark.refusal` objects to nothing is done and nothing remembered: `MarkRefused`, also for a mark alone.
 """
 
 from __future__ import annotations
@@ -54,11 +55,39 @@ class Receipt(NamedTuple):
     position: Position
 
 
+class End(NamedTuple):
+    """The durable end of a node's log when it answered, and of which incarnation. What a keeper notes in the index names it:
+    a note about a disk that was swapped, or that comes after later news of the node, is void (laws 6, 8, 12).
+    """
+
+    incarnation: str
+    position: Position
+
+
+class Dropped(NamedTuple):
+    """A node's word that copies are gone there. `live`: those of the keys of which another copy is live there (law 6)."""
+
+    live: tuple[bytes, ...]
+    end: End
+
+
+class Rank(NamedTuple):
+    """How new what is kept under a name is: the index's epoch when it was planned, UIDVALIDITY, MODSEQ. All 0: it has none."""
+
+    epoch: int = 0
+    uidvalidity: int = 0
+    modseq: int = 0
+
+
+NO_RANK = Rank()
+
+
 class Mark(Struct, frozen=True, omit_defaults=True):
     """What an index had committed when it was made; nodes remember the highest they have seen (law 10).
 
-    `slots` maps the sequence number of a writer slot to (tag, count of its transactions); `sequence` is the highest
-    number given to a slot, so that a slot that is missing below it was pruned. `retired` are incarnations that never come back.
+    `slots` maps the sequence number of every writer slot to (tag, count of its transactions); `sequence` is the highest
+    number given to a slot, so that a slot that is missing below it was pruned. All is read in one transaction, the epoch too.
+    What an older epoch had was settled when the epoch was raised. `retired` are incarnations that never come back.
     """
 
     sequence: int = 0
@@ -69,20 +98,38 @@ class Mark(Struct, frozen=True, omit_defaults=True):
 
     def with_seen(self, seen: Mark) -> Mark:
         """What a node that remembers this one remembers after it was shown `seen`: the highest of each, without the slots
-        that `seen` says were pruned.
+        that `seen` says were pruned; of a later epoch its slots alone.
         """
-        slots = {n: slot for n, slot in self.slots.items() if n in seen.slots or n > seen.sequence}
-        for number, (tag, count) in seen.slots.items():
-            before = slots.get(number)
-            if before is None or before[0] != tag or before[1] < count:
-                slots[number] = (tag, count)
+        sequence, slots = max((mark.epoch, mark.sequence) for mark in (self, seen))[1], self.slots
+        if seen.epoch > self.epoch:
+            slots = seen.slots
+        elif seen.epoch == self.epoch:
+            slots = {n: slot for n, slot in self.slots.items() if n in seen.slots or n > seen.sequence}
+            for number, (tag, count) in seen.slots.items():
+                before = slots.get(number)
+                if before is None or before[0] != tag or before[1] < count:
+                    slots[number] = (tag, count)
         return Mark(
-            max(self.sequence, seen.sequence),
+            sequence,
             slots,
             max(self.epoch, seen.epoch),
             max(self.uidvalidity, seen.uidvalidity),
             tuple(sorted({*self.retired, *seen.retired})),
         )
+
+    def refusal(self, seen: Mark) -> str:
+        """Why a node that remembers this one refuses what comes with `seen`; "" if it does not (law 10).
+
+        What an older epoch sends may come of commits that are lost; so may what a slot sends that was pruned, or that was
+        given twice: the node forgets nothing for it, so that a loss stays in sight.
+        """
+        if seen.epoch < self.epoch:
+            return f"it comes of epoch {seen.epoch} of the index, and epoch {self.epoch} is known here"
+        if seen.epoch == self.epoch:
+            for number, (tag, _) in seen.slots.items():
+                if number <= self.sequence and self.slots.get(number, ("", 0))[0] != tag:
+                    return f"it comes of writer slot {number} of the index, which is not the one that is known here"
+        return ""
 
 
 class Held(Enum):
@@ -166,7 +213,8 @@ class NodeFacts(NamedTuple):
     incarnation: str
     end: Position  # durable
     boots: tuple[str, ...]  # openings whose record is durable, oldest first; long chains forget their beginning
-    birth: Position  # nothing before it is ever entered as mail; START when there is none
+    began: tuple[Position, ...]  # where the log ended when each of these began: an older disk forks off before that
+    birth: Position  # nothing before it is ever entered as mail, until it is lifted; START when there is none
     damaged: bool  # this opening found damage, or lost its key index: belief must be checked
     mark: Mark
 
@@ -256,13 +304,15 @@ class StorageNode(Protocol):
     async def cancel(self, key: bytes) -> None:
         """Lets go of the chunks of a stream that was never asked to commit; writes nothing (law 5). Raises NodeTrouble."""
 
-    async def delete(self, keys: Sequence[bytes], mark: Mark, at: float) -> None:
+    async def delete(self, keys: Sequence[bytes], mark: Mark, at: float, stamp: Stamp | None = None) -> End:
         """Writes tombstones, also for keys it never had; durable when it returns. An abort is one too (law 1).
 
-        `at` is the keeper's stated date (UTC); works on a full or blocked node. Raises NodeTrouble.
+        `at` is the keeper's stated date (UTC); works on a full or blocked node. A delivery that aborts brings the stamp that it
+        froze for this node: if a commit with it would be refused, the tombstone is written and not confirmed, because the key
+        may have been listed, deleted and forgotten meanwhile (law 5). Raises NodeTrouble.
         """
 
-    async def drop(self, copies: Sequence[tuple[bytes, Position]], mark: Mark) -> None:
+    async def drop(self, copies: Sequence[tuple[bytes, Position]], mark: Mark) -> Dropped:
         """Removes these copies, each named by the position it was first written at, also after it moved (law 1).
 
         Says nothing about the key: another copy of it may be committed here. Works on a full or blocked node. A copy that is
@@ -298,8 +348,8 @@ class StorageNode(Protocol):
     # -- keeping ------------------------------------------------------------------------------------------------
 
     async def fence(self, stamp: Stamp) -> Position:
-        """From now on commits with an older stamp are refused; waits for every append that passed the check before, and
-        answers the durable end of the log behind them (laws 2, 9, 11). Raises NodeTrouble.
+        """From now on commits with this stamp or an older one are refused; waits for every append that passed the check before,
+        and answers the durable end of the log behind them (laws 2, 9, 11). Raises NodeTrouble.
         """
 
     async def scan(self, after: Position, limit: int, age_s: float) -> Scan:
@@ -317,13 +367,22 @@ class StorageNode(Protocol):
         """Every key with a live copy or a tombstone behind `after`, in key order. Raises NodeTrouble."""
 
     async def put_mark(self, mark: Mark) -> None:
-        """Remembers a mark. Raises NodeTrouble."""
+        """Remembers a mark. Raises MarkRefused, NodeTrouble."""
 
     async def rebirth(self) -> Position:
         """A new incarnation and a birth mark at the end of the log, both durable (law 12); the mark. Raises NodeTrouble."""
 
-    async def put_checkpoint(self, name: bytes, number: int, octets: bytes, mark: Mark) -> None:
-        """Keeps a record under a name of 16 octets; number 0 replaces all of that name. Durable when it returns."""
+    async def lift_birth(self) -> None:
+        """There is no birth mark any more, durably: all that lies before it was compared with the index, and what the index
+        ordered there is done (law 12). Fine if there is none. Raises NodeTrouble.
+        """
+
+    async def put_checkpoint(self, name: bytes, number: int, octets: bytes, mark: Mark, rank: Rank = NO_RANK) -> None:
+        """Keeps a record under a name of 16 octets; number 0 replaces all of that name. Durable when it returns.
+
+        Raises OlderCheckpoint, and keeps what there is, if number 0 of that name has a higher rank: a keeper that slept would
+        take back what a later one showed (law 11). Raises MarkRefused, NodeTrouble.
+        """
 
     async def checkpoints(self, after: bytes, limit: int) -> list[tuple[bytes, int, bytes]]:
         """Records of at most `limit` names behind `after`, as (name, number, octets) in order. Raises NodeTrouble."""

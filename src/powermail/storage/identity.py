@@ -19,8 +19,8 @@ FORMAT = 2
 class Identity(Struct, frozen=True):
     """What `identity` holds. `cluster`, `store`, `incarnation` and `salt` are hex.
 
-    `since` is the first segment of format 2: those below were written by the first release. `birth` is the birth mark
-    (law 12); it and the incarnation it came with change in one step, because they stand in one file.
+    `since` is the first segment of format 2: those below were written by the first release. `birth` is the birth mark until
+    it is lifted (law 12); it and the incarnation it came with change in one step, because they stand in one file.
     """
 
     format: int

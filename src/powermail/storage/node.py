@@ -17,7 +17,10 @@ from powermail.base.errors import CopyDamaged, CopyMissing, NodeTrouble, Operato
 from powermail.base.log import Event
 from powermail.base.world import World
 from powermail.storage.contract import (
+    NO_RANK,
     Chunk,
+    Dropped,
+    End,
     Held,
     Item,
     Mark,
@@ -26,6 +29,7 @@ from powermail.storage.contract import (
     NodeState,
     Origin,
     Position,
+    Rank,
     Receipt,
     Scan,
     Stamp,
@@ -212,6 +216,9 @@ class LocalNode:
             store = self._opening.result()
         if store is not None:
             store.abandon()
+        self._waiting = []
+        self._writes.abandon()
+        self._reads.abandon()
 
     def look(self, keys: Sequence[bytes]) -> list[Held] | None:
         """What it holds, at once and without its lanes, for a checker (simulator); None while it is not open."""
@@ -547,18 +554,28 @@ class LocalNode:
             return "the stamp is of another opening of this node"
         if self._monotonic() - at > limits.COMMIT_WINDOW_S:
             return "the stamp is too old"
-        return "the stamp is older than one that a walk has named" if at < self._floor else ""
+        return "the stamp is not newer than one that a walk has named" if at <= self._floor else ""
 
     async def cancel(self, key: bytes) -> None:
         await self._ask([Operation(CANCEL, key)])
 
-    async def delete(self, keys: Sequence[bytes], mark: Mark, at: float) -> None:
-        date = rec.pack_date(at)
-        await self._ask([Operation(rec.MARK, mark=mark), *(Operation(rec.TOMBSTONE, key, (), date) for key in keys)])
+    async def delete(self, keys: Sequence[bytes], mark: Mark, at: float, stamp: Stamp | None = None) -> End:
+        late = self._too_late(stamp) if stamp is not None else ""
+        date, incarnation = rec.pack_date(at), self.incarnation
+        tombstones = [Operation(rec.TOMBSTONE, key, (), date, mark=mark) for key in keys]
+        end = await self._ask([Operation(rec.MARK, mark=mark), *tombstones])
+        if late:  # law 5: written, but it proves nothing about the time before
+            self._world.counters.add("law.5.unconfirmed")
+            raise NodeTrouble(f"node {self.id}: {late}")
+        return End(incarnation, end)
 
-    async def drop(self, copies: Sequence[tuple[bytes, Position]], mark: Mark) -> None:
-        drops = [Operation(rec.DROP, key, (), rec.pack_position(position)) for key, position in copies]
-        await self._ask([Operation(rec.MARK, mark=mark), *drops])
+    async def drop(self, copies: Sequence[tuple[bytes, Position]], mark: Mark) -> Dropped:
+        drops = [Operation(rec.DROP, key, (), rec.pack_position(position), mark=mark) for key, position in copies]
+        incarnation = self.incarnation
+        end = await self._ask([Operation(rec.MARK, mark=mark), *drops])
+        keys = list(dict.fromkeys(key for key, _ in copies))
+        held = await self.has(keys)
+        return Dropped(tuple([key for key, state in zip(keys, held, strict=True) if state is Held.LIVE]), End(incarnation, end))
 
     async def discard(self, key: bytes, mark: Mark) -> Held:
         held, position = await self._call(self._opened().reader.held, key)
@@ -573,10 +590,10 @@ class LocalNode:
             return Held.ABSENT
         return Held.LIVE
 
-    async def put_checkpoint(self, name: bytes, number: int, octets: bytes, mark: Mark) -> None:
+    async def put_checkpoint(self, name: bytes, number: int, octets: bytes, mark: Mark, rank: Rank = NO_RANK) -> None:
         if not self._room.is_set():
             await self._roomy()
-        checkpoint = Operation(rec.CHECKPOINT, name, (), octets, number)
+        checkpoint = Operation(rec.CHECKPOINT, name, (), rec.pack_rank(rank) + octets, number, mark=mark)
         await self._ask([Operation(rec.MARK, mark=mark), checkpoint], len(octets))
 
     async def put_mark(self, mark: Mark) -> None:
@@ -669,6 +686,10 @@ class LocalNode:
     async def rebirth(self) -> Position:
         store = self._opened()
         return await self._change(store, store.rebirth, self._world.entropy.octets(8).hex())
+
+    async def lift_birth(self) -> None:
+        store = self._opened()
+        await self._change(store, store.lift_birth)
 
     async def compactable(self, below: Position, at: float) -> list[bytes] | None:
         async with self._compacting:

@@ -47,6 +47,10 @@ class Turns:
             asyncio.get_running_loop().call_later(_LOOK_EVERY_S, self._look)
         return future
 
+    def abandon(self) -> None:
+        """Nobody waits any more: the process was killed (simulator)."""
+        self._pending.clear()
+
     def _look(self) -> None:
         now = self._monotonic()
         left: deque[tuple[float, asyncio.Future[Any]]] = deque()

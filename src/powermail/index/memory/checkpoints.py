@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 from powermail.base import limits
+from powermail.base.errors import IndexTrouble
 from powermail.index import laws
-from powermail.index.contract import CheckpointPlan
+from powermail.index.contract import CheckpointPlan, Fate
 from powermail.index.memory.mailboxes import MailboxPart
 from powermail.index.memory.state import Gone, MailboxRow
 from powermail.index.memory.transaction import STARTS_BEHIND
@@ -23,7 +25,8 @@ class CheckpointPart(MailboxPart):
     async def checkpoint_plan(self, mailbox: int, whole: bool = False) -> CheckpointPlan | None:
         row = self.state.mailboxes.get(mailbox)
         if row is not None and self.state.starts - row.numbers.start >= STARTS_BEHIND and self.state.numbering:
-            row = self.transact(lambda: self.number(mailbox, 0))  # before it must leap too far (law 11)
+            with contextlib.suppress(IndexTrouble):  # what has no room for the leap is written where it stands
+                row = self.transact(lambda: self.number(mailbox, 0))  # before it must leap too far (law 11)
         if row is None:
             return None
         if row.base and row.written == row.numbers.modseq and not row.skipped:
@@ -46,7 +49,8 @@ class CheckpointPart(MailboxPart):
         s = self.state
         since = 0 if whole else row.base
         gone = {key: each for (at, key), each in sorted(s.gone.items()) if at == row.id and each.modseq > since}
-        named = {key: each for key, each in gone.items() if self._durable(each)}
+        dead = {key for key in gone if key not in s.keys or s.keys[key].fate is not Fate.LIVE}
+        named = {key: None for key, each in gone.items() if key in dead or self._durable(each)}
         account = {each.id for each in s.mailboxes.values() if each.account == row.account}
         shown = {entry.key for (at, _), entry in s.entries.items() if at in account}
         return CheckpointPlan(
@@ -57,10 +61,11 @@ class CheckpointPart(MailboxPart):
             nodes=row.holders,
             gone=tuple(named),
             skipped=len(named) < len(gone),
-            left=tuple(key for key in named if key not in shown),
+            left=tuple(key for key in named if key in dead or key not in shown),
             first=tuple(sorted({each.to for key, each in gone.items() if key not in named})),
             epoch=row.numbers.epoch,
             base_uid=row.numbers.uid_next if whole else row.base_uid,
+            planned_in=s.epoch,
         )
 
     def _durable(self, gone: Gone) -> bool:

@@ -22,7 +22,7 @@ from powermail.index.contract import (
 from powermail.index.laws import Deed
 from powermail.index.memory.transaction import Transactions, Undo
 from powermail.mail.envelope import Commit
-from powermail.storage.contract import Held, Position, Receipt, Unread
+from powermail.storage.contract import Dropped, End, Held, Position, Receipt, Unread
 
 
 class CopyPart(Transactions):
@@ -215,7 +215,19 @@ class CopyPart(Transactions):
     async def copies_on(self, node: str, after: bytes, limit: int) -> list[bytes]:
         return sorted(key for key, holder in self.state.copies if holder == node and key > after)[:limit]
 
-    async def believe(self, key: bytes, node: str) -> bool:
+    def _is_late(self, node: str, end: End) -> bool:
+        """What was found there is of another disk, or older than what the index has seen since (law 8)."""
+        row = self.state.nodes[node]
+        return row.incarnation != end.incarnation or end.position < row.end_seen
+
+    def _see(self, node: str, end: End) -> None:
+        """Law 12: what was confirmed lies before this end. Nothing is confirmed by another disk."""
+        row = self.state.nodes.get(node)
+        if row is None or row.incarnation != end.incarnation:
+            raise Undo(None)
+        self._set_node(node, end_seen=max(row.end_seen, end.position))
+
+    async def believe(self, key: bytes, node: str, end: End) -> bool:
         def believing() -> bool:
             fate = self._fate(key)
             if fate is None or node not in self.state.nodes:
@@ -223,6 +235,8 @@ class CopyPart(Transactions):
             if fate is not Fate.LIVE:
                 self.order(node, key)  # law 8
                 return False
+            if self._is_late(node, end):
+                raise Undo(False)
             self.state.copies[key, node] = None
             self.state.suspects.pop((key, node), None)
             return True
@@ -264,8 +278,9 @@ class CopyPart(Transactions):
     async def orders(self, node: str, limit: int) -> list[bytes]:
         return sorted(key for at, key in self.state.orders if at == node)[:limit]
 
-    async def confirm_orders(self, node: str, keys: Sequence[bytes]) -> None:
+    async def confirm_orders(self, node: str, keys: Sequence[bytes], end: End) -> None:
         def confirming() -> None:
+            self._see(node, end)
             for key in keys:
                 self.state.orders.pop((node, key), None)
 
@@ -274,12 +289,14 @@ class CopyPart(Transactions):
     async def drops(self, node: str, limit: int) -> list[DropOrder]:
         return [DropOrder(key, position) for at, key, position in sorted(self.state.drops) if at == node][:limit]
 
-    async def confirm_drops(self, node: str, drops: Sequence[DropOrder]) -> None:
+    async def confirm_drops(self, node: str, drops: Sequence[DropOrder], done: Dropped) -> None:
         def confirming() -> None:
+            self._see(node, done.end)
             for key, position in drops:
                 if (node, key, position) in self.state.drops:
                     del self.state.drops[node, key, position]
-                    self.state.copies.pop((key, node), None)  # law 6: the belief goes too
+                    if key not in done.live:
+                        self.state.copies.pop((key, node), None)  # law 6: the belief goes too
 
         self.transact(confirming)
 
@@ -359,9 +376,13 @@ class CopyPart(Transactions):
     async def raise_round(self) -> int:
         def raising() -> int:
             s = self.state
-            # law 10: a slot is pruned only by a round completed after it stopped
-            done = self._scanned()
-            s.slots = {n: slot for n, slot in s.slots.items() if slot.ended is None or slot.ended >= done}
+            # law 10: after a round completed since it stopped, marks leave a slot out; after one more, which told every node
+            # so and compared it, it is pruned
+            for number, slot in list(s.slots.items()):
+                if slot.ended is not None and slot.ended < self._scanned():
+                    s.slots[number] = slot._replace(left_out=True, ended=s.round)
+                    if slot.left_out:
+                        del s.slots[number]
             s.round += 1
             return s.round
 
@@ -384,6 +405,8 @@ class CopyPart(Transactions):
         forgotten = [key for _, key in old if key not in ordered][:limit]
         for key in forgotten:
             del s.keys[key]
+        if forgotten:  # what is forgotten has tombstones wherever it lay: no checkpoint names it any more (law 13)
+            s.gone = {at: gone for at, gone in s.gone.items() if at[1] in s.keys}
         return len(forgotten)
 
     def _scanned(self) -> int:

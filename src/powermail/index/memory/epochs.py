@@ -30,19 +30,20 @@ class EpochPart(Transactions):
     def epoch(self) -> int:
         return self.state.epoch
 
-    def mark(self) -> Mark:
-        s = self.state
-        slots = {number: (slot.tag, slot.commits) for number, slot in s.slots.items()}
-        return Mark(s.sequence, slots, s.epoch, s.uidvalidity, s.retired)
+    async def proof(self, connection: int) -> Mark:
+        if connection != self.connection:
+            raise IndexTrouble("what was read is of another connection to the index")
+        return self.prove()
 
     def lost(self, mark: Mark) -> str:
-        mine = self.mark()
-        return self._why_lost or laws.loss(mark, mine.epoch, mine.sequence, mine.slots)
+        mine = self._committed()
+        slots = {number: (slot.tag, slot.commits) for number, slot in self.state.slots.items()}
+        return self._why_lost or laws.loss(mark, mine.epoch, mine.sequence, slots)
 
     async def raise_epoch(self, marks: Sequence[Mark], why: str) -> int:
         def raising() -> int:
             s = self.state
-            known = [self.mark(), *marks]
+            known = [self._committed(), self.mark(), *marks]
             s.epoch = max(mark.epoch for mark in known) + 1
             s.uidvalidity = max(mark.uidvalidity for mark in known) + limits.EPOCH_JUMP
             s.retired = tuple(sorted({incarnation for mark in known for incarnation in mark.retired}))
@@ -69,12 +70,34 @@ class EpochPart(Transactions):
                 s.uidvalidity = max(s.uidvalidity, head.uidvalidity)
                 if (mailbox := rows.get((head.account, head.name))) is not None:
                     row = s.mailboxes[mailbox]
-                    numbers = laws.learned(row.numbers, head.uidvalidity, head.uid_next, head.modseq)
+                    numbers = laws.learned(row.numbers, head)
                     if numbers != row.numbers:
                         s.mailboxes[mailbox] = row._replace(numbers=numbers)
                         self._touch(mailbox)
 
         self.transact(learning)
+
+    async def far_heads(self, limit: int) -> list[Head]:
+        s, found = self.state, []
+        for row in s.mailboxes.values():
+            if (far := laws.reaches(row.numbers, s.epoch, s.starts)) is not None:
+                found.append(Head(row.account, row.name, far.uidvalidity, far.uid_next, far.modseq, far.epoch))
+        return found[:limit]
+
+    async def heads_written(self, heads: Sequence[Head]) -> None:
+        def noting() -> None:
+            s = self.state
+            rows = {(row.account, row.name): row for row in s.mailboxes.values()}
+            for head in heads:
+                row = rows.get((head.account, head.name))
+                if row is not None and row.numbers.uidvalidity == head.uidvalidity:
+                    numbers = laws.Numbers(
+                        head.uid_next, head.modseq, head.uidvalidity, head.epoch, s.starts, head.uid_next, head.modseq
+                    )
+                    s.mailboxes[row.id] = row._replace(numbers=numbers)
+                    self._touch(row.id)
+
+        self.transact(noting)
 
     async def begin_epoch(self) -> None:
         def beginning() -> None:
@@ -104,6 +127,7 @@ class EpochPart(Transactions):
             self.state.catching_up = False
 
         self.transact(catching)
+        self.settled()  # walks find more than reconcile does
 
     async def rest(self) -> None:
         self.transact(lambda: None, stopping=True)  # law 10: a later transaction says again that it goes on

@@ -146,6 +146,7 @@ class MailboxPart(Transactions):
         found = [(uid, place) for uid, place in places if place >= 0]
         if not found:
             raise Undo([])
+        laws.check_at_once(len(found))
         entries = [self.state.entries[mailbox, uid] for uid, _ in found]
         flags = [self._flags_there(mailbox, view.flags[place], to) for _, place in found]
         rows = [(each.key, there, each.octets, each.received_at) for each, there in zip(entries, flags, strict=True)]

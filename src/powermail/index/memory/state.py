@@ -58,7 +58,7 @@ class KeyRow(NamedTuple):
 
 
 class Gone(NamedTuple):
-    """A key expunged from a mailbox while the message lives on; `to` is where it was moved, 0 if it was not (law 13)."""
+    """A key expunged from a mailbox, until it is forgotten; `to` is where it was moved, 0 if it was not (law 13)."""
 
     modseq: int
     to: int
@@ -79,6 +79,7 @@ class Slot(NamedTuple):
     commits: int
     stopped: bool = False
     ended: int | None = None
+    left_out: bool = False  # no mark tells of it any more; `ended` is the round since when
 
 
 @dataclass
@@ -128,11 +129,13 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self.state = State()
+        self.lives = 1  # how often it was put back, which ends all connections to it
 
     def snapshot(self) -> State:
         """A hot backup."""
         return self.state.copy()
 
     def restore(self, snapshot: State) -> None:
-        """Puts a backup back: all commits since are lost."""
+        """Puts a backup back: all commits since are lost, and all connections end."""
         self.state = snapshot.copy()
+        self.lives += 1

@@ -17,7 +17,7 @@ from powermail.index.contract import EntryFacts, Fate, QueueRow, Release
 from powermail.index.memory.state import Gone, KeyRow, Lease, MailboxRow, MemoryStore, Slot, State
 from powermail.index.view import Change, Op, View
 from powermail.mail.envelope import Commit, Target
-from powermail.storage.contract import Position
+from powermail.storage.contract import Mark, Position
 
 T = TypeVar("T")
 # What was not numbered for so many unclean starts is checkpointed behind its leap, before the leap is too far (law 11).
@@ -41,6 +41,10 @@ class Transactions:
         self._failures: deque[bool] = deque()
         self._why_lost = ""
         self._slot, self._tag, self._count = 0, "", 0
+        self._life = 0  # of the store, when this process last connected
+        self._known = Mark()  # as the last transaction of this process found it
+        self.numbered = 0
+        self._unsettled = False
 
     @property
     def state(self) -> State:
@@ -60,7 +64,8 @@ class Transactions:
             s.cluster = s.cluster or cluster
             s.uidvalidity = s.uidvalidity or laws.fresh_uidvalidity(0, self._world.clock.now())
             last = s.slots.get(s.sequence)
-            if last is not None and not last.stopped:
+            self._unsettled = last is not None and not last.stopped
+            if self._unsettled:
                 s.starts += 1  # law 10: a hot copy put back leaves no other sign
                 s.uidvalidity += limits.UNCLEAN_JUMP
                 for row in s.mailboxes.values():
@@ -87,16 +92,21 @@ class Transactions:
         """
         before = self.backing.snapshot()
         mine = self._slot, self._tag, self._count
+        known, life = self._known, self._life
         failure = self._failures.popleft() if self._failures else None
         answer: T
         try:
+            if not anew:
+                self._connect()
             answer = work()
-            if anew:
-                self._take_slot()
+            if anew or self._life != self.backing.lives:
+                self._take_slot()  # law 10: of a new connection, too
             else:
                 self._raise_count(stopping)  # law 10: last in each transaction
+            self._life, self._known = self.backing.lives, self._committed()
         except Undo as undo:
             self.backing.state = before
+            self._slot, self._tag, self._count = mine
             answer = undo.answer
         except BaseException as error:
             self.backing.state = before
@@ -108,6 +118,7 @@ class Transactions:
             return answer
         if not failure:
             self.backing.state = before
+        self._known, self._life = known, life  # the process heard nothing
         if self._slot != mine[0]:
             self._slot, self._tag, self._count = mine
         elif self._count != mine[2]:
@@ -120,17 +131,69 @@ class Transactions:
         self._slot, self._tag, self._count = s.sequence, self._world.entropy.octets(8).hex(), 0
         s.slots[self._slot] = Slot(self._tag, 0)
 
-    def _raise_count(self, stopping: bool) -> None:
-        """Law 10: counts this transaction, or finds that commits were lost. Raises IndexLost."""
+    @property
+    def connection(self) -> int:
+        """Which connection to the store is used: putting it back ends those there are."""
+        return self.backing.lives
+
+    def _committed(self) -> Mark:
+        """All slots and the epoch, as this transaction finds them."""
+        s = self.state
+        slots = {number: (slot.tag, slot.commits) for number, slot in s.slots.items() if not slot.left_out}
+        return Mark(s.sequence, slots, s.epoch, s.uidvalidity, s.retired)
+
+    def mark(self) -> Mark:
+        """What this process knows to be committed (law 10)."""
+        return self._known
+
+    def prove(self) -> Mark:
+        """All slots, read behind all that was read before over this connection (law 10). Raises IndexLost."""
+        try:
+            if self._life != self.backing.lives or not self._look():
+                self.transact(lambda: None)  # a new slot first
+        except IndexLost as error:
+            self._why_lost = str(error)
+            raise
+        self._known = self._committed()
+        return self._known
+
+    @property
+    def unsettled(self) -> bool:
+        """Readers wait: after an unclean start, and over a new connection."""
+        return self._unsettled or self._life != self.backing.lives
+
+    def settled(self) -> None:
+        """Listings are complete again."""
+        if self._life != self.backing.lives:
+            self.prove()
+        self._unsettled = False
+
+    def _connect(self) -> None:
+        """Law 10: over a new connection a process first looks at its old slot, and readers wait. Raises IndexLost."""
+        if self._life == self.backing.lives:
+            return
+        self._unsettled = True
+        if self._look():
+            self.state.slots[self._slot] = self.state.slots[self._slot]._replace(ended=self.state.round)
+
+    def _look(self) -> bool:
+        """Whether this process's slot is there; False if it was pruned. Raises IndexLost if commits were lost (law 10)."""
         s = self.state
         slot = s.slots.get(self._slot)
         if slot is None and self._slot <= s.sequence:
-            self._take_slot()  # pruned
-            return
+            return False
         if slot is not None and slot.tag == self._tag and slot.commits == self._count + 1:
             self._count += 1  # this process's own commit, whose answer it never heard
         elif slot is None or slot.tag != self._tag or slot.commits != self._count:
             raise IndexLost(f"writer slot {self._slot} is not where this process left it")
+        return True
+
+    def _raise_count(self, stopping: bool) -> None:
+        """Law 10: counts this transaction, or finds that commits were lost. Raises IndexLost."""
+        s = self.state
+        if not self._look():
+            self._take_slot()
+            return
         self._count += 1
         s.slots[self._slot] = Slot(self._tag, self._count, stopping, s.round if stopping else None)
 
@@ -138,7 +201,7 @@ class Transactions:
         """Raises IndexTrouble while a listing might be short (P7)."""
         if self._why_lost:
             raise IndexLost(self._why_lost)
-        if self.state.catching_up:
+        if self.state.catching_up or self.unsettled:
             raise IndexTrouble("the index is catching up with the storage nodes")
 
     # -- numbers ----------------------------------------------------------------------------------------------------------
@@ -235,6 +298,7 @@ class Transactions:
         all with one if they came `together`.
         """
         s, rows = self.state, list(rows)
+        self.numbered += len(rows)
         row = self.number(mailbox, len(rows))
         uid, modseq = row.numbers.uid_next, row.numbers.modseq + (1 if together else 0)
         for key, flags, octets, date in rows:
@@ -250,6 +314,7 @@ class Transactions:
 
     def change(self, mailbox: int, op: Op, flags: int, uids: Iterable[int]) -> int:
         """One row of changes, whatever its size; its MODSEQ."""
+        self.numbered += 1
         row = self.number(mailbox, 0)
         numbers = row.numbers._replace(modseq=row.numbers.modseq + 1)
         self.state.mailboxes[mailbox] = row._replace(numbers=numbers)
@@ -308,7 +373,6 @@ class Transactions:
             self.order(node, key)
             s.copies.pop((key, node), None)
             s.suspects.pop((key, node), None)
-        s.gone = {at: gone for at, gone in s.gone.items() if at[1] != key}
 
     def decide(self, key: bytes, fate: Fate) -> None:
         """Decides a key in this round (laws 3, 9)."""
@@ -326,7 +390,7 @@ class Transactions:
         self.state.drops[node, key, position] = None
 
     def leave(self, mailbox: int, uids: Iterable[int], moved: Mapping[bytes, Gone] | None = None) -> Release:
-        """Expunges those of `uids` that exist, as one change; `moved` says where keys went that live on elsewhere (law 13)."""
+        """Expunges those of `uids` that exist, as one change; `moved` says where keys went that were moved (law 13)."""
         s = self.state
         here = [uid for uid in sorted(set(uids)) if (mailbox, uid) in s.entries]
         if not here:
@@ -340,9 +404,8 @@ class Transactions:
         moved = moved or {}
         dead = 0
         for entry in leaving:
-            if self.release(entry.key):
-                dead += 1
-            elif entry.key not in staying:
+            dead += self.release(entry.key)
+            if entry.key not in staying:  # noted also of what died, until it is forgotten (law 13)
                 to = moved.get(entry.key, Gone(0, 0, 0))
                 s.gone[mailbox, entry.key] = to._replace(modseq=modseq)
                 if to.to:  # what came here by a move, and moves on, is where it moves to now

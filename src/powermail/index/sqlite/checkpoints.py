@@ -6,10 +6,12 @@ checkpoint and leaves it with the next one, so deliveries to a mailbox that is d
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from powermail.base import limits
+from powermail.base.errors import IndexTrouble
 from powermail.index import laws
 from powermail.index.contract import CheckpointPlan, MailboxFacts
 from powermail.index.sqlite.connection import STARTS_BEHIND, Untouched
@@ -23,7 +25,7 @@ from powermail.storage.contract import Position
 _LOST_ROWS = 5000  # mailboxes that lose their checkpoint in one transaction
 _STATE = (
     "checkpoint_modseq, whole_modseq, whole_uid, whole_side, tail_side, skipped, epoch, start, due_at,"
-    " (SELECT nodes FROM holders h WHERE h.id = m.holders)"
+    " (SELECT value FROM counters WHERE name = 'epoch'), (SELECT nodes FROM holders h WHERE h.id = m.holders)"
 )
 
 
@@ -39,6 +41,7 @@ class _State(NamedTuple):
     epoch: int
     start: int
     due_at: float
+    planned_in: int  # the index's epoch, in the same snapshot
     nodes: tuple[str, ...]
 
 
@@ -60,7 +63,8 @@ class CheckpointPart(MailboxPart, NodePart):
             return None
         facts, state = found
         if self._shared.starts - state.start >= STARTS_BEHIND and self.numbering:
-            await self._write(self._in_leap, mailbox)  # before it must leap too far (law 11)
+            with contextlib.suppress(IndexTrouble):  # what has no room for the leap is written where it stands
+                await self._write(self._in_leap, mailbox)  # before it must leap too far (law 11)
             found = await self._read(self._checkpoint_state, mailbox)
             if found is None:
                 return None
@@ -109,13 +113,16 @@ class CheckpointPart(MailboxPart, NodePart):
             return None
         facts, state = found
         rows = self._reader.execute(
-            "SELECT g.key, g.to_mailbox, coalesce(m.checkpoint_modseq >= g.to_modseq, 1) FROM gone g"
-            " LEFT JOIN mailboxes m ON m.id = g.to_mailbox WHERE g.mailbox = ? AND g.modseq > ? ORDER BY g.key",
+            "SELECT g.key, g.to_mailbox, coalesce(m.checkpoint_modseq >= g.to_modseq, 1), coalesce(k.fate = 1, 0) FROM gone g"
+            " LEFT JOIN mailboxes m ON m.id = g.to_mailbox LEFT JOIN messages k ON k.key = g.key"
+            " WHERE g.mailbox = ? AND g.modseq > ? ORDER BY g.key",
             (mailbox, 0 if whole else state.base),
         ).fetchall()
-        # A moved key is named as expunged only once the destination's checkpoint is durable.
-        named = [key for key, _, durable in rows if durable]
-        first = sorted({to for _, to, durable in rows if not durable})
+        # A moved key is named as expunged only once the destination's checkpoint is durable; a dead one in any case.
+        named = [key for key, _, durable, lives in rows if durable or not lives]
+        first = sorted({to for _, to, durable, lives in rows if lives and not durable})
+        dead = {key for key, _, _, lives in rows if not lives}
+        left = dead.union(self._left(facts.account, [key for key in named if key not in dead]))
         return CheckpointPlan(
             mailbox=facts,
             whole=whole,
@@ -124,13 +131,14 @@ class CheckpointPart(MailboxPart, NodePart):
             nodes=state.nodes,
             gone=tuple(named),
             skipped=bool(first),
-            left=self._left(facts.account, named),
+            left=tuple(key for key in named if key in left),
             first=tuple(first),
             epoch=state.epoch,
             base_uid=facts.uid_next if whole else state.base_uid,
+            planned_in=state.planned_in,
         )
 
-    def _left(self, account: str, keys: Sequence[bytes]) -> tuple[bytes, ...]:
+    def _left(self, account: str, keys: Sequence[bytes]) -> list[bytes]:
         """Those that no mailbox of the account shows any more; looked for only where keys are gone and live elsewhere."""
         shown = {
             row[0]
@@ -142,7 +150,7 @@ class CheckpointPart(MailboxPart, NodePart):
                 (account,),
             )
         }
-        return tuple(key for key in keys if key not in shown)
+        return [key for key in keys if key not in shown]
 
     async def checkpoint_done(self, plan: CheckpointPlan, nodes: Sequence[str], now: float) -> None:
         await self._write(self._in_checkpoint_done, plan, nodes, now)

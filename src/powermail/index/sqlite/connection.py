@@ -53,6 +53,7 @@ class Shared(NamedTuple):
     uidvalidity: int
     slots: dict[int, tuple[str, int]]  # of other openings
     retired: tuple[str, ...]
+    left_out: dict[int, tuple[str, int]]  # slots that no mark tells of any more, and that are not pruned yet
 
 
 def connect(path: str, write: bool, create: bool = False) -> sqlite3.Connection:
@@ -124,7 +125,8 @@ class Core:
         self._db_open: sqlite3.Connection | None = None
         self._reader_open: sqlite3.Connection | None = None
         self._slot = Slot(0, "", 0)
-        self._shared = Shared(0, 0, 0, 0, 0, {}, ())
+        self._shared = Shared(0, 0, 0, 0, 0, {}, (), {})
+        self._published = self._slot, self._shared  # as the last transaction left both; what other threads read
         self._members: dict[str, NodeRow] = {}
         self._sets: dict[tuple[str, ...], int] = {}  # numbers of placements by nodes in the order of receipts
         self._fresh = 0  # the UIDVALIDITY given in this transaction
@@ -135,6 +137,9 @@ class Core:
         self._under_way = 0  # transactions on their way to the lane, or in it
         self._changes = 0
         self._used: dict[str, int] = {}  # octets of accounts asked for lately
+        self.numbered = 0  # by this process, of all mailboxes
+        self.unsettled = False  # the process before did not stop in good order, and not all logs that must be are entered
+        self.connection = 1  # a file is opened once in the life of this object, and stays that file whatever has its name
         self.catching_up = False
         self.numbering = True
         self.cluster = ""
@@ -199,6 +204,7 @@ class Core:
         """
         db = self._db
         unclean = db.execute("SELECT count(*) FROM writers WHERE stopped = 0").fetchone()[0]
+        self.unsettled = bool(unclean)
         if unclean:
             db.execute("UPDATE counters SET value = value + 1 WHERE name = 'starts'")
             db.execute("UPDATE counters SET value = value + ? WHERE name = 'uidvalidity'", (limits.UNCLEAN_JUMP,))
@@ -308,6 +314,7 @@ class Core:
         elif self._fresh:
             self._shared = self._shared._replace(uidvalidity=self._fresh)
         self._fresh = 0
+        self._published = self._slot, self._shared
         return result
 
     def _in_raise_count(self) -> None:
@@ -338,19 +345,24 @@ class Core:
         counters = dict(db.execute("SELECT name, value FROM counters").fetchall())
         self._members = {row.id: row for row in read_nodes(db)}
         self._passed = {row.id: (row.incarnation, row.watermark) for row in self._members.values()}
-        writers = db.execute("SELECT id, tag, count FROM writers ORDER BY id").fetchall()
+        writers: dict[bool, dict[int, tuple[str, int]]] = {False: {}, True: {}}  # left out or not
+        for number, tag, count, stopped in db.execute("SELECT id, tag, count, stopped FROM writers ORDER BY id"):
+            writers[stopped == schema.LEFT_OUT][number] = tag, count
+        writers[False].pop(self._slot.number, None)
         self._shared = Shared(
             counters["epoch"],
             counters["round"],
             counters["sequence"],
             counters["starts"],
             counters["uidvalidity"],
-            {number: (tag, count) for number, tag, count in writers if number != self._slot.number},
+            writers[False],
             tuple(row[0] for row in db.execute("SELECT incarnation FROM retired ORDER BY incarnation")),
+            writers[True],
         )
         self.catching_up = bool(counters["catching_up"])
         self.numbering = not counters["waiting"]
         self._stale = False
+        self._published = self._slot, self._shared
         if (before.epoch, before.starts) != (self._shared.epoch, self._shared.starts):
             self._in_renumber_all()
 
@@ -368,8 +380,12 @@ class Core:
         """Raises IndexTrouble while a listing might be short (P7)."""
         if self._why_lost:
             raise IndexLost(self._why_lost)
-        if self.catching_up:
+        if self.catching_up or self.unsettled:
             raise IndexTrouble("the index is catching up with the storage nodes")
+
+    def settled(self) -> None:
+        """Listings are complete again after an unclean start."""
+        self.unsettled = False
 
     # -- what was committed --------------------------------------------------------------------------------------------
 
@@ -379,8 +395,11 @@ class Core:
         return self._shared.epoch
 
     def mark(self) -> Mark:
-        """What is committed now. A count that is a moment old is fine: a mark never says more than is true (law 10)."""
-        slot, shared = self._slot, self._shared
+        """What is committed now. A count that is a moment old is fine: a mark never says more than is true (law 10).
+
+        What goes to a node because of something that was read needs `proof`: a reading lane may be quicker than this copy.
+        """
+        slot, shared = self._published
         slots: dict[int, tuple[str, int]] = {**shared.slots, slot.number: (slot.tag, slot.commits)}
         return Mark(shared.sequence, slots, shared.epoch, shared.uidvalidity, shared.retired)
 

@@ -12,7 +12,7 @@ from powermail.index.contract import Damage, DropOrder, Fate, MessageFacts
 from powermail.index.sqlite.connection import Untouched
 from powermail.index.sqlite.references import References
 from powermail.index.sqlite.rows import select_in, split
-from powermail.storage.contract import Position
+from powermail.storage.contract import Dropped, End, Position
 
 _FACTS = "m.key, m.octets, m.sha256, p.nodes, m.refs FROM messages m JOIN placements p ON p.id = m.placement"
 
@@ -88,16 +88,23 @@ class CopyPart(References):
             octets += row[1]
         return messages, octets
 
-    async def believe(self, key: bytes, node: str) -> bool:
-        return await self._write(self._in_believe_repaired, key, node)
+    def _is_late(self, node: str, end: End) -> bool:
+        """What was found there is of another disk, or older than what the index has seen since (law 8)."""
+        row = self._members[node]
+        return row.incarnation != end.incarnation or end.position < row.end_seen
 
-    def _in_believe_repaired(self, key: bytes, node: str) -> bool | Untouched[bool]:
+    async def believe(self, key: bytes, node: str, end: End) -> bool:
+        return await self._write(self._in_believe_repaired, key, node, end)
+
+    def _in_believe_repaired(self, key: bytes, node: str, end: End) -> bool | Untouched[bool]:
         fate = self._in_fates([key]).get(key)
         if fate is None or node not in self._members:
             return Untouched(False)  # reconcile will order a drop (law 6)
         if fate is not Fate.LIVE:
             self._in_order([(node, key)])  # law 8
             return False
+        if self._is_late(node, end):
+            return Untouched(False)
         self._in_believe(node, [key], True)
         self._db.execute("DELETE FROM suspects WHERE node = ? AND key = ?", (node, key))
         return True
@@ -156,8 +163,24 @@ class CopyPart(References):
     async def orders(self, node: str, limit: int) -> list[bytes]:
         return await self._ask(self._keys_of, "orders", node, b"", limit)
 
-    async def confirm_orders(self, node: str, keys: Sequence[bytes]) -> None:
-        await self._write(self._in_clear, "DELETE FROM orders WHERE node = ? AND key = ?", [(node, key) for key in keys])
+    async def confirm_orders(self, node: str, keys: Sequence[bytes], end: End) -> None:
+        await self._write(self._in_confirm_orders, node, keys, end)
+
+    def _in_confirm_orders(self, node: str, keys: Sequence[bytes], end: End) -> Untouched[None] | None:
+        if not self._in_see(node, end):
+            return Untouched(None)
+        self._in_clear("DELETE FROM orders WHERE node = ? AND key = ?", [(node, key) for key in keys])
+        return None
+
+    def _in_see(self, node: str, end: End) -> bool:
+        """Law 12: what was confirmed lies before this end. Nothing is confirmed by another disk: False."""
+        row = self._members.get(node)
+        if row is None or row.incarnation != end.incarnation:
+            return False
+        if end.position > row.end_seen:
+            self._db.execute("UPDATE nodes SET end_segment = ?, end_place = ? WHERE id = ?", (*end.position, node))
+            self._stale = True
+        return True
 
     async def drops(self, node: str, limit: int) -> list[DropOrder]:
         return await self._ask(self._drops, node, limit)
@@ -168,13 +191,16 @@ class CopyPart(References):
         )
         return [DropOrder(key, Position(segment, place)) for key, segment, place in rows]
 
-    async def confirm_drops(self, node: str, drops: Sequence[DropOrder]) -> None:
-        await self._write(self._in_confirm_drops, node, drops)
+    async def confirm_drops(self, node: str, drops: Sequence[DropOrder], done: Dropped) -> None:
+        await self._write(self._in_confirm_drops, node, drops, done)
 
-    def _in_confirm_drops(self, node: str, drops: Sequence[DropOrder]) -> None:
+    def _in_confirm_drops(self, node: str, drops: Sequence[DropOrder], done: Dropped) -> Untouched[None] | None:
+        if not self._in_see(node, done.end):
+            return Untouched(None)
         statement = "DELETE FROM drops WHERE node = ? AND key = ? AND segment = ? AND place = ?"
         gone = [key for key, position in drops if self._db.execute(statement, (node, key, *position)).rowcount]
-        self._in_believe(node, gone, False)  # law 6: the belief goes too
+        self._in_believe(node, [key for key in gone if key not in done.live], False)  # law 6: the belief goes too
+        return None
 
     async def orders_total(self, node: str) -> tuple[int, int]:
         return await self._read(self._orders_total, node)

@@ -180,6 +180,7 @@ class DeliverPart(References):
             arrivals.copies[-1] = (*arrivals.copies[-1][:-1], count)  # law 10
             self._in_put(arrivals)
             self._slot = self._slot._replace(commits=count)
+            self._published = self._slot, self._shared
         return outcomes
 
     def _in_enter_batch(self, batch: list[Delivery]) -> list[Outcome] | Untouched[list[Outcome]]:
@@ -190,6 +191,7 @@ class DeliverPart(References):
         return outcomes if self._db.total_changes != before else Untouched(outcomes)
 
     def _in_put(self, arrivals: Arrivals) -> None:
+        self.numbered += len(arrivals.copies)
         insert_many(self._db, "INSERT INTO arrivals", 10, arrivals.copies)
         if arrivals.queue:
             queue_form.insert(self._db, arrivals.queue)

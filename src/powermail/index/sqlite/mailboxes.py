@@ -241,6 +241,7 @@ class MailboxPart(References):
         found = [(uid, place) for uid in sorted(set(uids)) if (place := view.place(uid)) >= 0]
         if not found:
             return Untouched([])
+        laws.check_at_once(len(found))
         # Law 8: the keys are locked first, then the entries are read; here one transaction at a time writes.
         keys = [view.key(place) for _, place in found]
         taken = [db.execute("UPDATE messages SET refs = refs + 1 WHERE key = ? AND fate = 1", (key,)).rowcount for key in keys]

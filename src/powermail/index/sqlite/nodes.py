@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from powermail.base.errors import OperatorError
 from powermail.base.world import World
 from powermail.index.contract import NodeRow
+from powermail.index.sqlite import schema
 from powermail.index.sqlite.connection import Untouched, read_nodes
 from powermail.index.sqlite.references import References
 from powermail.index.sqlite.rows import parts, select_in
@@ -105,12 +106,16 @@ class NodePart(References):
         return await self._write(self._in_raise_round)
 
     def _in_raise_round(self) -> int:
-        """Slots are pruned by a round that was completed after they stopped (law 10)."""
-        self._db.execute(
-            "DELETE FROM writers WHERE stopped = 1 AND id <> ? AND round < (SELECT min(scan_round) FROM nodes)",
-            (self._slot.number,),
-        )
+        """Law 10: after a round that was completed since they stopped, slots are left out of marks; when one more was, in which
+        every node was told so and compared, they are pruned.
+        """
+        done = "id <> ? AND round < (SELECT min(scan_round) FROM nodes)"
         number = self._round() + 1
+        self._db.execute(f"DELETE FROM writers WHERE stopped = {schema.LEFT_OUT} AND {done}", (self._slot.number,))
+        self._db.execute(
+            f"UPDATE writers SET stopped = {schema.LEFT_OUT}, round = ? WHERE stopped = 1 AND {done}",
+            (number - 1, self._slot.number),
+        )
         self._in_set("round", number)
         return number
 
@@ -153,7 +158,8 @@ class NodePart(References):
                 part,
             ).fetchall()
             gone += [row[0] for row in rows]
-        db.executemany("DELETE FROM orders WHERE key = ?", [(key,) for key in gone])
+        for table in ("orders", "gone"):  # what is forgotten has tombstones wherever it lay: no checkpoint names it any more
+            db.executemany(f"DELETE FROM {table} WHERE key = ?", [(key,) for key in gone])
         return len(gone) if gone else Untouched(0)
 
     async def forgotten(self, keys: Sequence[bytes]) -> list[bytes]:

@@ -197,6 +197,7 @@ class Numbering(Core):
 
     def _in_take(self, mailbox: int, uids: int) -> tuple[int, int]:
         """The next `uids` UIDs and one MODSEQ: (first UID, MODSEQ)."""
+        self.numbered += max(1, uids)
         before = self._in_renumber(mailbox, uids)
         after = before._replace(uid_next=before.uid_next + uids, modseq=before.modseq + 1)
         self._db.execute("UPDATE mailboxes SET uid_next = ?, modseq = ? WHERE id = ?", (after.uid_next, after.modseq, mailbox))

@@ -56,8 +56,7 @@ class References(Numbering):
             " round = (SELECT value FROM counters WHERE name = 'round') WHERE key = ?",
             [(key,) for key in keys],
         )
-        for table in ("suspects", "gone"):
-            db.executemany(f"DELETE FROM {table} WHERE key = ?", [(key,) for key in keys])
+        db.executemany("DELETE FROM suspects WHERE key = ?", [(key,) for key in keys])
 
     def _in_order(self, pairs: Sequence[tuple[str, bytes]]) -> None:
         """Tombstones that members are to write; whoever orders raises the key's round (law 8)."""
@@ -86,7 +85,9 @@ class References(Numbering):
     # -- leaving a mailbox -----------------------------------------------------------------------------------------------
 
     def _in_leave(self, mailbox: int, uids: Sequence[int], moved: Moved | None = None) -> Release:
-        """Expunges those of `uids` that exist, as one change. Keys that live on are noted as gone from here (law 13)."""
+        """Expunges those of `uids` that exist, as one change. Their keys are noted as gone from here, also of what died: that
+        no node has its tombstone yet may go on for long (law 13).
+        """
         db = self._db
         left: list[tuple[int, bytes, int]] = []
         for part in parts(sorted(set(uids))):
@@ -102,19 +103,19 @@ class References(Numbering):
             (len(left), sum(octets for _, _, octets in left), mailbox),
         )
         dead = set(self._in_release(key for _, key, _ in left))
-        stay = [key for key in dict.fromkeys(key for _, key, _ in left) if key not in dead]
-        self._in_note_gone(mailbox, stay, modseq, moved)
+        self._in_note_gone(mailbox, list(dict.fromkeys(key for _, key, _ in left)), dead, modseq, moved)
         return Release(len(left), len(dead))
 
-    def _in_note_gone(self, mailbox: int, keys: Sequence[bytes], modseq: int, moved: Moved | None) -> None:
-        """Keys that left a mailbox and live on elsewhere; a key that stays in it under another UID is not gone."""
+    def _in_note_gone(self, mailbox: int, keys: Sequence[bytes], dead: set[bytes], modseq: int, moved: Moved | None) -> None:
+        """Keys that left a mailbox, until they are forgotten; a key that stays in it under another UID is not gone."""
         db = self._db
         if moved is not None and moved.mailbox == mailbox:
             return
         stay = set()
-        if keys:  # messages with other references are few, and are in the same mailbox again only by COPY to itself
+        if alive := [key for key in keys if key not in dead]:
+            # Messages with other references are few, and are in the same mailbox again only by COPY to itself.
             stay = {
-                row[0] for row in select_in(db, "SELECT key FROM entries WHERE mailbox = ? AND key IN", keys, "", (mailbox,))
+                row[0] for row in select_in(db, "SELECT key FROM entries WHERE mailbox = ? AND key IN", alive, "", (mailbox,))
             }
         to = moved or Moved(0, 0)
         rows = [(mailbox, key, modseq, *to) for key in keys if key not in stay]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from powermail.base import limits
 
 VERSION = 2
+LEFT_OUT = 2  # `stopped` of a slot that is in no mark any more
 NO_NODES = 0  # the placement of what nobody is believed to hold
 
 # A mailbox never gets more than JUMP numbers beyond its last durable checkpoint, whoever writes the row (law 11).
@@ -22,7 +23,8 @@ TABLES = (
     "CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     # epoch, round, sequence of writer slots, unclean starts, the highest UIDVALIDITY, and whether readers and numbers wait.
     "CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID",
-    # One row a writing connection; `round` is the one in which it stopped, so that a later one may prune it (law 10).
+    # One row a writing connection; `round` is the one in which it stopped, or in which marks began to leave it out, so that
+    # a later one may prune it (law 10).
     "CREATE TABLE IF NOT EXISTS writers (id INTEGER PRIMARY KEY, tag TEXT NOT NULL, count INTEGER NOT NULL,"
     " stopped INTEGER NOT NULL, round INTEGER NOT NULL)",
     "CREATE TABLE IF NOT EXISTS retired (incarnation TEXT PRIMARY KEY) WITHOUT ROWID",
@@ -55,7 +57,7 @@ TABLES = (
     " uid_next INTEGER NOT NULL, state BLOB NOT NULL, PRIMARY KEY (mailbox, part))",
     "CREATE TABLE IF NOT EXISTS keywords (mailbox INTEGER NOT NULL, bit INTEGER NOT NULL, name TEXT NOT NULL,"
     " PRIMARY KEY (mailbox, bit)) WITHOUT ROWID",
-    # Keys expunged from a mailbox while the message lives on elsewhere; where to, if they moved (law 13).
+    # Keys expunged from a mailbox, until they are forgotten; where to, if they moved (law 13).
     "CREATE TABLE IF NOT EXISTS gone (mailbox INTEGER NOT NULL, key BLOB NOT NULL, modseq INTEGER NOT NULL,"
     " to_mailbox INTEGER NOT NULL, to_modseq INTEGER NOT NULL, PRIMARY KEY (mailbox, key)) WITHOUT ROWID",
     "CREATE INDEX IF NOT EXISTS gone_key ON gone(key)",

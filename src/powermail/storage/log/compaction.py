@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from powermail.base import limits
+from powermail.base.errors import MarkRefused
 from powermail.storage.contract import Mark, Position
 from powermail.storage.log import record as rec
 from powermail.storage.log.keys import DEAD, LIVE, NAMED, NOWHERE, OPEN, Entry, Name, Place
@@ -155,7 +156,9 @@ class Compaction:
     # -- emptying ---------------------------------------------------------------------------------------------------
 
     def compact(self, below: Position, forgotten: Sequence[bytes], mark: Mark) -> int:
-        """One step; see the contract. Raises OSError when the disk fails or is full: then nothing was lost."""
+        """One step; see the contract. Raises MarkRefused, or OSError when the disk fails or is full: then nothing was lost."""
+        if why := self._writer.refusal(mark):
+            raise MarkRefused(why)  # law 10
         number = self._number
         if not self._eligible(number, below) or self._ledger.failed or not self._ledger.boot:
             self._number = 0

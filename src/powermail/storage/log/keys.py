@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple, Protocol
 import msgspec
 from msgspec import Struct
 
-from powermail.storage.contract import START, Origin, Position
+from powermail.storage.contract import NO_RANK, START, Origin, Position, Rank
 
 OPEN: Final = 0  # chunks, or a commit whose chunks are not all here
 LIVE: Final = 1
@@ -32,6 +32,8 @@ _SCHEMA: Final = 2
 _BUSY_S: Final = 1.0  # nobody else has any business in this file
 _PLACE: Final = struct.Struct("<IQI")
 _MORE: Final = struct.Struct("<BQQ")
+_RANK: Final = struct.Struct("<QQQ")
+_RANKED: Final = 0x80  # beside the origin: a rank follows
 _SEGMENT: Final = struct.Struct("<I")
 
 
@@ -66,7 +68,7 @@ class Entry(NamedTuple):
     number. `first` is where a copy, or a part of a checkpoint, that moved was first written. `older` are segments in which
     records of this key may stand that count no more: copies that compaction moved, other copies; of a dead key or a drop, all
     that it killed. A tombstone or drop may go when these segments are gone. Of a checkpoint's number 0 they are the numbers of
-    its other parts.
+    its other parts, and `rank` says how new it is.
     """
 
     state: int
@@ -75,6 +77,7 @@ class Entry(NamedTuple):
     origin: int = 0
     first: Position | None = None
     older: tuple[int, ...] = ()
+    rank: Rank = NO_RANK
 
     def position(self) -> Position:
         """Where the copy was first written."""
@@ -93,17 +96,22 @@ def unpack_chunks(octets: bytes) -> tuple[Place, ...]:
 
 def _pack_more(entry: Entry) -> bytes:
     """What most entries do not have, in as few octets."""
-    _, _, _, origin, first, older = entry
-    if not origin and first is None and not older:
+    _, _, _, origin, first, older, rank = entry
+    if not origin and first is None and not older and rank is NO_RANK:
         return b""
-    return _MORE.pack(origin, *(first or START)) + b"".join(_SEGMENT.pack(number) for number in older)
+    ranked = _RANK.pack(*rank) if rank != NO_RANK else b""
+    head = _MORE.pack(origin | (_RANKED if ranked else 0), *(first or START))
+    return head + ranked + b"".join([_SEGMENT.pack(number) for number in older])
 
 
 def _entry(state: int, segment: int, offset: int, room: int, chunks: bytes, more: bytes) -> Entry:
     if not more:
         return Entry(state, Place(segment, offset, room), unpack_chunks(chunks))
     origin, *first = _MORE.unpack_from(more)
-    older = tuple(number for (number,) in _SEGMENT.iter_unpack(more[_MORE.size :]))
+    start, rank = _MORE.size, NO_RANK
+    if origin & _RANKED:
+        origin, rank, start = origin & ~_RANKED, Rank(*_RANK.unpack_from(more, start)), start + _RANK.size
+    older = tuple(number for (number,) in _SEGMENT.iter_unpack(more[start:]))
     position = Position(*first)
     return Entry(
         state,
@@ -112,6 +120,7 @@ def _entry(state: int, segment: int, offset: int, room: int, chunks: bytes, more
         Origin(origin),
         position if position != START else None,
         older,
+        rank,
     )
 
 

@@ -45,7 +45,7 @@ class Changes:
         self.before: dict[bytes | Name, Entry | None] = {}
         self.shown: list[Shown] = []  # but those of `fresh`
         self.mark: Mark | None = None
-        self.boots: tuple[str, ...] | None = None
+        self.boots: tuple[rec.Boot, ...] | None = None
         self.last = NOWHERE
 
     def get(self, key: bytes | Name) -> Entry | None:
@@ -90,7 +90,7 @@ class Ledger:
         self.last = facts.last
         self.mark = Mark()
         self.boot = ""  # this opening's; "" until its record is durable
-        self.boots: tuple[str, ...] = ()
+        self.boots: tuple[rec.Boot, ...] = ()  # law 12
         self.strays: dict[bytes, dict[int, Place]] = {}  # in recovery: chunks of a copy whose commit may follow another's
         self.streams: dict[bytes, float] = {}  # keys whose chunks come in: when the last one came
         self.recent: list[Passage] = []
@@ -205,7 +205,7 @@ class Ledger:
                 kept.append(other)
             elif entry is not None:
                 changes.put(part, None)
-        changes.put(head, Entry(NAMED, place, (), first=moved, older=tuple(kept)))
+        changes.put(head, Entry(NAMED, place, (), first=moved, older=tuple(kept), rank=rec.rank_of(record, version)))
 
     # -- accepting ------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ import msgspec
 import zstandard
 
 from powermail.base.digest import hash_octets
-from powermail.storage.contract import Chunk, Mark, Origin, Position
+from powermail.storage.contract import NO_RANK, Chunk, Mark, Origin, Position, Rank
 
 MAGIC: Final = b"PMr1"
 SEGMENT_MAGIC: Final = b"PMSEGv1\n"
@@ -49,9 +49,11 @@ NO_KEY: Final = bytes(16)  # of marks, boots and births
 _SMALL_OCTETS: Final = 16_384
 _HEAD: Final = struct.Struct("<4sBBHII16s")  # magic, type, flags, zero, body octets, number, key
 _PLACE: Final = struct.Struct("<QQ")
+_RANK: Final = struct.Struct("<QQQ")
 _DATE: Final = struct.Struct("<d")
 _SEGMENT: Final = struct.Struct("<8sIIQ16s16s32s")
-_BOOT_OCTETS: Final = 8
+_BOOT: Final = struct.Struct("<8sQQ")
+_BLANK: Final = bytes(65_536)
 _PADDING: Final = tuple(bytes(count) for count in range(ALIGN))
 
 
@@ -67,6 +69,13 @@ class Record(NamedTuple):
     number: int
     key: bytes
     body: bytes
+
+
+class Boot(NamedTuple):
+    """An opening of the log, in hex, and where the log ended when it began (law 12)."""
+
+    id: str
+    began: Position
 
 
 def record_octets(body_octets: int) -> int:
@@ -87,6 +96,21 @@ def unpack_position(octets: bytes) -> Position:
     if len(octets) < _PLACE.size:
         raise BadRecord("a place is cut")
     return Position(*_PLACE.unpack_from(octets))
+
+
+def pack_rank(rank: Rank) -> bytes:
+    """How new a part of a checkpoint is, in 24 octets: the front of its body."""
+    return _RANK.pack(*rank)
+
+
+def rank_of(record: Record, version: int) -> Rank:
+    """How new a part of a checkpoint is; in format 1 nothing says so. Raises BadRecord."""
+    if version == 1:
+        return NO_RANK
+    start = _PLACE.size if record.flags & FLAG_MOVED else 0
+    if len(record.body) < start + _RANK.size:
+        raise BadRecord("a rank is cut")
+    return Rank(*_RANK.unpack_from(record.body, start))
 
 
 def pack_date(at: float) -> bytes:
@@ -112,14 +136,16 @@ def unpack_mark(octets: bytes) -> Mark:
         raise BadRecord(f"mark: {error}") from error
 
 
-def pack_boots(boots: Sequence[str]) -> bytes:
+def pack_boots(boots: Sequence[Boot]) -> bytes:
     """The body of a boot: the chain of openings, oldest first."""
-    return b"".join(bytes.fromhex(boot) for boot in boots)
+    return b"".join(_BOOT.pack(bytes.fromhex(boot), *began) for boot, began in boots)
 
 
-def unpack_boots(octets: bytes) -> tuple[str, ...]:
-    """A chain of openings from a body."""
-    return tuple(octets[start : start + _BOOT_OCTETS].hex() for start in range(0, len(octets), _BOOT_OCTETS))
+def unpack_boots(octets: bytes) -> tuple[Boot, ...]:
+    """A chain of openings from a body. Raises BadRecord."""
+    if len(octets) % _BOOT.size:
+        raise BadRecord("a chain of openings is cut")
+    return tuple(Boot(boot.hex(), Position(*began)) for boot, *began in _BOOT.iter_unpack(octets))
 
 
 def origin_of(flags: int) -> Origin:
@@ -139,14 +165,18 @@ def first_of(record: Record, lies: Position, version: int) -> Position:
 
 def body_of(record: Record, version: int) -> bytes:
     """What was asked to be written into a commit or a part of a checkpoint."""
-    return record.body[_PLACE.size :] if record.flags & FLAG_MOVED and version > 1 else record.body
+    if version == 1:
+        return record.body
+    start = (_PLACE.size if record.flags & FLAG_MOVED else 0) + (_RANK.size if record.type == CHECKPOINT else 0)
+    return record.body[start:] if start else record.body
 
 
 def moved(record: Record, lies: Position, version: int) -> Record:
     """The record as compaction writes it anew in format 2. Raises BadRecord."""
     body = record.body
     if record.type in (COMMIT, CHECKPOINT):
-        body = pack_position(first_of(record, lies, version)) + body_of(record, version)
+        rank = pack_rank(rank_of(record, version)) if record.type == CHECKPOINT else b""
+        body = pack_position(first_of(record, lies, version)) + rank + body_of(record, version)
     return record._replace(type=TOMBSTONE if record.type == ABORT else record.type, flags=record.flags | FLAG_MOVED, body=body)
 
 
@@ -238,10 +268,11 @@ class Codec:
             try:
                 record = self.unpack(octets, position, segment, base + position)
             except BadRecord:
+                if _blank(octets, position):
+                    return
                 following = self._next_valid(octets, segment, base, position + ALIGN)
                 if following is None:
-                    if octets[position:].strip(b"\0"):
-                        yield base + position, None, end - position
+                    yield base + position, None, end - position
                     return
                 yield base + position, None, following - position
                 position = following
@@ -263,6 +294,15 @@ class Codec:
                 else:
                     return found
             position = found + 1
+
+
+def _blank(octets: bytes, start: int) -> bool:
+    """True if only zeros follow. By blocks: nearly all of a new segment is that, and each start looks at all of it.
+
+    The file system is not asked for holes: one that wrongly calls written octets a hole would take back what was shown (law 1).
+    """
+    block = len(_BLANK)
+    return all(_BLANK.startswith(octets[at : at + block]) for at in range(start, len(octets), block))
 
 
 # -- segments -------------------------------------------------------------------------------------------------------

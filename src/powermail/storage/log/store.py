@@ -18,7 +18,7 @@ import msgspec
 from powermail.base import limits
 from powermail.base.disk import Disk, Lock
 from powermail.base.errors import NodeReadOnly, OperatorError
-from powermail.storage.contract import NodeFacts, Position, Scan, Unread
+from powermail.storage.contract import START, NodeFacts, Position, Scan, Unread
 from powermail.storage.identity import FORMAT, Identity, read_identity, write_identity
 from powermail.storage.log import record as rec
 from powermail.storage.log.compaction import Compaction
@@ -165,7 +165,8 @@ class SegmentStore:
                 since = max([0, *ledger.sizes]) + 1
                 self._identify(msgspec.structs.replace(self.identity, format=FORMAT, since=since))
                 self.writer.seal()
-            boots = (*ledger.boots, self._opening)[-limits.BOOTS_MAX :]
+            # law 12: also where it began, so that an older disk is known however far it has grown
+            boots = (*ledger.boots, rec.Boot(self._opening, ledger.durable))[-limits.BOOTS_MAX :]
             self.writer.append([rec.Record(rec.BOOT, 0, 0, rec.NO_KEY, rec.pack_boots(boots))])
         except OSError as error:
             ledger.unready = f"{error.strerror or error}"
@@ -229,7 +230,8 @@ class SegmentStore:
         return NodeFacts(
             self.identity.incarnation,
             ledger.durable,
-            ledger.boots,
+            tuple([boot.id for boot in ledger.boots]),
+            tuple([boot.began for boot in ledger.boots]),
             self.identity.birth,
             bool(found.damaged or found.incomplete or found.rebuilt),
             ledger.mark,
@@ -304,6 +306,13 @@ class SegmentStore:
         self.writer.append([rec.Record(rec.BIRTH, 0, 0, rec.NO_KEY, body)])
         self._identify(msgspec.structs.replace(self.identity, incarnation=incarnation, birth=birth))
         return birth
+
+    def lift_birth(self) -> None:
+        """No birth mark any more (law 12). Raises NodeReadOnly or OSError."""
+        if self._ledger.failed or not self._ledger.boot:
+            raise NodeReadOnly(self._ledger.failed or self._ledger.unready)
+        if self.identity.birth != START:
+            self._identify(msgspec.structs.replace(self.identity, birth=START))
 
     def admit(self, unread: Unread, again: Again) -> None:
         """Makes known what a stretch holds that could not be read before (law 6)."""

@@ -17,11 +17,11 @@ from typing import Final, NamedTuple
 
 from powermail.base import limits
 from powermail.base.disk import Disk
-from powermail.base.errors import CommitRefused, NodeReadOnly, NodeTrouble
+from powermail.base.errors import CommitRefused, MarkRefused, NodeReadOnly, NodeTrouble, OlderCheckpoint
 from powermail.storage.contract import Chunk, Mark, Position
 from powermail.storage.identity import Identity
 from powermail.storage.log import record as rec
-from powermail.storage.log.keys import BROKEN, DEAD, LIVE, NOWHERE, Entry, Place
+from powermail.storage.log.keys import BROKEN, DEAD, LIVE, NOWHERE, Entry, Name, Place
 from powermail.storage.log.ledger import Changes, Ledger
 from powermail.storage.log.segments import Segments
 
@@ -32,6 +32,7 @@ FENCE: Final = 103  # nothing; answers the durable end behind all that was asked
 
 FULL_ERRORS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _SMALL_OCTETS: Final = 16_384
+_ANSWERED_BY_THE_END: Final = frozenset({FENCE, rec.MARK, rec.TOMBSTONE, rec.DROP})
 _NEW_MAIL: Final = frozenset({rec.CHUNK, rec.COMMIT, rec.CHECKPOINT})
 
 Outcome = Position | Exception | None
@@ -41,7 +42,9 @@ class Operation(NamedTuple):
     """One thing to make durable (chunks alone need not be).
 
     COMMIT: `chunks` that are not here yet, `body` of the commit, `number` of chunks in all, `flags` for its origin.
-    TOMBSTONE: `body` is the date. DROP: `body` is the position. CHECKPOINT: `key` is the name. MARK: `mark`.
+    TOMBSTONE: `body` is the date. DROP: `body` is the position. CHECKPOINT: `key` is the name,
+    `body` begins with the rank. MARK: `mark`; the others
+    that come with one name it too, and are refused with it (law 10).
     """
 
     kind: int
@@ -84,14 +87,16 @@ class Writer:
         self._start = 0  # where `_buffers` go
         self._piece = 0  # where what is not durable yet began
         self._changes = Changes(ledger.keys)
+        self._accepted: Mark | None = None  # the mark that was judged last, if it was not refused
 
     # -- batches ----------------------------------------------------------------------------------------------------
 
     def write(self, operations: Sequence[Operation], writable: bool = True) -> list[Outcome]:
         """Makes a batch durable; one outcome for each operation.
 
-        Positions answer COMMIT (where the copy was first written) and FENCE (the durable end). With `writable` False no new
-        mail is taken (full or blocked node). Raises one of `BROKEN` when the key index does: all outcomes are unknown then.
+        Positions answer COMMIT (where the copy was first written), and FENCE, MARK, TOMBSTONE and DROP (the durable end). With
+        `writable` False no new mail is taken (full or blocked node). Raises one of `BROKEN` when the key index does: all
+        outcomes are unknown then.
         """
         ledger = self._ledger
         outcomes: list[Outcome] = [None] * len(operations)
@@ -140,8 +145,8 @@ class Writer:
             ledger.failed = f"key index: {error}"
             raise
         for number, operation in enumerate(operations):
-            if operation[0] == FENCE and outcomes[number] is None:
-                outcomes[number] = ledger.durable  # law 2
+            if outcomes[number] is None and operation[0] in _ANSWERED_BY_THE_END:
+                outcomes[number] = ledger.durable  # laws 2, 12
         return outcomes
 
     def _begin(self) -> None:
@@ -256,8 +261,10 @@ class Writer:
             return NodeReadOnly(self._ledger.full or "this node takes no new mail"), []
         if kind == rec.CHUNK:
             return self._chunks(operation)
+        if mark is not None and (why := self.refusal(mark)):
+            return MarkRefused(why), []
         if kind == rec.CHECKPOINT:
-            return None, [rec.Record(kind, 0, number, key, body)]
+            return self._checkpoint(rec.Record(kind, 0, number, key, body))
         if kind == rec.MARK:
             assert mark is not None
             return None, self.news(mark)
@@ -282,6 +289,21 @@ class Writer:
         known = self._changes.mark or self._ledger.mark
         merged = known.with_seen(mark)
         return [] if merged == known else [rec.Record(rec.MARK, 0, 0, rec.NO_KEY, rec.pack_mark(merged))]
+
+    def refusal(self, mark: Mark) -> str:
+        """Why what comes with a mark is refused; "" if it is not (law 10)."""
+        if mark is self._accepted:  # operations of one call name the same, and no other comes between
+            return ""
+        why = (self._changes.mark or self._ledger.mark).refusal(mark)
+        self._accepted = None if why else mark
+        return why
+
+    def _checkpoint(self, record: rec.Record) -> tuple[Outcome, list[rec.Record]]:
+        """Law 11: what is newer stays, whoever wakes late."""
+        known = self._changes.get(Name(rec.CHECKPOINT, record.key))
+        if known is not None and known.rank > rec.rank_of(record, rec.SEGMENT_FORMAT):
+            return OlderCheckpoint("a newer checkpoint is here"), []
+        return None, [record]
 
     def _chunks(self, operation: Operation) -> tuple[Outcome, list[rec.Record]]:
         key = operation.key
