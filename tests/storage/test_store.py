@@ -35,6 +35,7 @@ from tests.storage.support import (
     marked,
     open_store,
     put,
+    records,
     reread,
     segments,
     shown,
@@ -642,3 +643,35 @@ def test_no_tombstone_outlives_its_mark() -> None:
                 tried += again.facts().mark == count(9)
                 assert again.facts().mark == count(9) or again.facts().damaged
     assert tried
+
+
+def without_chunk(bad: int) -> SimDisk:
+    """A disk with a message of three chunks of which one is damaged, and another behind it."""
+    disk = fresh_disk()
+    put(open_store(disk), commit(1, 3), commit(2))
+    (name,) = segments(disk)
+    for place, found in records(disk):
+        if (found.type, found.key, found.number) == (rec.CHUNK, key(1), bad):
+            disk.content[disk.names[name]][place.offset + rec.HEADER_OCTETS] ^= 0x55
+    return disk
+
+
+@pytest.mark.parametrize("bad", range(3))
+@pytest.mark.parametrize("streamed", [False, True], ids=["in one", "streamed"])
+@pytest.mark.parametrize("chunks", [2, 3, 4])
+def test_a_copy_made_again_over_one_that_lost_a_chunk_is_whole(bad: int, streamed: bool, chunks: int) -> None:
+    """Nothing of the damaged copy is taken for a part of the new one, whether that is cut alike or not (law 1)."""
+    disk = without_chunk(bad)
+    store = open_store(disk)
+    assert held(store, 1, 2) == ["unknown", "live"]
+    repair = commit(1, chunks, Origin.REPAIR)
+    if streamed:
+        for chunk in repair.chunks:
+            put(store, Operation(rec.CHUNK, key(1), [chunk]))
+        repair = repair._replace(chunks=())
+    (position,) = put(store, repair)
+    for each in (store, open_store(disk)):
+        assert held(each, 1, 2) == ["live", "live"]
+        each.reader.verify(key(1))
+        assert [each.reader.read_chunk(key(1), n).stored for n in range(chunks)] == [body(1, n) for n in range(chunks)]
+        assert {item.key: item.position for item in each.reader.inventory(b"", 10)}[key(1)] == position

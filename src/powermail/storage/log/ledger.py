@@ -91,7 +91,7 @@ class Ledger:
         self.mark = Mark()
         self.boot = ""  # this opening's; "" until its record is durable
         self.boots: tuple[rec.Boot, ...] = ()  # law 12
-        self.strays: dict[bytes, dict[int, Place]] = {}  # in recovery: chunks of a copy whose commit may follow another's
+        self.strays: dict[bytes, dict[int, Place]] = {}  # chunks of a copy whose commit may follow another's
         self.streams: dict[bytes, float] = {}  # keys whose chunks come in: when the last one came
         self.recent: list[Passage] = []
         self.recent_since = START  # `recent` holds all that was written from here on

@@ -310,7 +310,7 @@ class Writer:
         entry = self._changes.get(key)
         if entry is not None and entry.state == DEAD:
             return NodeTrouble("this key was deleted here"), []
-        if entry is not None and entry.state == LIVE:
+        if entry is not None and entry.state == LIVE and key not in self._ledger.streams:
             return None, []
         self._ledger.streams[key] = self._monotonic()
         return None, _missing(entry, operation)
@@ -318,13 +318,14 @@ class Writer:
     def _commit(self, operation: Operation, writable: bool) -> tuple[Outcome, list[rec.Record]]:
         key = operation.key
         entry = self._changes.get(key)
-        if entry is not None and entry.state == LIVE:
+        # Over a copy that lost a chunk all is written anew, the commit too, although the last chunk completes the old one.
+        if entry is not None and entry.state == LIVE and key not in self._ledger.streams:
             return entry.position(), []  # idempotent: durable here, or with this batch (law 1)
         if not writable:
             return self._refusal(operation, self._ledger.full or "this node takes no new mail"), []
         if entry is not None and entry.state == DEAD:
             return NodeTrouble("this key was deleted here"), []  # law 1
-        present = {n for n, place in enumerate(entry.chunks) if place != NOWHERE} if entry is not None else set()
+        present = {n for n in range(operation.number) if _is_here(entry, n)} | self._ledger.strays.get(key, {}).keys()
         present.update(chunk.number for chunk in operation.chunks)
         if not present >= set(range(operation.number)):
             return self._refusal(operation, f"commit of {operation.number} chunks, but {len(present)} are here"), []  # law 2
@@ -477,9 +478,16 @@ class Writer:
 
 def _missing(entry: Entry | None, operation: Operation) -> list[rec.Record]:
     """Records of the chunks that are not here yet."""
-    have = entry.chunks if entry is not None else ()
     return [
         rec.Record(rec.CHUNK, chunk.flags, chunk.number, operation.key, chunk.stored)
         for chunk in operation.chunks
-        if chunk.number >= len(have) or have[chunk.number] == NOWHERE
+        if not _is_here(entry, chunk.number)
     ]
+
+
+def _is_here(entry: Entry | None, number: int) -> bool:
+    """True if a chunk came for the commit that comes. Those before a commit of this key belong to that one (`ledger`)."""
+    if entry is None or number >= len(entry.chunks):
+        return False
+    place = entry.chunks[number]
+    return place != NOWHERE and place[:2] > entry.mark[:2]
