@@ -46,7 +46,9 @@ def test_restore_says_what_it_would_do_and_with_yes_does_it(backed_up: tuple[str
     done = powermail("restore", to, "--yes", "--data", data, "--json")
     assert done.status == 0 and done.json()["restored"] is True
     assert addresses(data) == ["ann@example.org", "postmaster@localhost"]
-    assert "directory.db" in os.listdir(done.json()["set_aside"])
+    again = powermail("restore", to, "--yes", "--data", data, "--json")
+    aside = [each.json()["set_aside"] for each in (done, again)]
+    assert aside[0] != aside[1] and all("directory.db" in os.listdir(each) for each in aside)
     assert powermail("verify", "--data", data).status == 0
 
 

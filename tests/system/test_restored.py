@@ -195,7 +195,7 @@ async def test_a_backup_from_before_all_disks_were_replaced_lists_everything(run
     assert sorted(await running.read(ANN)) == sorted(left)
     await running.heal()
     assert {node.id: node.incarnation for node in running.nodes} == before, "none was taken for an older one"
-    assert await running.operation("verify") == {"messages": len(left), "problems": []}
+    assert await running.operation("verify") == {"messages": len(left), "wrong": 0, "problems": []}
 
 
 async def test_a_backup_from_before_two_disks_were_rolled_back_lists_everything(running: Running, tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ async def test_a_backup_from_before_two_disks_were_rolled_back_lists_everything(
     await running.until("it has caught up", lambda status: not status["degraded"])
     assert sorted(await running.read(ANN)) == sorted(sent)
     await running.heal()
-    assert await running.operation("verify") == {"messages": len(sent), "problems": []}
+    assert await running.operation("verify") == {"messages": len(sent), "wrong": 0, "problems": []}
 
 
 # -- disks ---------------------------------------------------------------------------------------------------------------------

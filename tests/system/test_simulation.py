@@ -12,12 +12,12 @@ import pytest
 
 from powermail.sim.run import simulate
 
-BLOCKS = int(os.environ.get("PM_TEST_SEED_BLOCKS", "6"))
-PER_BLOCK = 6
+BLOCKS = int(os.environ.get("PM_TEST_SEED_BLOCKS", "3"))
+PER_BLOCK = 12
 SECONDS = 25
 ONCE_FAILED = (101, 312, 10008)  # seeds that found something; replayed for ever
 
-# Faults, and the branches of the laws that two seeds of them must take: a simulation in which none of it happens shows nothing.
+# Faults, and the branches of the laws that four seeds of them must take: what never happens shows nothing.
 BRANCHES = {
     ("old-index", "hot-index"): ("law.10.marks", "law.11.epochs", "law.11.walks", "law.11.caught_up", "keeper.reconciled"),
     ("disk-emptied", "disk-returned"): ("law.12.incarnations", "law.12.older", "keeper.repaired"),
@@ -61,7 +61,7 @@ def test_no_client_sees_what_it_must_not(block: int) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("faults", BRANCHES, ids=" ".join)
 def test_the_branches_of_the_laws_are_taken(faults: tuple[str, ...]) -> None:
-    results = simulated(1, 2, *faults)
+    results = simulated(1, 4, *faults)
     for name in BRANCHES[faults]:
         assert sum(result["laws"].get(name, 0) for result in results), f"{name} never happened"
 

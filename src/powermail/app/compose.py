@@ -204,6 +204,8 @@ class PowerMail:
                     "changed"
                 )
             aside = f"{path}.before-rebuild-{utc(self.world.clock.now()):%Y%m%d-%H%M%S}"
+            while self.world.disk.exists(aside):
+                aside += "-"  # within one second, or after a clock was set back: what was set aside before stays
             for suffix in ("", "-wal", "-shm"):
                 if self.world.disk.exists(f"{path}{suffix}"):
                     self.world.disk.rename(f"{path}{suffix}", f"{aside}{suffix}")

@@ -181,7 +181,7 @@ async def restore(common: Common, source: str, yes: bool) -> Restored:
         places = {name: f"{data}/{name.removeprefix('files/')}" for name in manifest.files if name.startswith("files/")}
         places |= _databases(data, settings)
         there = [path for path in places.values() if os.path.exists(path)]
-        aside = f"{data}/before-restore-{time.strftime('%Y%m%d-%H%M%S')}" if there else ""
+        aside = _aside(data) if there else ""
         if there and not yes:
             return Restored(data, sorted(places.values()), aside, False)
         for path in there:
@@ -202,6 +202,14 @@ async def restore(common: Common, source: str, yes: bool) -> Restored:
     finally:
         lock.release()
     return Restored(data, sorted(places.values()), aside, True)
+
+
+def _aside(data: str) -> str:
+    """A name nobody has, for what was there before: also for the second restore of a second."""
+    aside = f"{data}/before-restore-{time.strftime('%Y%m%d-%H%M%S')}"
+    while os.path.exists(aside):
+        aside += "-"
+    return aside
 
 
 def _same_cluster(settings: Settings, data: str, cluster: str) -> None:
