@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from powermail.base.log import Event, StreamLog, format_json, format_stamp, format_text
+from powermail.base.log import Event, StreamLog, format_json, format_stamp, format_text, json_lines, text_lines
 from powermail.cli.tracing import parse, story
 from tests.cli.support import powermail
 
@@ -93,3 +94,15 @@ def test_what_the_log_writes_is_what_is_read(tmp_path: Path) -> None:
 def test_files_that_cannot_be_read_are_said() -> None:
     assert "cannot read /nowhere: No such file" in powermail("trace", "x", "--log", "/nowhere").sentence()
     assert list(story([], "x")) == []
+
+
+def test_lines_of_one_event_say_what_each_would_say_alone() -> None:
+    """What recipients share is formatted once, whatever they are called."""
+    to = ("ann@example.org", 'a" b@example.org', "jörg@bücher.example", "x\ny@example.org")
+    fields = {"key": b"\x01\x02", "sender": "<a b@example.org>", "to": to, "octets": 4096, "nodes": None, "seconds": 0.5}
+    alone = [{**fields, "to": one} for one in to]
+    assert text_lines("t", Event.DELIVERED, fields) == [format_text("t", Event.DELIVERED, each) for each in alone]
+    lines = json_lines("t", Event.DELIVERED, fields)
+    assert [msgspec.json.decode(line) for line in lines] == [
+        msgspec.json.decode(format_json("t", Event.DELIVERED, each)) for each in alone
+    ]

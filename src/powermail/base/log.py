@@ -89,19 +89,13 @@ class MemoryLog:
         self.lines: list[str] = []
 
     def event(self, event: Event, **fields: Any) -> None:
-        self.lines += [format_text("", event, facts) for facts in each(bound(fields))]
+        self.lines += text_lines("", event, bound(fields))
 
 
 def bound(fields: dict[str, Any]) -> dict[str, Any]:
     """The facts of an event with the session they belong to, if any."""
     cid = CID.get()
     return {"cid": cid, **fields} if cid else fields
-
-
-def each(fields: dict[str, Any]) -> list[dict[str, Any]]:
-    """The facts of each line: `to`, when it is several, has one for each. Done where lines are written."""
-    to = fields.get("to")
-    return [{**fields, "to": one} for one in to] if isinstance(to, tuple) else [fields]
 
 
 def escape(value: Any) -> str:
@@ -142,6 +136,18 @@ def format_text(stamp: str, event: Event, fields: dict[str, Any]) -> str:
     return " ".join([*([stamp] if stamp else []), level.upper().ljust(7), name, *words])
 
 
+def text_lines(stamp: str, event: Event, fields: dict[str, Any]) -> list[str]:
+    """A line, or one for each of `to` when it is several: what they share is formatted once."""
+    to = fields.get("to")
+    if not isinstance(to, tuple):
+        return [format_text(stamp, event, fields)]
+    names = list(fields)
+    at = names.index("to")
+    before = format_text(stamp, event, {name: fields[name] for name in names[:at]})
+    after = "".join([f" {name}={escape(fields[name])}" for name in names[at + 1 :] if fields[name] is not None])
+    return [f"{before} to={escape(one)}{after}" for one in to]
+
+
 def _json_default(value: Any) -> Any:
     return str(value)
 
@@ -154,6 +160,15 @@ def format_json(stamp: str, event: Event, fields: dict[str, Any]) -> str:
     return msgspec.json.encode(record, enc_hook=_json_default).decode()
 
 
+def json_lines(stamp: str, event: Event, fields: dict[str, Any]) -> list[str]:
+    """The same for machines."""
+    to = fields.get("to")
+    if not isinstance(to, tuple):
+        return [format_json(stamp, event, fields)]
+    shared = format_json(stamp, event, {name: value for name, value in fields.items() if name != "to"}).removesuffix("}")
+    return [f'{shared},"to":{msgspec.json.encode(one).decode()}}}' for one in to]
+
+
 _FLUSH_EVERY_S = 0.05
 _LEVELS = {"debug": 0, "info": 1, "warning": 2, "error": 3}
 
@@ -164,7 +179,7 @@ class StreamLog:
     def __init__(self, now: Callable[[], float], level: str = "info", json: bool = False, stream: Any = None) -> None:
         self._now = now
         self._threshold = _LEVELS[level]
-        self._format = format_json if json else format_text
+        self._lines = json_lines if json else text_lines
         self._stream = stream if stream is not None else sys.stderr
         self._waiting: deque[tuple[float, Event, dict[str, Any]]] = deque()
         self._wake = threading.Event()
@@ -200,7 +215,7 @@ class StreamLog:
             while self._waiting and len(lines) < limits.LOG_LINES_WRITTEN_MAX:
                 at, event, fields = self._waiting.popleft()
                 stamp = format_stamp(at)
-                lines += [self._format(stamp, event, facts) for facts in each(fields)]
+                lines += self._lines(stamp, event, fields)
             if lines:
                 try:
                     self._stream.write("\n".join(lines) + "\n")
