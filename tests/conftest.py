@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from powermail.base.lane import ThreadLane
 
 BLOCKED_S = 0.25  # CPU of one step; the promise is 50 ms, the rest is for slow machines and the tests' own work
 _LOOK_S = 0.1
@@ -18,6 +22,23 @@ def pytest_collection_finish() -> None:
     """Thousands of collected tests are no garbage: looking through them takes longer than any step may."""
     gc.collect()
     gc.freeze()
+
+
+_run = ThreadLane.run
+
+
+def _run_checked(lane: ThreadLane, call: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+    """A cursor that leaves its lane is reset by another thread while its statement may be in use again."""
+
+    def checked(*given: Any) -> Any:
+        result = call(*given)
+        assert not isinstance(result, sqlite3.Cursor), f"{call} hands out a cursor"
+        return result
+
+    return _run(lane, checked, *args)
+
+
+ThreadLane.run = _run_checked  # type: ignore[assignment, method-assign]
 
 
 def queued_s() -> float:

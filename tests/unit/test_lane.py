@@ -40,6 +40,23 @@ async def test_results_and_errors_reach_whoever_asked(lane: ThreadLane) -> None:
     assert await lane.run(int, "4") == 4, "an error does not end the lane"
 
 
+async def test_what_a_failed_call_held_is_let_go_of_by_its_own_thread(lane: ThreadLane) -> None:
+    """A cursor of SQLite that another thread lets go of resets a statement that is in use again."""
+    threads: list[int] = []
+
+    class Held:
+        def __del__(self) -> None:
+            threads.append(threading.get_ident())
+
+    def fail() -> None:
+        held = Held()
+        raise OSError(5, f"injected with {held!r}")
+
+    with pytest.raises(OSError, match="injected"):
+        await lane.run(fail)
+    assert threads == [lane._thread.ident]
+
+
 async def test_who_gives_up_waiting_does_not_stop_the_call(lane: ThreadLane) -> None:
     gate, done = threading.Event(), threading.Event()
     first = lane.run(gate.wait, 10)

@@ -14,6 +14,7 @@ import asyncio
 import queue
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -88,6 +89,7 @@ class ThreadLane:
                 try:
                     finished.append((future, call(*args), None))
                 except BaseException as error:  # noqa: BLE001  handed to whoever awaits, whatever it is
+                    traceback.clear_frames(error.__traceback__)  # what the call held is let go of here, by its own thread
                     finished.append((future, None, error))
                 del future, call, args
                 if time.monotonic() - began > _FLUSH_AFTER_S:

@@ -241,7 +241,11 @@ class SqliteRebuilding:
 
     async def _insert(self, statement: str, rows: Sequence[Any]) -> None:
         if rows:
-            await self._write(lambda db: db.executemany(statement, rows))
+            await self._write(self._in_insert, statement, rows)
+
+    @staticmethod
+    def _in_insert(db: sqlite3.Connection, statement: str, rows: Sequence[Any]) -> None:
+        db.executemany(statement, rows)
 
     # -- what the nodes say -------------------------------------------------------------------------------------------
 
