@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from powermail.base import limits
+from powermail.base.errors import IndexTrouble
 from powermail.base.tls import make_self_signed
 from powermail.index.contract import Attempt
 from powermail.keeper.belief import end_of
@@ -154,3 +155,22 @@ async def test_a_node_whose_copies_were_damaged_and_repaired_keeps_the_count_and
     assert rows[name]["bad_copies"] == 1 and rows[name]["bad_copy_at"].endswith("Z")
     assert [row["bad_copies"] for other, row in rows.items() if other != name] == [0, 0]
     await running.heal()
+
+
+async def test_recipients_that_cannot_be_read_are_not_called_none(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    await running.mailbox("ann@local.example")
+    await running.fill(1)
+    (entry,) = await running.entries()
+
+    async def where() -> object:
+        found = await running.operation("where", key=entry.key.hex())
+        assert isinstance(found, dict)
+        return found["recipients"]
+
+    assert await where() == ["ann@local.example"]
+
+    async def away(key: bytes) -> None:
+        raise IndexTrouble("away")
+
+    monkeypatch.setattr(running.powermail.operations.desk.opener, "open", away)
+    assert await where() is None

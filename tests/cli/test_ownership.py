@@ -132,3 +132,14 @@ def test_a_node_of_root_says_so_and_the_others_serve(owned: Path) -> None:
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("b ")]
     assert "may not be read: Permission denied" in line and "`chown -R OWNER`" in line
     assert "replace" not in line
+
+
+def test_rights_of_root_are_given_up_for_good(owned: Path) -> None:
+    """Whoever takes over the process later cannot take them back."""
+    program = (
+        "import os, sys; from powermail.cli import ownership; ownership.become_owner(sys.argv[1]);"
+        " print(os.getresuid(), os.getresgid(), os.getgroups()); os.seteuid(0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(owned)], capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout.strip() == f"({OWNER}, {OWNER}, {OWNER}) ({OWNER}, {OWNER}, {OWNER}) []"
+    assert "PermissionError" in done.stderr

@@ -7,7 +7,10 @@ import asyncio
 import pytest
 
 from powermail.base import limits
+from powermail.base.errors import IndexTrouble
+from powermail.base.log import MemoryLog
 from powermail.index.contract import Fate
+from powermail.mail.envelope import Envelope
 from powermail.storage.contract import Held
 from tests.cluster.support import unreachable, virtual
 from tests.delivery.support import ACCOUNT, Office
@@ -351,3 +354,25 @@ async def test_a_message_that_is_given_up_before_the_end_leaves_nothing() -> Non
     await office.settled()
     assert office.told == []
     assert not [node.id for node in office.nodes if node._open]
+
+
+@virtual
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_notice_of_success_that_cannot_be_stored_is_told(fails: bool) -> None:
+    office = await Office().open()
+    asked = []
+
+    async def announce(key: bytes, *_: object) -> bool:
+        asked.append(key)
+        if fails:
+            raise IndexTrouble("it is away")
+        return False
+
+    office.service.announce = announce
+    office.service.tell_delivered(b"k" * 16, Envelope("ann@example.org"), 0.0, [("bob@example.org", "")])
+    await asyncio.sleep(60)
+    assert asked == [b"k" * 16] * 3
+    assert office.world.counters.snapshot()["delivery.notices_dropped"] == 1
+    assert isinstance(office.world.log, MemoryLog)
+    (line,) = [line for line in office.world.log.lines if "notice-dropped" in line]
+    assert "to=<ann@example.org>" in line and ("it is away" if fails else "three tries") in line

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sqlite3
+import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from powermail.base import limits
 from powermail.base.errors import IndexLost, IndexTrouble, OperatorError
+from powermail.base.log import MemoryLog
+from powermail.base.world import system_world
 from powermail.index.contract import Fate, FlagChange, Outcome
 from powermail.index.sqlite import SqliteIndex
 from powermail.storage.contract import START, Held, Position
@@ -413,3 +418,30 @@ async def test_a_proof_counts_what_was_committed_behind_the_back_of_the_copy_in_
     with pytest.raises(IndexLost):
         await index.proof(index.connection)
     await rig.die()
+
+
+async def test_an_error_that_nobody_waits_for_any_more_is_no_complaint(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An abort that was given up on while the file was locked: what becomes of it is asked again, not left to the collector."""
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    index, gate = SqliteIndex(system_world(MemoryLog()), str(room / "own.db")), threading.Event()
+    await index.open(CLUSTER)
+
+    def fail(*_: Any) -> None:
+        gate.wait(10)
+        raise sqlite3.OperationalError("disk I/O error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "_in_transaction", fail)
+        asked = asyncio.ensure_future(index.abort(key(1), ["a"]))
+        while not index._under_way:
+            await asyncio.sleep(0)
+        asked.cancel()
+        with suppress(asyncio.CancelledError):
+            await asked
+        gate.set()
+        while index._under_way:
+            await asyncio.sleep(0)
+    gc.collect()
+    assert complaints == []
+    await index.close()

@@ -21,6 +21,7 @@ from powermail.mail.envelope import Commit, Envelope, Target
 from powermail.sim.memory import MemoryNode
 from powermail.sim.world import SimEntropy
 from powermail.storage.contract import START, Chunk, Held, Origin, StorageNode
+from tests.index.support import inbox, key
 
 CLUSTER = "00" * 16
 NOW = 1_800_000_000.0
@@ -46,21 +47,6 @@ class Ticks:
         """Time goes on."""
         self.passed += seconds
         self.wall += seconds
-
-
-def key(number: int) -> bytes:
-    """A key that rises with the number."""
-    return number.to_bytes(16, "big")
-
-
-def inbox(account: str = "ann", mailbox: str = "INBOX", flags: int = 0) -> Target:
-    """A recipient with a mailbox here."""
-    return Target(account=account, mailbox=mailbox, flags=flags)
-
-
-def elsewhere(address: str = "far@example.net") -> Target:
-    """A recipient somewhere else."""
-    return Target(destination=address, reverse_path="from@example.org", recipient="to@example.org")
 
 
 class Installation:

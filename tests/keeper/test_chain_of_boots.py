@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
+from powermail.index.contract import NodeRow
+from powermail.sim.memory import Disk
 from powermail.storage.contract import START, Held
 from tests.keeper.rig import Rig, go
+
+
+async def grown_and_refused(rig: Rig, old: Disk, row: NodeRow, gone: list[bytes]) -> None:
+    """An older state of a's disk is put back and grows past all that the index has seen: nothing comes back with it."""
+    node, before = rig.nodes["a"], rig.nodes["a"].incarnation
+    await node.close()
+    node.put_back(old)
+    await node.open()
+    while (await node.facts()).end <= max(row.watermark, row.end_seen):
+        await rig.put("a", rig.key())
+    await rig.watch()
+    facts = await node.facts()
+    assert facts.incarnation != before
+    assert facts.birth > START
+    await rig.keep(300)
+    assert await rig.listed() == []
+    assert [await rig.held("a", key) for key in gone] == [Held.ABSENT] * len(gone)
 
 
 def test_an_older_disk_whose_log_is_as_long_as_before_is_noticed() -> None:
@@ -13,25 +32,14 @@ def test_an_older_disk_whose_log_is_as_long_as_before_is_noticed() -> None:
         gone = [await rig.deliver("ab") for _ in range(3)]
         await rig.keep(200)
         node = rig.nodes["a"]
-        old, before = node.snapshot(), node.incarnation
+        old = node.snapshot()
         await rig.reopen("a")
         for key in gone:
             await rig.delete(key)
         await rig.keep(2000)
         assert [await rig.fate(key) for key in gone] == [None] * 3, "deleted and forgotten"
         row = await rig.row("a")
-        await node.close()
-        node.put_back(old)
-        await node.open()
-        while (await node.facts()).end <= max(row.watermark, row.end_seen):
-            await rig.put("a", rig.key())
-        await rig.watch()
-        facts = await node.facts()
-        assert facts.incarnation != before
-        assert facts.birth > START
-        await rig.keep(300)
-        assert await rig.listed() == []
-        assert [await rig.held("a", key) for key in gone] == [Held.ABSENT] * 3
+        await grown_and_refused(rig, old, row, gone)
 
     go(body)
 
@@ -43,25 +51,14 @@ def test_an_older_disk_that_forked_off_within_the_last_opening_that_the_index_kn
         gone = [await rig.deliver("ab") for _ in range(3)]
         await rig.keep(200)
         node = rig.nodes["a"]
-        old, before = node.snapshot(), node.incarnation
+        old = node.snapshot()
         for key in gone:
             await rig.delete(key)
         await rig.keep(2000)
         assert [await rig.fate(key) for key in gone] == [None] * 3, "deleted and forgotten"
         row = await rig.row("a")
         assert row.boot in old.boots, "it is the same opening"
-        await node.close()
-        node.put_back(old)
-        await node.open()
-        while (await node.facts()).end <= max(row.watermark, row.end_seen):
-            await rig.put("a", rig.key())
-        await rig.watch()
-        facts = await node.facts()
-        assert facts.incarnation != before
-        assert facts.birth > START
-        await rig.keep(300)
-        assert await rig.listed() == []
-        assert [await rig.held("a", key) for key in gone] == [Held.ABSENT] * 3
+        await grown_and_refused(rig, old, row, gone)
 
     go(body)
 

@@ -35,7 +35,8 @@ from powermail.keeper.checkpoint_form import (
     record_name,
 )
 from powermail.storage.contract import NodeState, Position
-from tests.keeper.installation import Installation, elsewhere, inbox, key
+from tests.index.support import elsewhere, inbox, key
+from tests.keeper.installation import Installation
 
 TAG = b"12345678"
 

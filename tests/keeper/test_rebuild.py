@@ -20,7 +20,8 @@ from powermail.index.view import View
 from powermail.keeper.checkpoint import heads, pages_of, write_purged
 from powermail.keeper.checkpoint_form import encode_whole
 from powermail.storage.contract import Held, Mark, Origin, Rank
-from tests.keeper.installation import Installation, elsewhere, entries, held, inbox, key, numbers, shown
+from tests.index.support import elsewhere, inbox, key
+from tests.keeper.installation import Installation, entries, held, numbers, shown
 
 
 @pytest_asyncio.fixture(params=["memory", "sqlite"])

@@ -16,7 +16,8 @@ from powermail.base.errors import IndexTrouble, NodeTrouble, NotRedundant, Opera
 from powermail.index.contract import Delivery, Fate, Outcome
 from powermail.keeper.rebuild import SUFFIXES
 from powermail.storage.contract import Mark, Origin
-from tests.keeper.installation import Installation, inbox, key, numbers, shown
+from tests.index.support import inbox, key
+from tests.keeper.installation import Installation, numbers, shown
 
 
 @pytest_asyncio.fixture(params=["memory", "sqlite"])

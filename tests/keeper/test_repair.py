@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
 
 from powermail.base import limits
 from powermail.index.contract import Fate
@@ -91,17 +94,24 @@ def test_a_copy_that_is_there_already_is_believed_and_not_made_again() -> None:
     go(body)
 
 
+def before_the_note(rig: Rig, meanwhile: Callable[[str], Awaitable[None]]) -> list[str]:
+    """What happens between the next copy and the note about it; the list then names the node of the copy."""
+    believe, names = rig.index.believe, list[str]()
+
+    async def late(key: bytes, node: str, end: End) -> bool:
+        rig.index.believe = believe  # type: ignore[method-assign]
+        names.append(node)
+        await meanwhile(node)
+        return await believe(key, node, end)
+
+    rig.index.believe = late  # type: ignore[method-assign]
+    return names
+
+
 def test_a_copy_of_a_message_that_died_meanwhile_is_ordered_away() -> None:
     async def body(rig: Rig) -> None:
         key = await rig.deliver("a")
-        believe = rig.index.believe
-
-        async def late(key: bytes, node: str, end: End) -> bool:
-            rig.index.believe = believe  # type: ignore[method-assign]
-            await rig.delete(key)
-            return await believe(key, node, end)
-
-        rig.index.believe = late  # type: ignore[method-assign]
+        before_the_note(rig, lambda _: rig.delete(key))
         await rig.repairer.step()
         assert await rig.fate(key) is Fate.DEAD
         await rig.each(rig.collector.step)
@@ -110,47 +120,23 @@ def test_a_copy_of_a_message_that_died_meanwhile_is_ordered_away() -> None:
     go(body)
 
 
-def test_a_repair_whose_disk_was_replaced_before_the_note_is_not_believed() -> None:
-    """Law 8: the note is of the disk that is gone."""
+@pytest.mark.parametrize("replaced", [True, False], ids=["its disk was replaced", "it was dropped"])
+def test_a_repaired_copy_that_went_before_its_note_is_not_believed(replaced: bool) -> None:
+    """Law 8: the note is of a disk that is gone, or older than the drop that was confirmed while the keeper slept."""
 
     async def body(rig: Rig) -> None:
         key = await rig.deliver("a")
-        believe, names = rig.index.believe, []
 
-        async def late(key: bytes, node: str, end: End) -> bool:
-            rig.index.believe = believe  # type: ignore[method-assign]
-            names.append(node)
-            await rig.nodes[node].close()
-            await rig.nodes[node].initialise()
-            await rig.watch()
-            return await believe(key, node, end)
-
-        rig.index.believe = late  # type: ignore[method-assign]
-        await rig.repairer.step()
-        assert await rig.held(names[0], key) is Held.ABSENT
-        assert await rig.believed(key) == ("a",)
-        await rig.keep(60)
-        assert len(await rig.believed(key)) == 2
-
-    go(body)
-
-
-def test_a_repair_that_went_before_its_note_is_not_believed() -> None:
-    """Law 8: the copy was dropped, and that confirmed, while the keeper slept."""
-
-    async def body(rig: Rig) -> None:
-        key = await rig.deliver("a")
-        believe, names = rig.index.believe, []
-
-        async def late(key: bytes, node: str, end: End) -> bool:
-            rig.index.believe = believe  # type: ignore[method-assign]
-            names.append(node)
-            place = await rig.nodes[node].verify(key)
-            done = await rig.nodes[node].drop([(key, place)], rig.index.mark())
+        async def goes(node: str) -> None:
+            if replaced:
+                await rig.nodes[node].close()
+                await rig.nodes[node].initialise()
+                await rig.watch()
+                return
+            done = await rig.nodes[node].drop([(key, await rig.nodes[node].verify(key))], rig.index.mark())
             await rig.index.confirm_drops(node, [], done)
-            return await believe(key, node, end)
 
-        rig.index.believe = late  # type: ignore[method-assign]
+        names = before_the_note(rig, goes)
         await rig.repairer.step()
         assert await rig.held(names[0], key) is Held.ABSENT
         assert await rig.believed(key) == ("a",)

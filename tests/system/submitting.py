@@ -12,13 +12,19 @@ def plain(name: str, password: str = "secret") -> str:
     return base64.b64encode(f"\0{name}\0{password}".encode()).decode()
 
 
-async def submitter(running: Running, name: str) -> Client:
-    """A submission session behind TLS and login."""
+async def secured(running: Running) -> Client:
+    """A submission session behind TLS."""
     client = await running.connect("submission")
     await client.ask("EHLO x")
     await client.ask("STARTTLS")
     await client.start_tls()
     await client.ask("EHLO x")
+    return client
+
+
+async def submitter(running: Running, name: str) -> Client:
+    """The same, and logged in."""
+    client = await secured(running)
     assert (await client.ask("AUTH PLAIN " + plain(name))).startswith("235")
     return client
 

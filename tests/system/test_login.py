@@ -11,7 +11,7 @@ import scramp
 
 from powermail.base import limits
 from tests.system.conftest import PopClient, Running
-from tests.system.submitting import plain
+from tests.system.submitting import plain, secured
 
 LOOPBACK = '["127.0.0.0/8"]'
 
@@ -99,11 +99,7 @@ def text_of(line: str) -> str:
 async def test_scram_at_both_doors(running: Running, password: str, wrong: bool) -> None:
     """RFC 5802: neither side shows the password; RFC 4013: however its characters are composed."""
     await running.mailbox("ann@local.example", password=f"{{plain}}{password}")
-    smtp = await running.connect("submission")
-    await smtp.ask("EHLO x")
-    await smtp.ask("STARTTLS")
-    await smtp.start_tls()
-    await smtp.ask("EHLO x")
+    smtp = await secured(running)
     pop = await running.connect("pop3")
     assert isinstance(pop, PopClient)
     await pop.start_tls_pop()
@@ -121,11 +117,7 @@ async def test_scram_at_both_doors(running: Running, password: str, wrong: bool)
 
 @pytest.mark.parametrize("line", ["*", "!", "", "=", "A" * 20_000])
 async def test_an_exchange_that_is_broken_off_leaves_the_session_in_step(running: Running, line: str) -> None:
-    smtp = await running.connect("submission")
-    await smtp.ask("EHLO x")
-    await smtp.ask("STARTTLS")
-    await smtp.start_tls()
-    await smtp.ask("EHLO x")
+    smtp = await secured(running)
     pop = await running.connect("pop3")
     assert isinstance(pop, PopClient)
     await pop.start_tls_pop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator
 
 import pytest
@@ -55,6 +56,16 @@ async def test_what_a_failed_call_held_is_let_go_of_by_its_own_thread(lane: Thre
     with pytest.raises(OSError, match="injected"):
         await lane.run(fail)
     assert threads == [lane._thread.ident]
+
+
+async def test_a_lane_that_waits_keeps_no_result(lane: ThreadLane) -> None:
+    class Large:
+        """What a call may return."""
+
+    kept = weakref.ref(await lane.run(Large))
+    async with asyncio.timeout(5):
+        while kept() is not None:
+            await asyncio.sleep(0)
 
 
 async def test_who_gives_up_waiting_does_not_stop_the_call(lane: ThreadLane) -> None:

@@ -13,6 +13,7 @@ from powermail.admin.table import Operation, Progress, Request, word, words
 from powermail.base import limits
 from powermail.base.clock import utc
 from powermail.base.errors import IndexTrouble, MessageUnreadable, NodeTrouble, OperatorError
+from powermail.base.log import Event
 from powermail.index.contract import EntryFacts
 from powermail.storage.contract import Held, NodeState, StorageNode
 
@@ -93,7 +94,9 @@ class OneKey(Request):
 
 
 class Where(Struct):
-    """Everything about one message. `known`: the index shows it; `copies` says of each node whether its copy is good."""
+    """Everything about one message. `known`: the index shows it; `copies` says of each node whether its copy is good;
+    `recipients` is None if no commit record could be read in time.
+    """
 
     key: str
     known: bool
@@ -102,7 +105,7 @@ class Where(Struct):
     references: int
     believed: list[str]
     copies: dict[str, str]
-    recipients: list[str]
+    recipients: list[str] | None
 
 
 def parse_key(text: str) -> bytes:
@@ -136,14 +139,14 @@ async def where(desk: Desk, request: OneKey, progress: Progress) -> Where:
     nodes = desk.cluster.readable()
     verdicts = await asyncio.gather(*(verdict(node) for node in nodes))
     copies = {node.id: text for node, text in zip(nodes, verdicts, strict=True) if text}
-    recipients = []
+    recipients = None
     if "good" in copies.values():
         try:
             async with asyncio.timeout(1.0):
                 message = await desk.opener.open(key)
                 recipients = [target.recipient or target.account for target in message.commit.targets]
-        except (MessageUnreadable, IndexTrouble, TimeoutError):
-            pass
+        except (MessageUnreadable, IndexTrouble, TimeoutError) as error:
+            desk.world.log.event(Event.TROUBLE, worker="where", key=key, error=str(error) or "no answer in time")
     return Where(
         request.key,
         known is not None,

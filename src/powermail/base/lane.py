@@ -82,10 +82,11 @@ class ThreadLane:
         take = self._queue.get
         finished = self._finished
         while True:
-            item = take()
+            item: _Item | tuple[()] | None = take()
             self._began = began = time.monotonic()
-            while item is not None:
+            while item:
                 future, call, args = item
+                item = ()  # nothing of a call is kept while the lane waits for the next one
                 try:
                     finished.append((future, call(*args), None))
                 except BaseException as error:  # noqa: BLE001  handed to whoever awaits, whatever it is

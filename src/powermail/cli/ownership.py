@@ -17,7 +17,7 @@ from powermail.base.errors import OperatorError
 
 
 def become_owner(data: str) -> None:
-    """As root: from now on with the rights of the owner of the data directory. Who is not root stays who he is."""
+    """As root: from now on with the rights of the owner of the data directory, for good. Who is not root stays who he is."""
     if os.geteuid() != 0:
         return
     try:
@@ -30,8 +30,8 @@ def become_owner(data: str) -> None:
             os.initgroups(pwd.getpwuid(facts.st_uid).pw_name, facts.st_gid)
         except KeyError:
             os.setgroups([])
-        os.setegid(facts.st_gid)
-        os.seteuid(facts.st_uid)
+        os.setgid(facts.st_gid)
+        os.setuid(facts.st_uid)
 
 
 def check(data: str, more: Sequence[str]) -> None:

@@ -103,15 +103,17 @@ class DeliveryService:
             reports = [Report(name, orcpt, Action.DELIVERED, "2.1.5", "X-PowerMail; delivered") for name, orcpt in recipients]
             self._tasks.start(self._announce(self.announce, key, envelope, at, reports), "notice")
 
-    @staticmethod
-    async def _announce(announce: Announce, key: bytes, envelope: Envelope, at: float, reports: list[Report]) -> None:
+    async def _announce(self, announce: Announce, key: bytes, envelope: Envelope, at: float, reports: list[Report]) -> None:
+        why = "it was not stored in three tries"
         for pause_s in (0.0, 2.0, 8.0):
             await asyncio.sleep(pause_s)
             try:
                 if await announce(key, envelope, at, reports):
                     return
-            except Trouble:
-                continue
+            except Trouble as error:
+                why = str(error)
+        self.world.counters.add("delivery.notices_dropped")
+        self.world.log.event(Event.NOTICE_DROPPED, key=key, to=f"<{envelope.reverse_path}>", reason=why)
 
     async def enter(self, delivery: Delivery) -> Outcome | None:
         """Enters a durable message in the index, waiting at most `index_wait_s`. None: no answer, reconcile enters it."""

@@ -7,7 +7,7 @@ never when what it asked for before cannot reach it any more.
 from __future__ import annotations
 
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 from powermail.base import limits
@@ -357,21 +357,8 @@ class PopSession(LineSession):
             self._say_message(small)
             await self.push(b"")
             return True
-        writer = DotWriter()
-        started = False
-        try:
-            async for part in drop.read(listed.key):
-                if not started:
-                    started = True
-                    self.say(pop3.ok(f"{listed.octets} octets"))
-                await self.push(writer.feed(part))
-        except Trouble:
-            if not started:
-                raise
-            return False  # in the middle: only closing tells the client that it has not got all of it
-        if not started:
-            self.say(pop3.ok("0 octets"))
-        self.say(writer.end())
+        if not await self._send(drop.read(listed.key), pop3.ok(f"{listed.octets} octets")):
+            return False
         self._retrieved += 1
         return True
 
@@ -382,22 +369,27 @@ class PopSession(LineSession):
         listed = drop.get(number) if number is not None else None
         if listed is None or lines is None:
             return self._missing()
-        reader, writer = pop3.TopReader(lines), DotWriter()
-        started = False
+        return await self._send(drop.read(listed.key), pop3.ok("top of message follows"), pop3.TopReader(lines))
+
+    async def _send(self, parts: AsyncIterator[bytes], opening: bytes, top: pop3.TopReader | None = None) -> bool:
+        """A message part by part, as far as `top` goes. False if it broke in the middle: the connection is closed then, which
+        alone tells the client that it has not got all of it (P7). Raises Trouble before anything was said.
+        """
+        writer, started = DotWriter(), False
         try:
-            async for part in drop.read(listed.key):
+            async for part in parts:
                 if not started:
                     started = True
-                    self.say(pop3.ok("top of message follows"))
-                await self.push(writer.feed(reader.feed(part)))
-                if reader.done:
+                    self.say(opening)
+                await self.push(writer.feed(part if top is None else top.feed(part)))
+                if top is not None and top.done:
                     break
         except Trouble:
             if not started:
                 raise
-            return False  # in the middle: only closing tells the client that it has not got all of it
+            return False
         if not started:
-            self.say(pop3.ok("top of message follows"))
+            self.say(opening)
         self.say(writer.end())
         return True
 

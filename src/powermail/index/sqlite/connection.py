@@ -260,9 +260,11 @@ class Core:
         if clear:
             self._used.clear()
 
-    def _end_change(self, _: object = None) -> None:
+    def _end_change(self, done: asyncio.Future[Any] | None = None) -> None:
         self._changes += 1
         self._under_way -= 1
+        if done is not None and not done.cancelled():
+            done.exception()  # who waited has seen it, or has gone: then what it was about is asked for again
 
     async def _ask(self, call: Callable[..., T], *args: Any) -> T:
         """Runs `call(*args)`, which reads by one statement, on the reading lane. Raises IndexTrouble."""
