@@ -13,12 +13,13 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 SECTOR_OCTETS = 512
+ROOM = 1 << 40  # octets of a disk, and those free on it unless something fills it
 
 
 class Op(NamedTuple):
     """One operation as it was done. `target` is an inode number, or a path for names."""
 
-    kind: str  # write, size, sync, link, unlink, syncdir, ack
+    kind: str  # write, size, sync, link, unlink, syncdir
     target: int | str
     offset: int = 0
     data: bytes = b""
@@ -92,7 +93,7 @@ class SimDisk:
         self.locks: dict[str, None] = {}
         self.journal: list[Op] = []
         self.lies = False  # a drive that says it has synced and has not (F6)
-        self.free = 1 << 40
+        self.free = ROOM
         self._next = 1
         self._faults: dict[str, list[int]] = {}
         self._errors: dict[str, int] = {}
@@ -118,10 +119,6 @@ class SimDisk:
         """Nothing fails any more."""
         self._faults.clear()
         self.lies = False
-
-    def planned(self, kind: str) -> bool:
-        """True while a planned fault has not been reached."""
-        return kind in self._faults
 
     # -- the Disk contract ----------------------------------------------------------------------------------------
 
@@ -205,7 +202,7 @@ class SimDisk:
         return self.free
 
     def total_octets(self, path: str) -> int:
-        return 1 << 40
+        return ROOM
 
     def lock(self, path: str) -> SimLock:
         if path in self.locks:
@@ -214,10 +211,6 @@ class SimDisk:
         return SimLock(self, path)
 
     # -- power cuts -------------------------------------------------------------------------------------------------
-
-    def ack(self, what: str) -> None:
-        """Notes in the journal that something was promised to a client."""
-        self.journal.append(Op("ack", what))
 
     def settle(self) -> None:
         """Takes what is there now as durable and starts a new journal."""

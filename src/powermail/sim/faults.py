@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 from powermail.base.errors import OperatorError
-from powermail.sim.disk import SimDisk
+from powermail.sim.disk import ROOM, SimDisk
 from powermail.sim.world import DATA, Machine
 
 _STREAMS = 3
@@ -201,7 +201,6 @@ class Faults:
         disk.settle()  # a copy of a disk that is used holds at least what was synced; here it holds all
         old = disk.clone()
         self._machine.bases[f"{DATA}/nodes/{name}"] = disk.clone()
-        old.free = disk.free
         return old
 
     async def _rot(self) -> None:
@@ -229,10 +228,12 @@ class Faults:
         self._machine.disk.away.pop(prefix, None)
 
     async def _disk_full(self) -> None:
-        disk = self._disk(self._node())
+        name = self._node()
+        disk = self._disk(name)
         disk.free = 1000
         await asyncio.sleep(self._chance.uniform(1.0, 10.0))
-        disk.free = 1 << 40
+        for there in (disk, self._disk(name)):  # another may lie there by now: after a power cut, or put in its place
+            there.free = ROOM
 
     async def _no_space(self) -> None:
         disk = self._disk(self._node())
