@@ -18,6 +18,7 @@ from powermail.sim.world import DATA, Machine
 
 _STREAMS = 3
 _HEAL_S = 240.0
+_LOOKED_S = 15.0  # after that the process has seen what lies in a node's place
 _LONG_S = 45.0  # how long an old copy of a disk is kept at most: deletions since were forgotten, and their tombstones went
 
 
@@ -153,8 +154,10 @@ class Faults:
         empty.make_directory(prefix)
         before = self._machine.replace_disk(prefix, empty)
         self._machine.disk.away.pop(prefix, None)
-        for _ in range(120):  # refused while a write still hangs there: the operator tries again
+        for attempt in range(120):  # refused while a write still hangs there: the operator tries again
             if await self._site.operation("node_replace", node=name) is not None:
+                break
+            if attempt >= _LOOKED_S and await self._works(name):
                 break
             await asyncio.sleep(1.0)
         return before
@@ -165,6 +168,10 @@ class Faults:
             if node["id"] == name and "empty its directory" in node["reason"]:
                 self._machine.note(f"the operator empties node {name}")
                 await self._replaced(name)
+
+    async def _works(self, name: str) -> bool:
+        """True if the node is in use: it was replaced, and the process ended before it could say so."""
+        return any(node["id"] == name and node["state"] == "read-write" for node in await self._nodes())
 
     async def _nodes(self) -> list[dict[str, str]]:
         for _ in range(120):

@@ -52,6 +52,7 @@ COPIES = 2
 _TOMBSTONE_S = (10.0, 43.0)  # how long tombstones stay at least; a short time lets older disks outlive them
 _SEGMENTS = (1, 4)  # size of a segment in smallest ones; small ones are compacted soon
 _CLOSING_S = 5.0
+_FAULTS_S = 1800.0  # how long the last faults may take: each waits until all is well, and some wait for each other
 
 
 @dataclass
@@ -94,6 +95,7 @@ class Simulation:
         self._segment_octets = kind.choice(_SEGMENTS) * limits.SEGMENT_OCTETS_MIN
         self._saved: dict[str, float] = {}  # account: when all of it was seen to stand in durable checkpoints
         self._powermail: PowerMail | None = None
+        self._ended = asyncio.Event()  # of the process that runs: who asks it something waits no longer
         # What deletions were lost: for each account since when, but for keys with tombstones.
         self._lost: tuple[Callable[[str], float], dict[bytes, set[str]], int] | None = None
         self.fleet = fl.Fleet(self.machine.net.named("fleet"), self._chance, self._acknowledged, self.machine.late.__contains__)
@@ -157,6 +159,7 @@ class Simulation:
 
     async def _start(self) -> None:
         self._powermail = self._process()
+        self._ended = asyncio.Event()
         await self._powermail.start()
 
     def _broken(self, error: BaseException) -> None:
@@ -209,6 +212,7 @@ class Simulation:
     def let_go(self) -> None:
         """The dead process holds no files any more."""
         dead, self._powermail = self._powermail, None
+        self._ended.set()
         if dead is not None:
             self._count(dead)
             dead.abandon()
@@ -318,8 +322,16 @@ class Simulation:
 
         if self._powermail is None or not self._powermail.serving:
             return None
+        asked = asyncio.ensure_future(self._powermail.operations.call(name, dict(arguments), progress))
+        ended = asyncio.ensure_future(self._ended.wait())
+        await asyncio.wait((asked, ended), return_when=asyncio.FIRST_COMPLETED)
+        ended.cancel()
+        if not asked.done():  # as a connection to the control socket breaks
+            asked.cancel()
+            self.machine.note(f"{name}: the process ended")
+            return None
         try:
-            return await self._powermail.operations.call(name, dict(arguments), progress)
+            return asked.result()
         except PowerMailError as error:
             self.machine.note(f"{name}: {error}")
             return None
@@ -356,7 +368,10 @@ class Simulation:
         watching = asyncio.gather(self.observer.run(), self._watch())
         loop = asyncio.get_running_loop()
         faults = Faults(self, self._chance, self._only)
-        await faults.run(loop.time() + self._seconds)
+        try:
+            await asyncio.wait_for(faults.run(loop.time() + self._seconds), self._seconds + _FAULTS_S)
+        except TimeoutError:
+            outcome.problems.append(f"faults go on {_FAULTS_S:.0f} s after the last one began")
         for name in self.node_names:  # a restored index may say that one is blocked which the operator has released since
             await faults.obey(name)
             await self.operation("node_block", node=name, blocked=False)
