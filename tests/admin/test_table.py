@@ -9,8 +9,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from powermail.admin.control import ControlServer, ask_raw
 from powermail.admin.operations import ROWS, TABLE
-from powermail.admin.table import Operation, Request, fields_of
+from powermail.admin.table import Operation, Request, fields_of, unseen
 from powermail.base import limits
 from powermail.base.errors import NoSuch, OperatorError, Trouble
 from powermail.base.log import Event
@@ -65,6 +66,15 @@ async def test_changes_are_logged_and_looks_are_not(running: Running) -> None:
     assert Event.OPERATOR.value == ("operator", "info")
 
 
+async def test_a_change_that_was_refused_is_logged_as_refused(running: Running) -> None:
+    await running.operation("account_add", address="ann@example.org")
+    with pytest.raises(OperatorError):
+        await running.operation("account_add", address="ann@example.org")
+    done, refused = running.lines("operator")
+    assert "failed=" not in done
+    assert refused.endswith('failed="the directory refuses it: ann@example.org exists"')
+
+
 async def hang(*_: object) -> None:
     """A call that never answers."""
     await asyncio.Event().wait()
@@ -77,6 +87,33 @@ async def test_what_does_not_end_in_time_says_what_it_waits_for(running: Running
         patch.setattr(running.index, "totals", hang)
         with pytest.raises(Trouble, match=r"queue list did not end in time: the index does not answer \(locked, or its disk"):
             await running.operation("queue_list")
+
+
+async def test_a_fault_of_this_program_is_answered_and_written_down(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(*_: object) -> None:
+        raise KeyError("a bug")
+
+    running.bugs_expected = True
+    path = str(running.data / "control.sock")
+    server = ControlServer(path, running.powermail.operations)
+    await server.start()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(running.index, "queue_rows", broken)
+            with pytest.raises(Trouble, match="queue_list: a fault of this program, the log says where: 'a bug'"):
+                await ask_raw(path, "queue_list", {}, unseen)
+        assert await ask_raw(path, "queue_list", {}, unseen) == b"[]"
+    finally:
+        await server.stop()
+    (line,) = running.lines("bug")
+    assert 'where="operation queue_list"' in line and "test_table.py" in line
+
+
+@pytest.mark.parametrize("number", [2**63, -(2**63), 10**30])
+async def test_a_number_that_no_database_holds_is_refused(running: Running, number: int) -> None:
+    for name, arguments in (("queue_show", {"number": number}), ("queue_delete", {"numbers": [1, number]})):
+        with pytest.raises(OperatorError, match="digits is beyond all bounds"):
+            await running.operation(name, **arguments)
 
 
 async def test_status_answers_although_the_index_does_not(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,33 @@ def test_a_mode_that_keeps_the_owner_out_is_named_with_the_right_cure(owned: Pat
     assert "rebuild" not in done.err
 
 
+def test_settings_that_may_not_be_read_are_named_with_the_right_cure(owned: Path) -> None:
+    (owned / "powermail.toml").chmod(0o000)
+    with as_user(OWNER):
+        said = powermail("status", "--data", str(owned)).sentence()
+    assert said == f"cannot read {owned}/powermail.toml: Permission denied: run `chmod u+rw {owned}/powermail.toml`"
+
+
+def test_a_backup_that_may_not_be_read_is_not_called_incomplete(owned: Path, place: Path) -> None:
+    backup = place / "backup"
+    backup.mkdir()
+    (backup / "backup.json").touch(mode=0o600)
+    with as_user(OWNER):
+        done = powermail("restore", str(backup), "--data", str(owned))
+    assert done.sentence().startswith(f"{backup}/backup.json may not be read by uid {OWNER}: run this as its owner, or as root")
+
+
+def test_a_node_that_may_not_be_written_is_not_replaced(owned: Path) -> None:
+    node = owned / "nodes" / "b"
+    for path in (node, *node.rglob("*")):
+        os.chown(path, 0, 0)
+    with as_user(OWNER):
+        done = powermail("node", "replace", "b", "--yes", "--data", str(owned))
+    assert done.status == 2
+    assert "`chown -R OWNER`" in done.sentence() and "Errno" not in done.sentence()
+    assert (node / "identity").exists()
+
+
 def test_another_user_is_told_who_may(owned: Path) -> None:
     with as_user(OWNER + 1):
         done = powermail("status", "--data", str(owned))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from powermail.admin.control import Silent, ask
+from powermail.admin.control import Silent, ask_raw
 from powermail.admin.table import unseen
 from tests.cli.support import Done
 from tests.system.process import Served
@@ -110,7 +110,7 @@ async def test_a_server_that_does_not_answer_is_said_within_five_seconds(served:
     try:
         began = time.monotonic()
         with pytest.raises(Silent):
-            await ask(str(served.data / "control.sock"), "account_list", {}, unseen)
+            await ask_raw(str(served.data / "control.sock"), "account_list", {}, unseen)
         assert time.monotonic() - began < 6
         words = (["status"], ["account", "list"], ["node", "list"], ["queue", "list"], ["where", "00" * 16])
         for done in await asyncio.gather(*(powermail(*one, data=served.data) for one in words)):

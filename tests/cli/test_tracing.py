@@ -26,6 +26,9 @@ EVENTS: list[tuple[Event, dict[str, object]]] = [
     (Event.DEFERRED, {"key": KEYS[0], "to": "far@example.com", "host": "mx.example.com", "status": "451 later"}),
     (Event.SENT, {"key": KEYS[0], "to": "far@example.com", "host": "mx.example.com"}),
     (Event.SENT, {"key": KEYS[1], "to": "other@example.com"}),
+    (Event.LOGIN_FAILED, {"cid": "9", "door": "popd", "name": "Dan@example.org", "reason": "digest malformed"}),
+    (Event.RETRIEVED, {"cid": "10", "key": KEYS[1], "account": "cat@example.org"}),
+    (Event.DELETED, {"cid": "10", "key": KEYS[1], "account": "cat@example.org"}),
 ]
 
 
@@ -48,7 +51,9 @@ def log(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         ("<one@example.net>", ["login", "delivered", "deferred", "sent"]),
         ("One@Example.net", ["login", "delivered", "deferred", "sent"]),
         ("bob@example.org", ["login", "recipient-refused", "delivered", "deferred", "sent"]),
-        ("cat@example.org", ["login", "delivered", "sent"]),
+        ("cat@example.org", ["login", "delivered", "sent", "retrieved", "deleted"]),
+        (KEYS[1].hex(), ["delivered", "sent", "retrieved", "deleted"]),
+        ("dan@example.org", ["login-failed"]),
         ("spam@example.net", ["recipient-refused"]),
         ("example.org", []),
     ],
@@ -105,4 +110,15 @@ def test_lines_of_one_event_say_what_each_would_say_alone() -> None:
     lines = json_lines("t", Event.DELIVERED, fields)
     assert [msgspec.json.decode(line) for line in lines] == [
         msgspec.json.decode(format_json("t", Event.DELIVERED, each)) for each in alone
+    ]
+
+
+def test_lines_of_several_messages_say_what_each_would_say_alone() -> None:
+    """What a reader took in one second is one event."""
+    fields = {"cid": "1", "key": (KEYS[0], KEYS[1]), "account": "a b@example.org"}
+    alone = [{**fields, "key": key} for key in KEYS]
+    assert text_lines("t", Event.RETRIEVED, fields) == [format_text("t", Event.RETRIEVED, each) for each in alone]
+    lines = json_lines("t", Event.RETRIEVED, fields)
+    assert [msgspec.json.decode(line) for line in lines] == [
+        msgspec.json.decode(format_json("t", Event.RETRIEVED, each)) for each in alone
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
 import inspect
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -13,6 +14,7 @@ from powermail.base.errors import NodeTrouble
 from powermail.base.log import MemoryLog
 from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
+from powermail.cluster.fetch import Fetcher
 from powermail.cluster.packing import Packer
 from powermail.cluster.replicate import Replication
 from powermail.mail.envelope import Commit, Envelope, Target
@@ -59,7 +61,6 @@ def make_world(seed: int = 1) -> World:
         SimEntropy(chance),
         lambda name: SimLane(lambda: 0.0004, lambda: True),
         MemoryLog(),
-        simulated=True,
     )
 
 
@@ -122,3 +123,11 @@ async def store(cluster: Cluster, key: bytes, octets: bytes) -> tuple[Commit, tu
 def unreachable() -> NodeTrouble:
     """The trouble of a node whose answer is lost."""
     return NodeTrouble("the answer was lost")
+
+
+async def read_whole(fetcher: Fetcher, key: bytes, nodes: Sequence[str]) -> bytes:
+    """A message as its reader gets it: it has the checksum that it was accepted with."""
+    commit = await fetcher.commit(key, nodes)
+    octets = b"".join([part async for part in fetcher.chunks(key, nodes, commit)])
+    assert hashlib.sha256(octets).hexdigest() == commit.sha256
+    return octets

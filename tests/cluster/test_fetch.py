@@ -13,7 +13,7 @@ from powermail.cluster.cluster import Cluster
 from powermail.cluster.fetch import Fetcher
 from powermail.mail.envelope import Commit, Envelope
 from powermail.storage.contract import Chunk, Held, Origin
-from tests.cluster.support import Recorder, make_cluster, make_world, store, three, virtual
+from tests.cluster.support import Recorder, make_cluster, make_world, read_whole, store, three, virtual
 
 KEY = b"k" * 16
 BODY = b"Subject: it\r\n\r\n" + b"x" * (2 * limits.CHUNK_OCTETS)
@@ -53,7 +53,7 @@ async def test_an_unnoted_bad_copy_does_not_hide_the_good_one(how: str) -> None:
     fetcher, _, a, _, _ = await stored(notes)
     a.damage(KEY)
     for _ in range(8):  # whichever copy is tried first
-        assert (await fetcher.read_all(KEY, ("a", "b")))[1] == BODY
+        assert await read_whole(fetcher, KEY, ("a", "b")) == BODY
     assert set(notes.bad) == ({"a"} if how == "noted" else set())
 
 
@@ -61,11 +61,11 @@ async def test_an_unnoted_bad_copy_does_not_hide_the_good_one(how: str) -> None:
 async def test_a_node_that_hangs_is_passed_by_and_read_last_for_a_while() -> None:
     fetcher, cluster, a, b, _ = await stored(Notes())
     a.hang()
-    assert (await fetcher.read_all(KEY, ("a", "b")))[1] == BODY
+    assert await read_whole(fetcher, KEY, ("a", "b")) == BODY
     assert not cluster.is_slow("b")
     b.damage(KEY)
     a.release()
-    assert (await fetcher.read_all(KEY, ("a", "b")))[1] == BODY
+    assert await read_whole(fetcher, KEY, ("a", "b")) == BODY
 
 
 @virtual
@@ -74,7 +74,7 @@ async def test_without_any_good_copy_it_is_an_error_never_less_octets() -> None:
     a.damage(KEY)
     b.lose(KEY)
     with pytest.raises(MessageUnreadable):
-        await fetcher.read_all(KEY, ("a", "b"))
+        await read_whole(fetcher, KEY, ("a", "b"))
 
 
 @virtual
@@ -87,7 +87,7 @@ async def test_repair_copies_say_that_they_are_and_bring_no_stamp() -> None:
     assert [(stamp, origin) for _, stamp, origin in c.asked] == [(None, Origin.REPAIR)]
     b.damage(KEY)
     a.miss()
-    assert (await fetcher.read_all(KEY, ("a", "b")))[1] == BODY
+    assert await read_whole(fetcher, KEY, ("a", "b")) == BODY
     assert await fetcher.copy(KEY, c, c) == receipt, "a copy that is live there stays where it is"
 
 

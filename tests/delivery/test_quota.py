@@ -10,6 +10,7 @@ from powermail.base.clock import Clock
 from powermail.base.counters import Counters
 from powermail.base.errors import IndexTrouble
 from powermail.delivery.recipients import Recipients
+from powermail.delivery.srs import Rewritten
 from powermail.directory.contract import Account
 from powermail.directory.resolve import DirectoryCache, Resolver
 from powermail.mail import status as st
@@ -57,6 +58,47 @@ async def used(account: str) -> int:
 async def silent(account: str) -> int:
     """The index does not answer."""
     raise IndexTrouble("away")
+
+
+async def recipients_of(names: tuple[str, ...], strict: bool = False) -> Recipients:
+    """Those, taken."""
+    resolver = Resolver(DirectoryCache(Table(), Still(), Counters(), 30.0, 30.0), "+")
+    recipients = Recipients(resolver, used, strict, 0)
+    for name in names:
+        address = parse(name if "@" in name else f"{name}@here.example")
+        assert (await recipients.add(address, "", "", ACCOUNTS["sender@here.example"])).positive
+    return recipients
+
+
+@pytest.mark.parametrize(
+    ("names", "octets", "kept", "kept_strictly"),
+    [
+        (("full", "small", "free"), 10, "111", "111"),
+        (("full", "small", "free"), 11, "011", "011"),
+        (("full", "small", "free"), 911, "001", "001"),
+        (("full", "full+x", "small"), 11, "001", "001"),
+        (("full", "on", "far@there.example"), 10**9, "011", "011"),
+        (("both", "full"), 10**9, "10", "00"),
+        (("group", "full"), 11, "10", "00"),
+        (("group", "free"), 911, "01", "01"),
+    ],
+)
+async def test_with_replies_of_their_own_each_recipient_is_judged_by_itself(
+    names: tuple[str, ...], octets: int, kept: str, kept_strictly: str
+) -> None:
+    """RFC 2033 §4.2, whatever the order; who is given up gets nothing, unless another one leads there."""
+    wanted = dict(zip(names, zip(kept, kept_strictly, strict=True), strict=True))
+    for order in permutations(names):
+        for strict in (False, True):
+            recipients = await recipients_of(order, strict)
+            refusals = await recipients.refusals(octets)
+            assert [refusal is None for refusal in refusals] == [wanted[name][strict] == "1" for name in order], (order, strict)
+            recipients.keep([refusal is None for refusal in refusals])
+            alone = await recipients_of(tuple(name for name in order if wanted[name][strict] == "1"), strict)
+            assert recipients.names == alone.names
+            assert recipients.targets("a@b.cc", lambda path: Rewritten(path, "")) == alone.targets(
+                "a@b.cc", lambda path: Rewritten(path, "")
+            )
 
 
 async def taken(names: tuple[str, ...], octets: int, strict: bool = False, usage: object = used) -> bool:

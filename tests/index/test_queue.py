@@ -46,6 +46,21 @@ async def test_what_is_due_is_leased_once_and_the_oldest_first(index: Index) -> 
     assert len(await index.lease_due("other", LATER + 60, 60.0, 9)) == 3
 
 
+async def test_the_oldest_is_what_came_first_of_what_is_not_held(index: Index) -> None:
+    assert await index.queue_oldest() is None
+    await queued(index)
+    assert await index.queue_oldest() == NOW + 2, "it entered the queue first"
+    await index.queue_set([row.id for row in await index.queue_rows(0, 9) if row.key == key(2)], True, None)
+    assert await index.queue_oldest() == NOW + 1
+    await index.hold_domain("one.example", True)
+    assert await index.queue_oldest() is None, "all is held"
+    await index.hold_domain("one.example", False)
+    await index.queue_set([], False, None)
+    assert await index.queue_oldest() == NOW + 2
+    await index.finish(await index.queue_rows(0, 9))
+    assert await index.queue_oldest() is None
+
+
 async def test_leases_are_given_back(index: Index) -> None:
     await queued(index)
     await index.lease_due("me", LATER, 60.0, 2)

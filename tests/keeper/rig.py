@@ -64,7 +64,6 @@ class Rig:
             SimEntropy(chance),
             lambda name: SimLane(lambda: 0.001, lambda: True),
             self.log,
-            simulated=True,
         )
         self.nodes = {name: MemoryNode(name, group) for name, group in nodes.items()}
         self.store = MemoryStore()

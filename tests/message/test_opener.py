@@ -87,7 +87,7 @@ async def test_a_maildrop_reads_and_expunges() -> None:
     parts = [part async for part in drop.read(keys[1])]
     assert b"".join(parts).endswith(LONG)
     drop.mark(2)
-    assert await drop.update() == 1
+    assert await drop.update() == [keys[1]]
     drop.release()
     assert await office.listed() == [keys[0], keys[2]]
     assert await office.index.orders("a", 10) == [keys[1]]

@@ -82,6 +82,7 @@ class Session(asyncio.Protocol):
         self._body_seen = False
         self._steps: deque[str] = deque()
         self._busy = False
+        self.reads = 0  # how often octets came
         self._sender = ""
         self._recipients: list[str] = []
         self._normal: tuple[str, Callable[[], None]] = ("", lambda: None)
@@ -96,6 +97,7 @@ class Session(asyncio.Protocol):
             self._at("CONNECT", "", "220 hop", lambda: None)
 
     def data_received(self, data: bytes) -> None:
+        self.reads += 1
         self._buffer += data
         self._work()
 

@@ -19,6 +19,7 @@ from powermail.message.opener import Opener
 from powermail.outbound.bounce import Bouncer
 from powermail.outbound.routing import Route
 from powermail.outbound.schedule import Outbound
+from tests.cluster.support import read_whole
 from tests.delivery.support import ACCOUNT, Office
 from tests.outbound.hop import ScriptedHop
 
@@ -117,7 +118,7 @@ class Rig:
     async def notices(self) -> list[bytes]:
         """The DSNs that came back."""
         fetcher = Fetcher(self.office.world, self.office.cluster, self.office.index.note_bad)
-        return [(await fetcher.read_all(key, ()))[1] for key in await self.office.listed()]
+        return [await read_whole(fetcher, key, ()) for key in await self.office.listed()]
 
     async def refused(self) -> list[str]:
         """Local parts that failure notices name, sorted."""

@@ -142,6 +142,35 @@ def test_354_with_more_behind_it_is_out_of_step() -> None:
     assert machine.end.fault is Fault.OUT_OF_STEP
 
 
+def test_a_transaction_may_begin_behind_the_octets_of_the_one_before() -> None:
+    """RFC 2920 §3.1."""
+    machine = opened()
+    machine.ask(Verb.DATA)
+    machine.receive(b"354 go\r\n")
+    machine.ended_body()
+    machine.ask(Verb.MAIL, "FROM:<e@f>")
+    machine.ask(Verb.RCPT, "TO:<g@h>")
+    machine.ask(Verb.DATA)
+    answers = machine.receive(b"550 no\r\n250 ok\r\n250 ok\r\n354 go\r\n")
+    assert [answer.verb for answer in answers] == [Verb.END, Verb.MAIL, Verb.RCPT, Verb.DATA]
+    assert machine.state is State.BODY
+    assert machine.end is None
+
+
+def test_a_surplus_reply_to_a_message_never_makes_the_next_one_go() -> None:
+    machine = opened()
+    machine.ask(Verb.DATA)
+    machine.receive(b"354 go\r\n")
+    machine.ended_body()
+    machine.ask(Verb.MAIL, "FROM:<e@f>")
+    machine.ask(Verb.RCPT, "TO:<g@h>")
+    machine.ask(Verb.DATA)
+    machine.receive(b"250 taken\r\n250 taken\r\n250 ok\r\n250 ok\r\n354 go\r\n")
+    assert machine.state is not State.BODY
+    assert machine.end is not None
+    assert machine.end.fault is Fault.OUT_OF_STEP
+
+
 def test_a_refusal_in_the_middle_of_the_body_is_the_messages() -> None:
     machine = opened()
     machine.ask(Verb.DATA)
@@ -166,7 +195,10 @@ def test_what_the_state_does_not_allow_is_a_mistake_of_ours() -> None:
     machine = ready()
     machine.ask(Verb.MAIL, "FROM:<a@b>")
     with pytest.raises(ClientError):
-        machine.ask(Verb.DATA)
+        machine.ask(Verb.QUIT)
+    machine.ask(Verb.DATA)
+    with pytest.raises(ClientError):
+        machine.ask(Verb.RCPT, "TO:<c@d>")  # nothing goes behind DATA before its reply (RFC 2920 §3.1)
     with pytest.raises(ClientError):
         machine.ended_body()
     with pytest.raises(ClientError):

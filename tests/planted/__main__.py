@@ -98,7 +98,7 @@ def _python(target: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def _tested(target: Path, arguments: Sequence[str]) -> str:
-    done = _python(target, "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments)
+    done = _python(target, "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider", *arguments)
     failed = re.search(r"^(?:FAILED|ERROR) (tests\S+::.+)", done.stdout, re.MULTILINE)
     if done.returncode and failed is None:
         sys.exit(f"pytest did not run: {arguments}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")

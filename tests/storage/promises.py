@@ -66,7 +66,7 @@ def _read(store: SegmentStore, numbers: list[int]) -> Iterator[tuple[int, bytes,
     """(number, commit, chunks) of each, by every way there is to read it."""
     for number, whole in zip(numbers, store.reader.read_small([key(number) for number in numbers]), strict=True):
         if whole is not None:
-            yield number, whole.commit, [chunk.stored for chunk in whole.chunks]
+            yield number, whole.commit, whole.parts
             continue
         store.reader.verify(key(number))
         chunks: list[bytes] = []

@@ -124,9 +124,9 @@ def test_what_one_step_moves_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     put(store, *[tombstone(n) for n in range(1, 31) if n % 4])
     steps = 0
     while store.compaction.compactable(FAR, 0.0) is not None:
-        before = store.end()
+        before = store.facts().end
         store.compaction.compact(FAR, [], NO_MARK)
-        after = store.end()
+        after = store.facts().end
         if before.segment == after.segment:
             assert after.offset - before.offset <= 512 + 600, "more than a step"
         steps += 1
@@ -141,7 +141,7 @@ def test_a_tombstone_stays_while_its_dead_record_lies_in_another_segment() -> No
     store = open_store(disk)
     numbers = list(range(1, 12))
     put(store, *[commit(n) for n in numbers])  # their segments stay mostly live
-    while store.end().segment < 4:
+    while store.facts().end.segment < 4:
         put(store, commit(len(numbers) + 1 + len(live(store))))
     fillers = list(range(500, 520))
     put(store, tombstone(2, 100.0))

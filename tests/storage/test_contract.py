@@ -139,7 +139,16 @@ async def test_small_messages_are_read_many_at_once(node: StorageNode) -> None:
     found = await node.read_small([key(3), key(9), key(1), key(5)])
     assert found[1] is None and found[3] is None
     assert found[0] is not None and found[0].commit == b'{"commit":3}'
-    assert found[2] is not None and found[2].chunks == [chunk(0, text(1))]
+    assert found[2] is not None and found[2].parts == [text(1)]
+
+
+async def test_small_messages_come_uncompressed_however_they_are_stored(node: StorageNode) -> None:
+    long = b"one line, over and over\r\n" * 40
+    await node.commit(key(1), [chunk(0, long, compressed=True), chunk(1, b"the end")], b"{1}", 2, None, Origin.REPAIR)
+    await put(node, 2)
+    await node.commit(key(3), [chunk(0, long[:500], compressed=True)], b"{3}", 1, None, Origin.REPAIR)
+    found = await node.read_small([key(3), key(2), key(1), key(3)])
+    assert [whole and whole.parts for whole in found] == [[long[:500]], [text(2)], [long, b"the end"], [long[:500]]]
 
 
 # -- the window (laws 2, 5) ---------------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ class Driver:
         """A new incarnation and a birth mark (law 12)."""
         old = self.promises.births[-1]
         incarnation = f"{self._count + 1:016x}"
-        end = self.store.end()
+        end = self.store.facts().end
         self.promises.births = [old, (incarnation, end)]
         self._note()
         birth = self.store.rebirth(incarnation)

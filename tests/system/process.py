@@ -14,7 +14,7 @@ from typing import IO, NamedTuple
 
 import msgspec
 
-from powermail.admin.control import ask
+from powermail.admin.control import ask_raw
 from powermail.base import limits
 from tests.system.conftest import DOORS, Client, Place
 
@@ -70,7 +70,7 @@ class Served(Place):
         async def unseen(done: int, total: int) -> None:
             pass
 
-        return await ask(str(self.data / "control.sock"), name, dict(arguments), unseen)
+        return msgspec.json.decode(await ask_raw(str(self.data / "control.sock"), name, dict(arguments), unseen))
 
     async def kill(self) -> None:
         """kill -9."""

@@ -161,8 +161,9 @@ async def test_received_names_an_ipv6_client_as_a_literal(running: Running) -> N
     assert without_trace(octets) == b"x\r\n"
 
 
-async def test_list_says_what_retr_sends(running: Running) -> None:
-    """Also for messages that came with bare LF, or without an end of the last line."""
+@pytest.mark.parametrize("kind", ["", " BODY=8BITMIME", " BODY=BINARYMIME"])
+async def test_list_says_what_retr_sends(running: Running, kind: str) -> None:
+    """Also for messages that came with bare LF, or without an end of the last line, small or not, in text or in binary."""
     await running.mailbox("ann@local.example")
     bodies = [
         b"S: x\r\n\r\nplain\r\n",
@@ -170,11 +171,16 @@ async def test_list_says_what_retr_sends(running: Running) -> None:
         b"S: x\r\n\r\nno end",
         b"S: x\r\n\r\nmixed\n\r\nlf\r",
         b"a\n.\n..\n",
+        b"S: x\n\n\0nul\0\n\r\r\n\n\r",
+        b"\n",
+        b"\r",
+        b"S: x\n\n" + b"y" * 5000 + b"\n.\n" + b"z" * 200_000,
+        b"S: x\r\n\r\n" + b"a\nb\rc\0\n" * 60_000,
     ]
     client = await running.connect()
     await client.ask("EHLO x")
     for body in bodies:
-        await client.ask("MAIL FROM:<a@b.cc>")
+        await client.ask(f"MAIL FROM:<a@b.cc>{kind}")
         await client.ask("RCPT TO:<ann@local.example>")
         half = len(body) // 2
         client.send(b"BDAT %d\r\n%sBDAT %d LAST\r\n%s" % (half, body[:half], len(body) - half, body[half:]))
@@ -185,8 +191,13 @@ async def test_list_says_what_retr_sends(running: Running) -> None:
     sizes = [int(line.split()[1]) for line in (await pop.multiline()).splitlines()]
     for number, size in enumerate(sizes, 1):
         assert await pop.ask_pop(f"RETR {number}") == f"+OK {size} octets"
-        assert len(await pop.multiline()) == size
+        whole = await pop.multiline()
+        assert len(whole) == size
+        assert (await pop.ask_pop(f"TOP {number} 999999999")).startswith("+OK")
+        assert await pop.multiline() == whole
+        assert await pop.ask_pop(f"LIST {number}") == f"+OK {number} {size}"
     assert len(sizes) == len(bodies)
+    assert await pop.ask_pop("STAT") == f"+OK {len(sizes)} {sum(sizes)}"
 
 
 async def test_top_of_a_large_message_is_linear_and_holds_nobody_up(running: Running) -> None:

@@ -27,6 +27,7 @@ from powermail.keeper.checkpoint import pages_of
 from powermail.keeper.checkpoint_form import Kind, decode_head, decode_tail, decode_whole
 from powermail.mail.envelope import Commit, Envelope, Target
 from powermail.storage.contract import START, Held, NodeState
+from tests.cluster.support import read_whole
 from tests.system.conftest import DOORS, Client, Running, start, without_trace
 from tests.system.sick import READS, WRITES
 
@@ -381,7 +382,7 @@ async def test_kill_9_at_any_moment_loses_nothing_acknowledged(tmp_path: Path) -
         for entry in await running.entries("postmaster@localhost"):
             known = await powermail.core.index.message(entry.key)
             assert known is not None
-            found.append(without_trace((await powermail.core.fetcher.read_all(entry.key, known.nodes))[1]))
+            found.append(without_trace(await read_whole(powermail.core.fetcher, entry.key, known.nodes)))
     finally:
         await powermail.stop(0.5)
     assert isinstance(result, dict)

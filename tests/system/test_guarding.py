@@ -7,11 +7,12 @@ import stat
 import msgspec
 import pytest
 
-from powermail.admin.control import ControlServer, NotRunning, ask
+from powermail.admin.control import ControlServer, NotRunning, ask_raw
 from powermail.base import limits
 from powermail.base.errors import OperatorError
 from powermail.directory.authenticate import Authenticator, AuthRefused
 from powermail.directory.limiter import FailureLimiter, ranges
+from powermail.directory.reasons import Reason
 from powermail.wire.proxy import plain_address
 from tests.system.conftest import Running
 
@@ -80,17 +81,17 @@ async def test_original_defect_10_only_the_owner_reaches_the_control_socket(runn
         pass
 
     with pytest.raises(NotRunning):
-        await ask(path, "status", {}, quiet)
+        await ask_raw(path, "status", {}, quiet)
     await server.start()
     try:
         assert stat.S_IMODE((running.data / "control.sock").stat().st_mode) == 0o600
-        status = msgspec.to_builtins(await ask(path, "status", {}, quiet))
+        status = msgspec.json.decode(await ask_raw(path, "status", {}, quiet))
         assert status["degraded"] == []
         for call in ("call", "__init__", "_account", "shutdown"):
             with pytest.raises(OperatorError, match="unknown operation"):
-                await ask(path, call, {}, quiet)
+                await ask_raw(path, call, {}, quiet)
         with pytest.raises(OperatorError):
-            await ask(path, "list_messages", {"address": "../../etc/passwd"}, quiet)
+            await ask_raw(path, "list_messages", {"address": "../../etc/passwd"}, quiet)
     finally:
         await server.stop()
 
@@ -130,13 +131,13 @@ async def test_a_wrong_password_waits_once_for_its_turn_whatever_the_scheme(
     if stored:
         await running.mailbox("ann@local.example", password=password)
     turns: list[object] = []
-    matches = type(authenticator)._matches
+    check = type(authenticator)._check
 
-    async def counted(self: Authenticator, *words: str) -> bool:
+    async def counted(self: Authenticator, *words: str) -> Reason | None:
         turns.append(words)
-        return await matches(self, *words)
+        return await check(self, *words)
 
-    monkeypatch.setattr(type(authenticator), "_matches", counted)
+    monkeypatch.setattr(type(authenticator), "_check", counted)
     assert await authenticator.plain("192.0.2.1", "ann@local.example", "wrong", "popd") is None
     assert len(turns) == 1
 

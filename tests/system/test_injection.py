@@ -17,6 +17,7 @@ import pytest
 from powermail.app.setup import initialise
 from powermail.base.log import MemoryLog
 from powermail.base.world import system_world
+from tests.cluster.support import read_whole
 from tests.system.conftest import Running, start
 
 SWEEP = os.environ.get("PM_TEST_SWEEP") == "1"
@@ -70,7 +71,7 @@ async def check(data: Path, acknowledged: set[int]) -> None:
         found = []
         for entry in entries:
             known = await powermail.core.index.message(entry.key)
-            _, octets = await powermail.core.fetcher.read_all(entry.key, known.nodes if known else ())
+            octets = await read_whole(powermail.core.fetcher, entry.key, known.nodes if known else ())
             match = re.search(rb"\r\nS: (\d+)\r\n\r\nbody\r\n$", octets)
             assert match, octets
             found.append(int(match.group(1)))

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from powermail.directory.password import judge
+from powermail.directory.reasons import Reason
 from tests.system.conftest import DOORS
 
 FREE = [word for name in DOORS for word in ("--set", f'{name}=["127.0.0.1:0"]')]
@@ -77,10 +79,8 @@ def test_accounts_and_reports_without_a_server(tmp_path: Path) -> None:
 
 def test_a_password_hash_works_as_a_row(tmp_path: Path) -> None:
     done = powermail("password", "hash", "--password-stdin", given="secret\n")
-    from powermail.directory.password import matches
-
-    assert matches(done.stdout.strip(), "secret")
-    assert not matches(done.stdout.strip(), "Secret")
+    assert judge(done.stdout.strip(), "secret") is None
+    assert judge(done.stdout.strip(), "Secret") is Reason.WRONG_PASSWORD
 
 
 def test_a_missing_node_is_degraded_and_never_made_silently(tmp_path: Path) -> None:

@@ -35,6 +35,13 @@ def test_fields_of_other_releases_are_passed_over_or_kept() -> None:
     assert record.format() == STORED[:-1] + b',"extra":{"k":"v"}}'
 
 
+def test_what_readers_get_of_a_binary_message_is_kept_where_it_differs() -> None:
+    record = Commit(7, "00", [3, 4], 1.5, ENVELOPE, [Target(account="7")], 2, True, as_text=9)
+    assert record.format() == STORED[:-1] + b',"as_text":9}'
+    assert Commit.parse(record.format()) == record and record.shown_octets == 9
+    assert Commit.parse(STORED).shown_octets == 7
+
+
 def test_a_reader_of_small_messages_takes_the_same_record() -> None:
     assert CommitForm.parse(STORED) == CommitForm([3, 4], True)
 

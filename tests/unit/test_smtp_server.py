@@ -221,6 +221,25 @@ def test_a_message_between_chunks_is_given_up(end: bytes) -> None:
     assert side.messages == []
 
 
+@pytest.mark.parametrize("words", ["3 LASTX", "3 x", "3 LAST LAST", "3 3", "3 LAST x", "00000000000000000000003 y"])
+@pytest.mark.parametrize(
+    "begun", [b"", b"MAIL FROM:<a@b.cc>\r\nRCPT TO:<a@b.cc>\r\n", b"MAIL FROM:<a@b.cc>\r\nRCPT TO:<a@b.cc>\r\nBDAT 1\r\nx"]
+)
+def test_the_octets_of_a_chunk_are_never_commands_whatever_stands_behind_its_size(words: str, begun: bytes) -> None:
+    side = Side()
+    side.say(b"EHLO x\r\n" + begun)
+    codes = side.codes(f"BDAT {words}\r\n".encode() + b"Q\r\nNOOP\r\n")
+    assert len(codes) == 2 and codes[0] in (501, 503) and codes[1] == 250
+    assert side.messages == []
+
+
+def test_a_size_may_have_zeros_in_front() -> None:
+    side = Side()
+    side.say(b"EHLO x\r\nMAIL FROM:<a@b.cc>\r\nRCPT TO:<a@b.cc>\r\n")
+    assert side.codes(b"BDAT 00000000000000000000003 last\r\nabc") == [250]
+    assert side.messages == [b"abc\r\n"]
+
+
 def test_a_lone_lf_in_a_chunk_becomes_a_line_end_unless_it_is_binary() -> None:
     for body, stored in ((b"", b"a\r\nb\r\n"), (b" BODY=BINARYMIME", b"a\nb")):
         side = Side()

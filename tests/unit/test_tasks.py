@@ -26,8 +26,18 @@ class Job:
         return 60.0
 
 
-def worker(job: Job, log: MemoryLog, broken: list[BaseException]) -> Worker:
-    return Worker("job", job.step, SystemClock(), log, broken.append)
+class Resting(Worker):
+    """Rests until the test goes on, and notes for how long it should."""
+
+    def __init__(self, job: Job, log: MemoryLog, broken: list[BaseException]) -> None:
+        super().__init__("job", job.step, SystemClock(), log, broken.append)
+        self.rests: list[float] = []
+        self.go_on = asyncio.Event()
+
+    async def _rest(self, rest_s: float) -> None:
+        self.rests.append(rest_s)
+        await self.go_on.wait()
+        self.go_on.clear()
 
 
 async def until(condition: object) -> None:
@@ -42,12 +52,12 @@ async def until(condition: object) -> None:
 )
 async def test_a_worker_survives_every_exception_and_says_so(error: Exception) -> None:
     log, job = MemoryLog(), Job(error)
-    made = worker(job, log, [])
+    made = Resting(job, log, [])
     task = asyncio.create_task(made.run())
     await until(lambda: made.errors == 1)
     assert type(error).__name__ in made.trouble
     assert made.describe()["status"] == made.trouble
-    made.poke()
+    made.go_on.set()
     await asyncio.wait_for(job.done.wait(), 5)
     await until(lambda: made.status == "idle")
     assert made.trouble == ""
@@ -59,7 +69,7 @@ async def test_a_worker_survives_every_exception_and_says_so(error: Exception) -
 async def test_a_broken_invariant_ends_the_process_and_not_only_the_worker() -> None:
     broken: list[BaseException] = []
     error = InvariantBroken("two messages under one key")
-    made = worker(Job(error), MemoryLog(), broken)
+    made = Resting(Job(error), MemoryLog(), broken)
     with pytest.raises(InvariantBroken):
         await made.run()
     assert broken == [error]
@@ -68,13 +78,12 @@ async def test_a_broken_invariant_ends_the_process_and_not_only_the_worker() -> 
 async def test_a_worker_in_trouble_slows_down() -> None:
     job = Job(*[RuntimeError("the same")] * 3)
     log = MemoryLog()
-    made = worker(job, log, [])
+    made = Resting(job, log, [])
     task = asyncio.create_task(made.run())
-    pauses = []
     for number in (1, 2, 3):
-        await until(lambda number=number: made.errors == number)
-        pauses.append(made._pause_s)
-        made.poke()
+        await until(lambda number=number: len(made.rests) == number)
+        made.go_on.set()
+    await asyncio.wait_for(job.done.wait(), 5)
     task.cancel()
-    assert pauses == [1.0, 2.0, 4.0]
+    assert made.rests[:3] == [1.0, 2.0, 4.0]
     assert len([line for line in log.lines if "bug" in line]) == 1, "the same error is written once"

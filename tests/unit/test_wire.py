@@ -14,7 +14,7 @@ from powermail.mail.envelope import Envelope
 from powermail.mail.status import Status
 from powermail.wire import pop3, sasl, smtp
 from powermail.wire.buffer import BareLineEnd, InputBuffer, LineTooLong
-from powermail.wire.dot import DotReader, DotWriter, LineEnds
+from powermail.wire.dot import DotReader, DotWriter, LineEnds, stuff
 from powermail.wire.proxy import ProxyError, literal, parse_proxy, plain_address
 from powermail.wire.smtp_client import Reply, ReplyError, ReplyReader
 
@@ -260,10 +260,37 @@ def test_text_in_chunks_is_stored_as_the_same_text_behind_data(text: bytes, plac
     assert ends.plain == (b"\r\n." not in b"\r\n" + found)
 
 
-@given(nasty)
-def test_binary_chunks_stay_as_they_are(octets: bytes) -> None:
+@given(nasty, some.lists(some.integers(0, 200), max_size=6))
+def test_binary_chunks_stay_as_they_are(octets: bytes, places: list[int]) -> None:
     ends = LineEnds(True)
-    assert ends.feed(octets) + ends.end() == octets
+    assert b"".join(ends.feed(piece) for piece in cut(octets, places)) + ends.end() == octets
+
+
+@given(nasty, some.booleans(), some.lists(some.integers(0, 200), max_size=6), some.lists(some.integers(0, 200), max_size=6))
+def test_list_says_what_retr_and_top_send(body: bytes, binary: bool, came: list[int], read: list[int]) -> None:
+    """Whatever line ends came, in whatever pieces, in text and in binary; by both ways of sending."""
+    trace = b"Received: from x\r\n"
+    ends = LineEnds(binary)
+    stored = trace + b"".join(ends.feed(piece) for piece in cut(body, came)) + ends.end()
+    listed = len(stored) + ends.added
+    assert binary or not ends.added
+    top, retr, topped = pop3.TopReader(10**6), DotWriter(), DotWriter()
+    sent = b"".join(retr.feed(piece) for piece in cut(stored, read)) + retr.end()
+    shown = b"".join(topped.feed(top.feed(piece)) for piece in cut(stored, read)) + topped.end()
+    assert sent == stuff(stored) == shown
+    read_back, rest, ended = read_dots([sent])
+    assert ended and rest == b"" and len(read_back) == listed
+
+
+@given(nasty, some.integers(0, 5), some.lists(some.integers(0, 200), max_size=6))
+def test_top_of_a_binary_message_is_that_of_its_text(body: bytes, lines: int, places: list[int]) -> None:
+    """With LF alone its header has no end that is CRLF CRLF."""
+    raw = b"A: b\n\n" + body
+    writer = DotWriter()
+    text = DotReader().feed(writer.feed(raw) + writer.end())[0]
+    one, other, sent = pop3.TopReader(lines), pop3.TopReader(lines), DotWriter()
+    top = DotReader().feed(b"".join(sent.feed(one.feed(piece)) for piece in cut(raw, places)) + sent.end())[0]
+    assert top == other.feed(text)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from powermail.admin.table import Names, Operation, Progress, Request, option, s
 from powermail.base.errors import NoSuch, OperatorError
 from powermail.directory import password as pw
 from powermail.directory.contract import Account
-from powermail.mail.address import AddressError, parse_canonical
+from powermail.mail.address import AddressError, has_control, parse_canonical
 
 _CLEAR = "{plain}"
 
@@ -44,8 +44,13 @@ def facts(account: Account) -> AccountFacts:
         account.enabled,
         account.send_per_hour,
         list(account.send_as),
-        pw.split_scheme(account.password)[0] if account.password else "none",
+        pw.scheme_of(account.password) if account.password else "none",
     )
+
+
+def _refuse_control(password: str) -> None:
+    if has_control(password):
+        raise OperatorError("a password has no control characters")  # RFC 4013 §2.3: no client sends one that has
 
 
 async def stored(desk: Desk, password: str, plain: bool = True) -> str:
@@ -53,10 +58,11 @@ async def stored(desk: Desk, password: str, plain: bool = True) -> str:
     if not password:
         return ""
     if pw.has_scheme(password):
-        scheme = pw.split_scheme(password)[0]
+        scheme = pw.scheme_of(password)
         if scheme not in pw.SCHEMES:
             raise OperatorError(f"password scheme {{{scheme}}} is none of {', '.join(sorted(pw.SCHEMES))}")
         return password
+    _refuse_control(password)
     if not plain:
         raise OperatorError("a password without {scheme}; if it is clear text say --plain, it is then hashed")
     return await desk.hash_password(password)
@@ -313,6 +319,7 @@ async def _breathe(number: int) -> None:
 async def _merged(desk: Desk, account: Account, row: AccountRow, request: AccountImport) -> Account:
     if row.password is not UNSET:
         if request.dry_run and row.password and request.plain and not pw.has_scheme(row.password):
+            _refuse_control(row.password)
             account = account._replace(password=_CLEAR)
         else:
             account = account._replace(password=await stored(desk, row.password, request.plain))

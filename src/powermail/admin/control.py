@@ -21,6 +21,7 @@ from powermail.admin.operations import Operations
 from powermail.admin.table import Progress
 from powermail.base import limits
 from powermail.base.errors import NoSuch, OperatorError, PowerMailError, Trouble
+from powermail.base.tasks import report_bug
 
 NAME = "control.sock"
 _SILENT_S = limits.OPERATOR_ANSWER_S + 0.5
@@ -72,6 +73,16 @@ def user_name(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return f"uid {uid}"
+
+
+def check_place(data: str) -> None:
+    """Raises OperatorError if a data directory is too deep for a server to be reached in it."""
+    octets = len(os.fsencode(f"{data}/{NAME}"))
+    if octets > limits.CONTROL_PATH_OCTETS_MAX:
+        raise OperatorError(
+            f"{data}/{NAME} is longer than the path of a socket may be ({octets} octets of "
+            f"{limits.CONTROL_PATH_OCTETS_MAX}): give a shorter path, a relative one or a link"
+        )
 
 
 class ControlServer:
@@ -132,21 +143,20 @@ class ControlServer:
     async def _answer(self, line: bytes, progress: Progress, who: str) -> Answer:
         try:
             request = msgspec.json.decode(line, type=Ask)
+        except msgspec.DecodeError as error:
+            return Answer(error=f"bad request: {error}", kind="misuse")
+        try:
             result = await self._operations.call(request.call, request.arguments, progress, who)
         except PowerMailError as error:
             return Answer(error=str(error), kind=kind_of(error))
-        except msgspec.DecodeError as error:
-            return Answer(error=f"bad request: {error}", kind="misuse")
+        except Exception as error:  # noqa: BLE001  who asked is told, and the log says where
+            report_bug(self._operations.desk.world.log, error, f"operation {request.call}")
+            return Answer(error=f"{request.call}: a fault of this program, the log says where: {error}", kind="trouble")
         return Answer(result=msgspec.Raw(msgspec.json.encode(result)))
 
 
-async def ask(path: str, call: str, arguments: Mapping[str, object], progress: Progress) -> object:
-    """Calls an operation on a running server; plain values. Raises NotRunning, OperatorError, Trouble; Silent after 5 s."""
-    return msgspec.json.decode(await ask_raw(path, call, arguments, progress))
-
-
 async def ask_raw(path: str, call: str, arguments: Mapping[str, object], progress: Progress) -> bytes:
-    """The same; the result as JSON."""
+    """Calls an operation of the server; its result as JSON. Raises NotRunning, OperatorError, Trouble; Silent after 5 s."""
     try:
         reader, writer = await asyncio.open_unix_connection(path, limit=256 * limits.MIB)
     except (FileNotFoundError, ConnectionRefusedError) as error:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import TypeVar
 
 import msgspec
 
@@ -15,7 +14,7 @@ from powermail.admin import accounts, forwards, messages, nodes, owners, queue, 
 from powermail.admin.desk import Desk
 from powermail.admin.table import Operation, Progress, Q, R, Request, unseen
 from powermail.base import limits
-from powermail.base.errors import OperatorError, Trouble
+from powermail.base.errors import OperatorError, PowerMailError, Trouble
 from powermail.base.log import Event
 
 ROWS = (
@@ -28,7 +27,6 @@ ROWS = (
     *queue.OPERATIONS,
 )
 TABLE: dict[str, Operation[Request, object]] = {row.name: row for row in ROWS}  # type: ignore[misc]
-T = TypeVar("T")
 
 
 class Operations:
@@ -46,12 +44,28 @@ class Operations:
             request = msgspec.convert(dict(arguments), row.request)
         except msgspec.ValidationError as error:
             raise OperatorError(f"{name}: {error}") from error
+        _refuse_huge(request)
         return msgspec.to_builtins(await self.run(row, request, progress, who))
 
     async def run(self, row: Operation[Q, R], request: Q, progress: Progress = unseen, who: str = "") -> R:
-        """Runs a row. One that is not long answers in time, or says what keeps it. Raises OperatorError, Trouble."""
-        if row.changes:
-            self.desk.world.log.event(Event.OPERATOR, who=who or None, what=row.name, **_said(request))
+        """Runs a row. One that is not long answers in time, or says what keeps it. Raises OperatorError, Trouble.
+
+        A change is logged with who wanted it and what came of it.
+        """
+        if not row.changes:
+            return await self._in_time(row, request, progress)
+        why: str | None = "it did not come to its end"
+        try:
+            result = await self._in_time(row, request, progress)
+            why = None
+            return result
+        except PowerMailError as error:
+            why = str(error)
+            raise
+        finally:
+            self.desk.world.log.event(Event.OPERATOR, who=who or None, what=row.name, **_said(request), failed=why)
+
+    async def _in_time(self, row: Operation[Q, R], request: Q, progress: Progress) -> R:
         if row.long:
             return await row.run(self.desk, request, progress)
         try:
@@ -60,6 +74,14 @@ class Operations:
         except TimeoutError as error:
             why = await self.desk.why_silent()
             raise Trouble(f"{row.command or row.name} did not end in time: {why}") from error
+
+
+def _refuse_huge(request: Request) -> None:
+    """Raises OperatorError for a number that no database holds."""
+    for name, value in msgspec.structs.asdict(request).items():
+        for each in value if isinstance(value, list) else (value,):
+            if isinstance(each, int) and abs(each) > limits.NUMBER_MAX:
+                raise OperatorError(f"{name}: a number of {len(str(abs(each)))} digits is beyond all bounds")
 
 
 _UNSAID = ("password", "rows", "lines")  # secrets, and what would fill the log

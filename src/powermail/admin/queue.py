@@ -13,6 +13,7 @@ from powermail.admin.table import Operation, Progress, Request, duration, maybe,
 from powermail.base.clock import utc
 from powermail.base.errors import NoSuch, OperatorError
 from powermail.index.contract import QueueRow
+from powermail.mail.address import AddressError, canonical_domain, one_form, parse, spellings
 
 
 class QueueFacts(Struct, rename={"from_": "from"}):
@@ -55,13 +56,23 @@ class QueuePage(Request):
     older_s: Annotated[int, duration("only rows that wait longer, like 30m, 2h, 3d")] = 0
 
 
+def _domain(text: str) -> str:
+    """The one form of a domain. Raises OperatorError: a typing error would hold nothing, and nobody would notice."""
+    try:
+        return parse(f"x@{text}").canonical.removeprefix("x@")
+    except AddressError as error:
+        raise OperatorError(f"{text!r} is not a domain: {error}") from error
+
+
 def _wanted(row: QueueRow, request: QueuePage, now: float) -> bool:
     def fits(address: str, wanted: str) -> bool:
-        return not wanted or wanted.lower() in (address.lower(), address.lower().rpartition("@")[2])
+        one = one_form(address)
+        return one_form(wanted) == one if "@" in wanted else canonical_domain(wanted) == one.rpartition("@")[2]
 
     sender = row.envelope.reverse_path
     old = now - row.created_at >= request.older_s
-    return fits(row.destination, request.to) and fits(sender or "<>", request.sender) and old
+    to = not request.to or fits(row.destination, request.to)
+    return to and (not request.sender or fits(sender or "<>", request.sender)) and old
 
 
 async def listing(desk: Desk, request: QueuePage, progress: Progress) -> list[QueueFacts]:
@@ -153,7 +164,7 @@ async def _set(desk: Desk, request: Some, held: bool | None, due: bool) -> Chang
         raise OperatorError("name rows, or --domain DOMAIN, or --all")
     numbers = request.number
     if request.domain:
-        rows = await listing(desk, QueuePage(limit=1 << 30, to=request.domain), unseen)
+        rows = await listing(desk, QueuePage(limit=1 << 30, to=_domain(request.domain)), unseen)
         numbers = [row.id for row in rows]
         if not numbers:
             return Changed(0)
@@ -169,7 +180,11 @@ class Domain(Struct):
 
 async def held_domains(desk: Desk, request: Request, progress: Progress) -> list[Domain]:
     """Domains that are held, with how much waits for each."""
-    return [Domain(name, await desk.index.queue_count(name)) for name in await desk.index.held_domains()]
+    waiting: dict[str, int] = {}
+    for name in await desk.index.held_domains():
+        one = canonical_domain(name)
+        waiting[one] = waiting.get(one, 0) + await desk.index.queue_count(name)
+    return [Domain(name, count) for name, count in sorted(waiting.items())]
 
 
 async def retry(desk: Desk, request: Some, progress: Progress) -> Changed:
@@ -180,15 +195,18 @@ async def retry(desk: Desk, request: Some, progress: Progress) -> Changed:
 async def hold(desk: Desk, request: Some, progress: Progress) -> Changed:
     """Rows are not tried until they are released; a domain is held with all that comes for it later."""
     if request.domain and not request.number and not request.all:
-        await desk.index.hold_domain(request.domain.lower(), True)
-        return Changed(await desk.index.queue_count(request.domain.lower()))
+        names = spellings(_domain(request.domain))
+        for name in names:
+            await desk.index.hold_domain(name, True)
+        return Changed(sum([await desk.index.queue_count(name) for name in names]))
     return await _set(desk, request, True, False)
 
 
 async def release(desk: Desk, request: Some, progress: Progress) -> Changed:
     """Rows are tried again; a domain that was held is held no more."""
     if request.domain and not request.number and not request.all:
-        await desk.index.hold_domain(request.domain.lower(), False)
+        for name in spellings(_domain(request.domain)):
+            await desk.index.hold_domain(name, False)
     return await _set(desk, request, False, True)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from typing import Annotated, TypeVar
 
 from msgspec import Struct, field
@@ -17,6 +17,7 @@ from powermail.base.errors import OperatorError, Trouble
 
 T = TypeVar("T")
 _DAY_S = 86_400.0
+_REASONS_SHOWN = 3  # why messages cannot be repaired
 
 
 class Thin(Struct):
@@ -79,6 +80,7 @@ async def status(desk: Desk, request: Request, progress: Progress) -> Status:
     totals: dict[str, int] = {} if silent else await look(desk.index.totals(), {})
     if thin[0]:
         degraded.append(f"{thin[0]} messages are not redundant")
+        degraded += _beyond_repair(desk.repairer.unrepairable)
     if desk.index.catching_up:
         degraded.append("the index is catching up with the nodes")
     degraded += [f"node {n}: {c} copies wait to be dropped: `node confirm {n}`" for n, c in desk.admission.held.items()]
@@ -86,14 +88,13 @@ async def status(desk: Desk, request: Request, progress: Progress) -> Status:
     degraded += desk.owners.alarms()
     degraded += [f"worker {worker.name}: {worker.trouble}" for worker in desk.workers if worker.trouble]
     degraded += _without_route(desk, totals) + _certificate(desk) + desk.outbound_troubles()
-    eta = round(desk.repairer.left / desk.repairer.rate, 1) if desk.repairer.rate else None
     described = [worker.describe() for worker in desk.workers]
     return Status(
         running=desk.serving,
         degraded=degraded,
         copies_required=desk.cluster.copies_required,
         takes_mail=desk.cluster.takes_mail(),
-        not_redundant=Thin(thin[0], thin[1], eta),
+        not_redundant=Thin(thin[0], thin[1], desk.repairer.seconds_left()),
         nodes=found,
         totals=totals,
         epoch=desk.index.epoch,
@@ -107,6 +108,17 @@ def _node_said(node: NodeFacts) -> str:
     if node.state != "read-write":
         return f"node {node.id} is {node.state}" + (f": {node.reason}" if node.reason else "")
     return f"node {node.id}: {node.reason}"
+
+
+def _beyond_repair(unrepairable: Mapping[bytes, str]) -> list[str]:
+    """One line for each reason, with a message to look at."""
+    by_reason: dict[str, list[bytes]] = {}
+    for key, why in unrepairable.items():
+        by_reason.setdefault(why, []).append(key)
+    return [
+        f"{len(keys)} of them cannot be repaired: {why}; for one, `powermail where {keys[0].hex()}`"
+        for why, keys in list(by_reason.items())[:_REASONS_SHOWN]
+    ]
 
 
 def _without_route(desk: Desk, totals: dict[str, int]) -> list[str]:

@@ -25,6 +25,7 @@ from powermail.base.log import Event
 from powermail.base.settings import Settings, inside
 from powermail.base.tasks import Tasks
 from powermail.base.world import World
+from powermail.door.life import Life
 from powermail.index.sqlite import cluster_of
 from powermail.keeper.rebuild import Rebuilder, Rebuilt
 from powermail.storage.log.keys import SqliteKeyIndex
@@ -54,16 +55,20 @@ class PowerMail:
         self.settings = settings
         self.data = data
         self.serving = False  # started, and not stopping yet
-        self._broken = broken
+        self.life = Life()
+        self._when_broken = broken
         self.reload: Reload | None = None  # set by who has a settings file to read again
         self._make_keys = make_keys
         self._use_tls = tls
         self._stack = AsyncExitStack()
-        self._promises = Tasks(world.log, broken)
-        self._sessions = Tasks(world.log, broken)
-        self._jobs = Tasks(world.log, broken)
-        self._outgoing = Tasks(world.log, broken)
+        self._promises, self._sessions, self._jobs, self._outgoing, self._watching = (
+            Tasks(world.log, self._broken) for _ in range(5)
+        )
         self._opened: Core | None = None
+
+    def _broken(self, error: BaseException) -> None:
+        self.life.broken = str(error) or type(error).__name__
+        self._when_broken(error)
 
     # -- starting -------------------------------------------------------------------------------------------------
 
@@ -83,11 +88,25 @@ class PowerMail:
         await self._catch_up()
         if doors:
             await self._refuse_dropped()
+        more: dict[str, Callable[[], Awaitable[float]]] = {"outbound": self.front.outbound.step, "deadlines": self.front.sweep}
+        if doors and self.settings.metrics.listen:
+            more["metrics"] = await self._watch()
         self.serving = True
         if workers:
-            self.keeping.start(self._jobs, self._broken, {"outbound": self.front.outbound.step, "deadlines": self.front.sweep})
+            self.keeping.start(self._jobs, self._broken, more)
         if doors:
             await open_doors(self._stack, core, self.front, self._use_tls)
+            self.life.open = True
+
+    async def _watch(self) -> Callable[[], Awaitable[float]]:
+        """Opens the listener of monitoring, which says from now on that mail is not taken yet; its worker."""
+        from powermail.httpd.service import Monitor  # with its libraries, only where it is wanted
+
+        monitor = Monitor(self.operations.desk, self.life, self._watching)
+        self._stack.push_async_callback(monitor.close)
+        self.front.watched_by.append(monitor.door)
+        await monitor.open()
+        return monitor.step
 
     async def _operations(self, doors: bool) -> Operations:
         core, keeping, front = self.core, self.keeping, self.front
@@ -222,11 +241,16 @@ class PowerMail:
 
     # -- stopping -------------------------------------------------------------------------------------------------
 
+    def refuse(self) -> None:
+        """From now on nobody new comes in, and who asks hears that this process stops. Idempotent."""
+        if self.serving and not self.life.draining:
+            self.life.draining = True
+            self.front.refuse()
+
     async def stop(self, drain_s: float = limits.DRAIN_TIMEOUT_S) -> None:
         """Drains: refuses the new, finishes what was promised, closes. Idempotent."""
+        self.refuse()
         was_serving, self.serving = self.serving, False
-        if was_serving:
-            self.front.refuse()
         await self._sessions.drain(drain_s)
         await self._promises.drain(drain_s)
         await self._jobs.cancel()
@@ -249,7 +273,7 @@ class PowerMail:
     def abandon(self) -> None:
         """What the death of the process leaves: no task goes on, the databases are let go of as they are (simulator)."""
         self.serving = False
-        for tasks in (self._sessions, self._promises, self._jobs, self._outgoing):
+        for tasks in (self._sessions, self._promises, self._jobs, self._outgoing, self._watching):
             tasks.abandon()
         if self._opened is not None:
             self._opened.abandon()

@@ -76,7 +76,7 @@ async def open_core(stack: AsyncExitStack, world: World, settings: Settings, dat
         raise OperatorError(f"{path} belongs to no cluster: `powermail rebuild` sets it aside and makes it anew")
     directory = SqliteDirectory(world, inside(data, settings.directory.path))
     stack.push_async_callback(directory.close)
-    await directory.open()
+    await directory.open(make=False)
     nodes = make_nodes(world, settings, data, index.cluster, make_keys)
     cluster = Cluster(world, nodes, settings.cluster.copies_required, settings.cluster.policy)
     stack.push_async_callback(cluster.close)

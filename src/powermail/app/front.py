@@ -48,6 +48,7 @@ class Front:
     outbound: Outbound
     sessions: Tasks
     doors: list[Door] = field(default_factory=list)
+    watched_by: list[Door] = field(default_factory=list)  # doors of monitoring: open until the end
     listeners: list[Listener] = field(default_factory=list)
     listening: dict[str, int] = field(default_factory=dict)
     certificates: Certificates | None = None
@@ -63,7 +64,7 @@ class Front:
 
     async def sweep(self) -> float:
         """Deadlines of connections; certificates that changed on the disk."""
-        for door in self.doors:
+        for door in (*self.doors, *self.watched_by):
             door.sweep()
         if self.certificates is not None and self.certificates_lane is not None:
             await self.certificates_lane.run(self.certificates.reload)
@@ -75,7 +76,7 @@ class Front:
 
     def connections(self) -> dict[str, int]:
         """Open connections of each door."""
-        return {door.name: door.connections for door in self.doors}
+        return {door.name: door.connections for door in (*self.doors, *self.watched_by)}
 
 
 def make_front(stack: AsyncExitStack, core: Core, tasks: Tasks, sessions: Tasks, outgoing: Tasks) -> Front:
@@ -159,6 +160,7 @@ def _connections_max(world: World, settings: Settings) -> tuple[int, int]:
     wanted = 3 * smtp + pop
     room = world.descriptors - world.descriptors // limits.SEGMENTS_OPEN_SHARE
     room -= limits.DESCRIPTORS_RESERVED + settings.outbound.concurrency
+    room -= limits.HTTP_CONNECTIONS_MAX if settings.metrics.listen else 0
     if room >= wanted:
         return smtp, pop
     world.log.event(Event.TROUBLE, error=f"only {world.descriptors} open files are allowed: fewer connections")

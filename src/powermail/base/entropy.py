@@ -73,8 +73,3 @@ class KeySource:
         tail = int.from_bytes(self._entropy.octets(8), "big") >> 2 | 1 << 63
         head = self._last_ms << 16 & 0xFFFF_FFFF_FFFF_FFFF | 0x7000 | self._counter
         return struct.pack(">QQ", head, tail)
-
-
-def key_time(key: bytes) -> float:
-    """The time a message key was made, in seconds since 1970 UTC, as its maker's clock saw it."""
-    return int.from_bytes(key[:6], "big") / 1000

@@ -43,6 +43,21 @@ POP3_AUTH_LINE_OCTETS_MAX: Final = 12_288
 POP3_IDLE_TIMEOUT_S: Final = 600.0  # RFC 1939 §3: at least 10 minutes
 POP3_LOGIN_TIMEOUT_S: Final = 180.0
 POP3_ERRORS_MAX: Final = 20
+POP3_LOG_GATHER_S: Final = 1.0  # retrievals of a session within this are one event of the log, a line each
+POP3_LOG_KEYS_MAX: Final = 64  # in one event
+
+# -- monitoring over HTTP -----------------------------------------------------------------------------------------
+HTTP_CONNECTIONS_MAX: Final = 16
+HTTP_CONNECTIONS_PER_ADDRESS_MAX: Final = 4  # where others may reach it; on this machine all have one address
+HTTP_CONNECTION_S: Final = 10.0  # from accepting to the last octet of the answer; a scrape takes milliseconds
+HTTP_LINGER_S: Final = 2.0  # for a body that nobody wants, and for the answer to a client that says nothing more
+HTTP_LINE_OCTETS_MAX: Final = 4096  # of the request line
+HTTP_FIELD_OCTETS_MAX: Final = 4096  # of one header field
+HTTP_FIELDS_MAX: Final = 64
+METRICS_FRESH_S: Final = 0.25  # an answer so young is given again: how often anybody asks costs mail nothing
+METRICS_PIECE_SAMPLES: Final = 50  # written in one step of the event loop, about a millisecond
+METRICS_LOOK_S: Final = 15.0  # how old figures of the index may be
+METRICS_LOOK_SHARE: Final = 100  # and so many times as long as it took the index is left in peace
 
 # -- authentication -----------------------------------------------------------------------------------------------
 AUTH_FAILURES_PER_MINUTE_MAX: Final = (10, 30, 90)  # per /32, /26, /21 (IPv6 /64, /48, /32)
@@ -56,6 +71,11 @@ SESSION_RECHECK_S: Final = 10.0  # how long an open session goes on before its a
 AUTH_CACHE_TTL_S: Final = 60.0  # an old password is dead everywhere within this
 PASSWORD_OCTETS_MAX: Final = 1024  # refused before hashing
 PASSWORD_CHECKS_WAITING_MAX: Final = 64  # argon2 holds 64 MiB each while it runs
+PASSWORD_CHECK_MS_MAX: Final = 5000  # reckoned before anything is hashed, for a plain core: Dovecot's own argon2id takes 4,200
+PASSWORD_CHECK_HELD_MS_MAX: Final = 250  # where libpass holds the interpreter's lock: phpass 2^17
+PASSWORD_CHECK_OCTETS_MAX: Final = 1024 * MIB  # of memory, for argon2, scrypt and yescrypt: Dovecot's own argon2id
+PASSWORD_SALT_OCTETS_MIN: Final = 4  # of a salted digest
+PASSWORD_SALT_OCTETS_MAX: Final = 64
 
 # -- messages and storage -----------------------------------------------------------------------------------------
 CHUNK_OCTETS: Final = 256 * KIB  # unit of streaming, compression and checksumming
@@ -79,6 +99,7 @@ NODE_PRESENCE_CHECK_S: Final = 0.05  # how long a node may write before it looks
 PLACEMENT_LOOK_S: Final = 0.05  # how old the figures of nodes may be by which a message is placed
 PLACEMENT_DRAWS: Final = 16  # placements drawn by the same figures, then taken in turn
 READ_SMALL_OCTETS_MAX: Final = 64 * KIB  # as stored; a message up to this is read whole, with its neighbours
+READ_STRETCH_OCTETS_MAX: Final = 256 * KIB  # of a log, for neighbours
 READ_AHEAD_MESSAGES: Final = 256  # how many a reader that goes through a mailbox is ahead
 READ_AHEAD_OCTETS_MAX: Final = 1 * MIB  # and what they hold of memory for one session
 READ_AHEAD_ALL_OCTETS_MAX: Final = 64 * MIB  # and for all sessions together
@@ -86,7 +107,6 @@ READ_AHEAD_PLACES: Final = 512  # messages whose nodes are asked for at once
 
 COMMIT_WINDOW_S: Final = 20.0  # law 2: a node refuses a commit whose stamp is older
 SPARE_MARGIN_S: Final = 2.0  # law 2: feeding a spare ends this long before its stamp is too old
-STAMP_AGE_MAX_S: Final = 20.0  # law 2: a node without a younger stamp takes no mail
 NODE_CALL_TIMEOUT_S: Final = 10.0  # law 14: every call to a node ends within this, but those that move much
 NODE_OPEN_WAIT_S: Final = 10.0  # how long a start waits for nodes; who is not open by then is opened while the others serve
 NODE_OPEN_TIMEOUT_S: Final = 600.0  # law 14: recovery may have to read the whole log; until then the node is away
@@ -132,6 +152,7 @@ QUEUE_SLOT_WAIT_S: Final = 30.0  # how long a message waits for a connection bef
 QUEUE_IN_HAND_FACTOR: Final = 20  # rows that are worked on, for each connection
 QUEUE_NO_ROUTE_RETRY_S: Final = 300.0  # how often mail without a route is looked at
 QUEUE_DELAY_NOTICE_S: Final = 4 * 3600.0  # after which who asked for it hears of the delay (RFC 3461 §4.1)
+QUEUE_GATHER_S: Final = 0.02  # how long rows are waited for that are leased, or finished, in one transaction
 QUEUE_SETTLE_WAIT_S: Final = 10.0  # how long a stop waits for messages on their way out and for what became of them
 RETURN_S: Final = 21 * 86_400.0  # how long a rewritten sender leads back
 COMMAND_TIMEOUT_S: Final = 10.0  # for a command that hands out a token
@@ -144,6 +165,7 @@ SMTP_CLIENT_PIPELINE_S: Final = 30.0  # for the replies behind the first of a ro
 SMTP_CLIENT_BLOCK_TIMEOUT_S: Final = 180.0  # §4.5.3.2.5, for a hop that does not read
 SMTP_CLIENT_QUIT_TIMEOUT_S: Final = 5.0  # nobody waits longer for a goodbye
 SMTP_CLIENT_PROOF_S: Final = 2.0  # how long a reply that a hop may still owe is waited for
+SMTP_CLIENT_AHEAD_S: Final = 1.0  # how long a message that has begun behind another one waits for the outcome of that
 SMTP_CLIENT_PLAIN_S: Final = 3600.0  # how long a hop that broke its own PIPELINING is spoken to line by line
 SMTP_CLIENT_RECIPIENTS_MAX: Final = 100  # in one transaction; RFC 5321 §4.5.3.1.8: every hop takes so many
 SMTP_CLIENT_DATA_TIMEOUT_S: Final = 600.0  # §4.5.3.2.6, after the final dot
@@ -177,6 +199,8 @@ WORKER_LONG_S: Final = 10.0  # a step that takes longer is said in `status`
 DESCRIPTORS_RESERVED: Final = 96  # for databases, the log, control, and what is accepted only to be refused
 SEGMENTS_OPEN_SHARE: Final = 4  # a quarter of all descriptors may be segments of nodes
 CONTROL_LINE_OCTETS_MAX: Final = 1 * MIB
+CONTROL_PATH_OCTETS_MAX: Final = 107  # unix(7): 108 with the octet that ends it
+NUMBER_MAX: Final = 2**63 - 1  # what a column of a database holds
 OPERATOR_ANSWER_S: Final = 4.5  # within 5 s a short operation answers, or says why not
 OPERATOR_INDEX_S: Final = 2.0  # how long `status` waits for the index; then the answer says that it is silent
 OPERATOR_NODE_S: Final = 2.5  # how long a command on a stopped installation waits for a node that hangs

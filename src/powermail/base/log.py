@@ -37,6 +37,8 @@ class Event(Enum):
     LOGIN = ("login", "info")
     LOGOUT = ("logout", "info")
     LOGIN_FAILED = ("login-failed", "info")
+    RETRIEVED = ("retrieved", "info")
+    DELETED = ("deleted", "info")
     NODE_STATE = ("node-state", "warning")
     NODE_RECOVERED = ("node-recovered", "info")
     NODE_DAMAGE = ("node-damage", "error")
@@ -62,21 +64,26 @@ class Event(Enum):
     BUG = ("bug", "error")
 
 
+_EACH = ("to", "key")  # which fields may have a value for each of several lines
 # What binds the lines of one session, and of what it began: tasks take it over from who starts them.
 CID: ContextVar[str] = ContextVar("cid", default="")
 
 
 class Log(Protocol):
-    """Where events go."""
+    """Where events go; `dropped` counts those that were lost because nothing took them."""
+
+    dropped: int
 
     def event(self, event: Event, **fields: Any) -> None:
         """Writes one event. Fields are short facts: str, int, float, bytes (as hex) or None (left out); `to` may be a tuple
-        of recipients, who get a line each.
+        of recipients, `key` one of messages, which get a line each.
         """
 
 
 class NullLog:
     """Keeps nothing."""
+
+    dropped = 0
 
     def event(self, event: Event, **fields: Any) -> None:
         """Drops it."""
@@ -84,6 +91,8 @@ class NullLog:
 
 class MemoryLog:
     """Keeps events for tests and for the simulator's trace."""
+
+    dropped = 0
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -136,16 +145,24 @@ def format_text(stamp: str, event: Event, fields: dict[str, Any]) -> str:
     return " ".join([*([stamp] if stamp else []), level.upper().ljust(7), name, *words])
 
 
+def _several(fields: dict[str, Any]) -> str:
+    """The field that has a value for each of several lines, if one has."""
+    for name in _EACH:
+        if isinstance(fields.get(name), tuple):
+            return name
+    return ""
+
+
 def text_lines(stamp: str, event: Event, fields: dict[str, Any]) -> list[str]:
-    """A line, or one for each of `to` when it is several: what they share is formatted once."""
-    to = fields.get("to")
-    if not isinstance(to, tuple):
+    """A line, or one for each of `to` or `key` when it is several: what they share is formatted once."""
+    each = _several(fields)
+    if not each:
         return [format_text(stamp, event, fields)]
     names = list(fields)
-    at = names.index("to")
+    at = names.index(each)
     before = format_text(stamp, event, {name: fields[name] for name in names[:at]})
     after = "".join([f" {name}={escape(fields[name])}" for name in names[at + 1 :] if fields[name] is not None])
-    return [f"{before} to={escape(one)}{after}" for one in to]
+    return [f"{before} {each}={escape(one)}{after}" for one in fields[each]]
 
 
 def _json_default(value: Any) -> Any:
@@ -162,11 +179,12 @@ def format_json(stamp: str, event: Event, fields: dict[str, Any]) -> str:
 
 def json_lines(stamp: str, event: Event, fields: dict[str, Any]) -> list[str]:
     """The same for machines."""
-    to = fields.get("to")
-    if not isinstance(to, tuple):
+    each = _several(fields)
+    if not each:
         return [format_json(stamp, event, fields)]
-    shared = format_json(stamp, event, {name: value for name, value in fields.items() if name != "to"}).removesuffix("}")
-    return [f'{shared},"to":{msgspec.json.encode(one).decode()}}}' for one in to]
+    shared = format_json(stamp, event, {name: value for name, value in fields.items() if name != each}).removesuffix("}")
+    values = [one.hex() if isinstance(one, bytes) else one for one in fields[each]]
+    return [f'{shared},"{each}":{msgspec.json.encode(value).decode()}}}' for value in values]
 
 
 _FLUSH_EVERY_S = 0.05

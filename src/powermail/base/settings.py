@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import os
+import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -92,7 +93,9 @@ class SmtpSettings(Struct, forbid_unknown_fields=True, frozen=True):
     lmtp: Annotated[list[str], _says("LMTP addresses, for trusted peers only")] = field(
         default_factory=lambda: ["127.0.0.1:2424"]
     )
-    message_octets_max: Annotated[int, Meta(ge=1024), _says("largest message")] = 50 * limits.MIB
+    message_octets_max: Annotated[int, Meta(ge=1024, le=limits.CHUNK_OCTETS * limits.CHUNKS_MAX), _says("largest message")] = (
+        50 * limits.MIB
+    )
     recipients_max: Annotated[int, Meta(ge=100), _says("recipients per transaction")] = limits.SMTP_RECIPIENTS_MAX
     connections_max: Annotated[int, Meta(ge=1), _says("all connections of the SMTP doors")] = limits.CONNECTIONS_MAX_DEFAULT
     connections_per_address_max: Annotated[int, Meta(ge=1), _says("connections per client address, or /64 of IPv6")] = (
@@ -148,6 +151,13 @@ class OutboundSettings(Struct, forbid_unknown_fields=True, frozen=True):
     srs_domain: Annotated[str, _says("domain of rewritten reverse-paths; empty: the host name")] = ""
 
 
+class MetricsSettings(Struct, forbid_unknown_fields=True, frozen=True):
+    """What a monitoring system asks over HTTP: /metrics, /live, /ready. No log-in, so it stays on this machine."""
+
+    listen: Annotated[list[str], _says('addresses, like ["127.0.0.1:2900"]; empty: off')] = field(default_factory=list)
+    allow_remote: Annotated[bool, _says("also addresses beyond loopback: whoever reaches them may read all figures")] = False
+
+
 class LogSettings(Struct, forbid_unknown_fields=True, frozen=True):
     """The event log."""
 
@@ -173,6 +183,7 @@ class Settings(Struct, forbid_unknown_fields=True, frozen=True):
     pop: PopSettings = PopSettings()
     auth: AuthSettings = AuthSettings()
     outbound: OutboundSettings = OutboundSettings()
+    metrics: MetricsSettings = MetricsSettings()
     tls: TlsSettings = TlsSettings()
     log: LogSettings = LogSettings()
 
@@ -184,6 +195,7 @@ TLS_MODES = ("none", "opportunistic", "required", "implicit")
 def check(settings: Settings) -> None:
     """Refuses settings that contradict each other. Raises OperatorError with the reason (F29)."""
     _check_networks(settings)
+    _check_metrics(settings.metrics)
     cluster = settings.cluster
     ids = [node.id for node in cluster.nodes]
     groups = {node.group for node in cluster.nodes}
@@ -233,6 +245,23 @@ def _check_networks(settings: Settings) -> None:
                 ipaddress.ip_network(text, strict=False)
             except ValueError as error:
                 raise OperatorError(f"{name}: {text!r} is not a network: {error}") from error
+
+
+def _check_metrics(metrics: MetricsSettings) -> None:
+    for text in metrics.listen:
+        host = text.rpartition(":")[0].removeprefix("[").removesuffix("]")
+        if not metrics.allow_remote and host != "localhost" and not _is_loopback(host):
+            raise OperatorError(
+                f"metrics.listen: {text!r} is not an address of this machine alone, like 127.0.0.1:2900 or [::1]:2900; figures "
+                "are shown without log-in, so others are for metrics.allow_remote = true"
+            )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def known_keys() -> dict[str, Any]:
@@ -325,10 +354,16 @@ def load_file(path: str, overrides: Sequence[str] = ()) -> Settings:
         with open(path, encoding="utf-8") as file:
             text = file.read()
     except OSError as error:
-        cure = "`powermail init` makes one"
-        if isinstance(error, PermissionError):
-            cure = "run this as the owner of the data directory, or as root"
-        raise OperatorError(f"cannot read {path}: {error.strerror}; {cure}") from error
+        cure = ""
+        if isinstance(error, FileNotFoundError):
+            cure = f": is its disk mounted? `powermail init --data {shlex.quote(os.path.dirname(path))}` makes a new one"
+        elif isinstance(error, PermissionError):
+            cure = "; run this as the owner of the data directory, or as root"
+            if os.path.exists(path) and os.stat(path).st_uid == os.geteuid():
+                cure = f": run `chmod u+rw {shlex.quote(path)}`"
+        raise OperatorError(f"cannot read {path}: {error.strerror}{cure}") from error
+    except UnicodeDecodeError as error:
+        raise OperatorError(f"{path} is not UTF-8: {error.reason}") from error
     return load(text, os.environ, overrides, path)
 
 

@@ -81,7 +81,7 @@ class Worker:
 
     It survives every exception (law 14): trouble is expected, is logged once per change of state and is retried with growing
     pauses; anything else is a bug of ours, written down each time it changes, retried as slowly, and shown as broken until a
-    step succeeds. `poke` ends a rest early. Only cancellation and a broken storage invariant end it.
+    step succeeds. Only cancellation and a broken storage invariant end it.
     """
 
     def __init__(
@@ -99,12 +99,7 @@ class Worker:
         self._step = step
         self._clock = clock
         self._log = log
-        self._wake = asyncio.Event()
         self._pause_s = 0.0
-
-    def poke(self) -> None:
-        """There is work: do not rest."""
-        self._wake.set()
 
     async def run(self) -> None:
         """Works until cancelled."""
@@ -145,18 +140,15 @@ class Worker:
         return self._pause_s
 
     async def _rest(self, rest_s: float) -> None:
-        if rest_s <= 0:
-            await asyncio.sleep(0)
-            return
-        self._wake.clear()
-        try:
-            await asyncio.wait_for(self._wake.wait(), rest_s)
-        except TimeoutError:
-            pass
+        await asyncio.sleep(max(0.0, rest_s))
+
+    def step_s(self) -> float:
+        """How long the step under way has taken; 0 while it rests."""
+        return self._clock.monotonic() - self._began if self._working else 0.0
 
     def describe(self) -> dict[str, Any]:
         """One line of `powermail status`."""
         status = self.status
-        if self._working and (since := self._clock.monotonic() - self._began) >= limits.WORKER_LONG_S:
+        if (since := self.step_s()) >= limits.WORKER_LONG_S:
             status = f"working for {since:.0f} s"
         return {"name": self.name, "status": status, "units": self.units, "errors": self.errors}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 from powermail.base.clock import Clock, SystemClock
 from powermail.base.counters import Counters
@@ -24,13 +25,21 @@ class World:
     entropy: Entropy
     lane: Callable[[str], Lane]
     log: Log
-    simulated: bool = False
     descriptors: int = 1 << 20  # files and sockets that may be open
     counters: Counters = field(default_factory=Counters)
     keys: KeySource = field(init=False)
+    lanes: WeakValueDictionary[str, Lane] = field(init=False)  # those that there are, for who shows them
 
     def __post_init__(self) -> None:
         self.keys = KeySource(self.clock.now, self.entropy)
+        self.lanes = WeakValueDictionary()
+        make = self.lane
+
+        def known(name: str) -> Lane:
+            lane = self.lanes[name] = make(name)
+            return lane
+
+        self.lane = known
 
 
 def system_world(log: Log) -> World:

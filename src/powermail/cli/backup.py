@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Struct
 
 from powermail import __version__
+from powermail.admin.control import user_name
 from powermail.admin.system import CopyTo, copy_databases_row
 from powermail.base.errors import OperatorError
 from powermail.base.log import NullLog
@@ -159,6 +160,10 @@ def _verified(path: str) -> Manifest:
                 raise OperatorError(
                     f"{path}/{name} is not what was backed up: {found.octets} octets of {part.octets}, or damaged"
                 )
+    except PermissionError as error:
+        raise OperatorError(
+            f"{error.filename} may not be read by {user_name(os.geteuid())}: run this as its owner, or as root"
+        ) from error
     except OSError as error:
         raise OperatorError(f"{path} is no complete backup: {error.filename}: {error.strerror}") from error
     except msgspec.DecodeError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import shlex
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
@@ -16,8 +17,8 @@ from msgspec import Struct
 from powermail.admin import accounts, nodes, owners, queue, system
 from powermail.admin.accounts import AccountFacts, AccountImport, Imported, Page
 from powermail.admin.control import NAME as CONTROL_NAME
-from powermail.admin.control import NotRunning, ask_raw
-from powermail.admin.messages import Findings, Listing, Loss
+from powermail.admin.control import NotRunning, ask_raw, check_place
+from powermail.admin.messages import Findings, Listing, Loss, Where
 from powermail.admin.nodes import NodeFacts, Scrubbed
 from powermail.admin.operations import TABLE
 from powermail.admin.owners import DirectoryFindings
@@ -77,10 +78,22 @@ def _value(one: Field, values: dict[str, object]) -> object:
 
 def _password(values: dict[str, object]) -> str | None:
     if values.get("password_stdin"):
-        return sys.stdin.readline().rstrip("\n")
+        return _given()
     if values.get("password"):
         return str(values["password"])
     return getpass.getpass("password: ") if sys.stdin.isatty() else None
+
+
+def _given() -> str:
+    """The password in the first line of standard input. Raises OperatorError: who says that one comes has one in mind."""
+    try:
+        line = sys.stdin.readline()
+        line.encode("utf-8")
+    except UnicodeError as error:
+        raise OperatorError("the password on standard input is not UTF-8") from error
+    if not (given := line.removesuffix("\n").removesuffix("\r")):
+        raise OperatorError("no password came on standard input")
+    return given
 
 
 # -- telling ------------------------------------------------------------------------------------------------------------
@@ -137,6 +150,8 @@ def _is_bad(result: object) -> bool:
         return bool(result.unreadable.messages)
     if isinstance(result, Scrubbed):
         return bool(result.bad)
+    if isinstance(result, Where):
+        return not result.known and "good" not in result.copies.values()
     if isinstance(result, list):
         return any(isinstance(row, NodeFacts) and row.state != "read-write" for row in result)
     return False
@@ -162,7 +177,7 @@ async def status(common: Common, request: Request) -> int:
     try:
         raw = await ask_raw(f"{common.data}/{CONTROL_NAME}", "status", {}, unseen)
     except NotRunning:
-        said = [f"no server runs on {common.data}; `powermail serve --data {common.data}` starts it"]
+        said = [f"no server runs on {common.data}; `powermail serve --data {shlex.quote(common.data)}` starts it"]
         for node in settings.cluster.nodes:
             path = inside(common.data, node.path)
             if not os.path.exists(f"{path}/identity"):
@@ -257,6 +272,7 @@ async def init(common: Common, request: Init) -> int:
     """Makes a new installation; as root in a directory of somebody else, it is theirs."""
     from powermail.app.setup import copies_of, initialise, parse_place
 
+    check_place(common.data)
     places = [parse_place(text) for text in request.node]
     owner = os.stat(common.data) if os.path.isdir(common.data) else None
     first = await initialise(system_world(NullLog()), common.data, request.hostname, places)
@@ -376,6 +392,8 @@ class Trace(Request):
 
 async def trace(common: Common, request: Trace) -> int:
     """Tells what the log says of a message: taken, refused, delivered, sent, deferred, bounced."""
+    if not request.what:
+        raise OperatorError("trace what? a message key, an address, or a Message-ID")
     lines = list(tracing.story(tracing.read(request.log), request.what))
     if not lines:
         raise NoSuch(f"nothing in the log tells of {request.what}")

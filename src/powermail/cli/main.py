@@ -32,17 +32,51 @@ def run(work: Coroutine[Any, Any, int]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point; the exit status."""
+    if argv is None:
+        _open_streams()
     words = list(sys.argv[1:] if argv is None else argv)
-    if words == ["--version"]:
-        print(f"powermail {__version__}")
-        return 0
     try:
+        if words == ["--version"]:
+            print(f"powermail {__version__}", flush=True)
+            return 0
         return _main(words)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # standard output takes no more, not even the sentence
+        sys.stderr.write(f"powermail: {error}\n")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _open_streams() -> None:
+    """Streams that can be used whoever started us: a closed one leads nowhere (the event loop aborts without), and text is
+    UTF-8 whatever the language of the environment; what is no text is written escaped and not read at all.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115  for as long as we live
+        else:
+            stream.reconfigure(encoding="utf-8", errors="strict" if mode == "r" else "backslashreplace")
+
+
+def _as_text(word: str) -> str:
+    """A word as it was typed, in UTF-8. Raises OperatorError."""
+    if word.isascii():
+        return word
+    try:
+        return os.fsencode(word).decode("utf-8")
+    except UnicodeError as error:
+        from powermail.base.errors import OperatorError
+
+        raise OperatorError(f"{word!r} is not UTF-8") from error
 
 
 def _main(words: Sequence[str]) -> int:
@@ -52,7 +86,7 @@ def _main(words: Sequence[str]) -> int:
 
     before = os.umask(0o077)  # what this program makes is nobody else's
     try:
-        common, rest = take_common(words)
+        common, rest = take_common([_as_text(word) for word in words])
         top = parser(entries())
         found = vars(top.parse_args(rest))
         if found["version"]:

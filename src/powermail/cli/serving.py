@@ -16,8 +16,9 @@ from collections.abc import Sequence
 
 import msgspec
 
+from powermail import __version__
 from powermail.admin.control import NAME as CONTROL_NAME
-from powermail.admin.control import ControlServer
+from powermail.admin.control import ControlServer, check_place
 from powermail.app.compose import PowerMail
 from powermail.app.setup import FirstMailbox, discard, initialise, shared_disks
 from powermail.base.errors import OperatorError
@@ -68,6 +69,7 @@ class Server:
         self._powermail = PowerMail(world, settings, data, die)
         self._powermail.reload = self.reload
         self._listen_to_signals()
+        world.log.event(Event.STARTED, version=__version__, data=os.path.abspath(data), pid=os.getpid())
         try:
             await self._powermail.start()
             control = ControlServer(f"{data}/{CONTROL_NAME}", self._powermail.operations)
@@ -75,6 +77,7 @@ class Server:
             self._welcome(world, first)
             notify("READY=1")
             await self._stop.wait()
+            self._powermail.refuse()
             notify("STOPPING=1")
             world.log.event(Event.DRAINING)
             await control.stop()
@@ -173,6 +176,7 @@ async def serve(common: Common, init: bool) -> int:
     gc.freeze()
     gc.set_threshold(20_000, 50, 100)
     first: FirstMailbox | None = None
+    check_place(common.data)
     if init and not os.path.exists(f"{common.data}/{SETTINGS_NAME}"):
         first = await initialise(system_world(NullLog()), common.data, "localhost")
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -71,7 +72,7 @@ def cell(value: object) -> str:
         return " ".join(f"{name}={cell(one)}" for name, one in value.items()) or "-"
     if isinstance(value, Struct):
         return cell(dict(_items(value)))
-    return "".join(c if c.isprintable() else "?" for c in str(value))
+    return "".join(c if c.isprintable() else "?" for c in str(value)) or "-"
 
 
 def _items(facts: Struct) -> list[tuple[str, object]]:
@@ -213,7 +214,7 @@ def first_mailbox(data: str, first: FirstMailbox, nodes: int, copies: int) -> No
     """What `init` says, once."""
     print(f"made {data} with {nodes} storage nodes and {copies} copies of each message")
     print(f"first mailbox  {first.address}\npassword       {first.password}   (shown only now)")
-    print(f"start it with  powermail serve --data {data}")
+    print(f"start it with  powermail serve --data {shlex.quote(data)}")
 
 
 def try_it(
@@ -236,5 +237,5 @@ def try_it(
         )
     if "pop3s" in ports:
         print(f"  curl -sSk --user '{address}:{password}' pop3s://{hosts['pop3s']}:{ports['pop3s']}/1")
-    print(f"  {command} list {address} --data {data}")
+    print(f"  {command} list {shlex.quote(address)} --data {shlex.quote(data)}")
     print("Ctrl-C drains and stops.", flush=True)

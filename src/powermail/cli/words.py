@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from powermail.admin.table import Field
+from powermail.base import limits
 from powermail.base.errors import OperatorError
 from powermail.base.settings import DATA_VARIABLE
 
@@ -73,8 +74,8 @@ def octets(text: str) -> int:
     """`250k`, `1G` or a plain number of octets. Raises OperatorError: a quota is never read as unlimited by mistake."""
     units = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
     number, unit = (text[:-1], units.get(text[-1:].lower(), 0)) if text[-1:].isalpha() else (text, 1)
-    if not number.isascii() or not number.isdigit() or not unit:
-        raise OperatorError(f"{text!r} is not a size like 250k, 20M or 1G")
+    if not number.isascii() or not number.isdigit() or not unit or len(number) > _DIGITS_MAX:
+        raise OperatorError(f"{_cut(text)!r} is not a size like 250k, 20M or 1G")
     return int(number) * unit
 
 
@@ -82,9 +83,25 @@ def seconds(text: str) -> int:
     """`90s`, `30m`, `2h`, `3d` or a plain number of seconds. Raises OperatorError."""
     units = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
     number, unit = (text[:-1], units.get(text[-1:].lower(), 0)) if text[-1:].isalpha() else (text, 1)
-    if not number.isascii() or not number.isdigit() or not unit:
-        raise OperatorError(f"{text!r} is not a time like 90s, 30m, 2h or 3d")
+    if not number.isascii() or not number.isdigit() or not unit or len(number) > _DIGITS_MAX:
+        raise OperatorError(f"{_cut(text)!r} is not a time like 90s, 30m, 2h or 3d")
     return int(number) * unit
+
+
+_DIGITS_MAX = 19  # of a number that is given; more are in no column
+
+
+def _cut(text: str) -> str:
+    """Enough of it to be known again."""
+    return text if len(text) <= limits.LOG_FIELD_CHARS_MAX // 8 else text[: limits.LOG_FIELD_CHARS_MAX // 8] + "…"
+
+
+def whole(text: str) -> int:
+    """A whole number. Raises ArgumentTypeError."""
+    digits = text.removeprefix("-")
+    if not digits.isascii() or not digits.isdigit() or len(digits) > _DIGITS_MAX:
+        raise argparse.ArgumentTypeError(f"{_cut(text)!r} is not a whole number of at most {_DIGITS_MAX} digits")
+    return int(text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,15 +111,19 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         """What is left over is refused here, where it is known what could have been meant."""
+        self._words = list(args or ())
         found, left = super().parse_known_args(args, namespace)
         if left:
             known = [option for action in self._actions for option in action.option_strings]
             options = [word.partition("=")[0] for word in left if word.startswith("-")]
             meant = nearest(options[0], known) if options else ""
-            self.error(f"{left[0]!r} is too much" if not options else f"unknown option {options[0]!r}{meant}")
+            unknown = bool(options) and options[0] not in known  # one that is known stood behind `--`
+            self.error(f"unknown option {options[0]!r}{meant}" if unknown else f"{left[0]!r} is too much")
         return found, left
 
     def error(self, message: str) -> NoReturn:
+        if "required" in message and any(word[0] == "-" and "@" in word for word in self._words if word):
+            message += "; what begins with a dash and is no option stands behind `--`"
         raise Misuse(f"{message}\n{self.format_usage().strip()}")
 
     def _check_value(self, action: argparse.Action, value: str) -> None:
@@ -176,7 +197,7 @@ def _add_field(made: Parser, one: Field) -> None:
     elif one.choice:
         made.add_argument(one.flag, choices=["yes", "no"], help=one.text, dest=one.name)
     elif one.flag:
-        kind = str if one.kind != "option" else int if one.whole else float if one.real else str
+        kind = str if one.kind != "option" else whole if one.whole else float if one.real else str
         action = "append" if one.many else "store"
         made.add_argument(one.flag, type=kind, action=action, help=one.text, dest=one.name, metavar=metavar)
     elif one.kind in _NARGS:

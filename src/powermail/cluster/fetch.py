@@ -1,7 +1,7 @@
 """Owns fetching: one good copy of a message, checksums verified, another copy when one is bad, slow or away (P3).
 
 A copy that fails is reported to `bad_copy`, which notes it for repair; that it cannot be noted hides no good copy. What is
-handed out has been checked against the record checksum chunk by chunk; `read_all` checks the SHA-256 of the whole too.
+handed out has been checked against the record checksum chunk by chunk; a copy for repair by the SHA-256 of the whole, too.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 import msgspec
@@ -18,9 +19,10 @@ from powermail.base.errors import CopyDamaged, CopyMissing, MessageUnreadable, T
 from powermail.base.log import Event
 from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
-from powermail.cluster.packing import Small, Unpacker
+from powermail.cluster.packing import Small, joined
 from powermail.mail.envelope import Commit
 from powermail.storage.contract import NodeState, Origin, Receipt, StorageNode
+from powermail.storage.frames import Inflater
 
 T = TypeVar("T")
 BadCopy = Callable[[bytes, str, str], Awaitable[None]]
@@ -33,7 +35,7 @@ class Fetcher:
         self._world = world
         self._cluster = cluster
         self._bad_copy = bad_copy
-        self._unpacker = Unpacker()
+        self._inflater = Inflater()
 
     def _order(self, nodes: Sequence[str]) -> list[StorageNode]:
         """The nodes believed to hold it first, the others behind: belief may be old."""
@@ -81,7 +83,7 @@ class Fetcher:
         """The octets of one chunk. Raises MessageUnreadable."""
 
         async def read(node: StorageNode) -> bytes:
-            data = self._unpacker.octets(await node.read_chunk(key, number))
+            data = self._inflater.octets(await node.read_chunk(key, number))
             if len(data) != commit.sizes[number]:
                 raise CopyDamaged(f"chunk {number} has {len(data)} octets, not {commit.sizes[number]}")
             return data
@@ -93,7 +95,7 @@ class Fetcher:
         for number in range(len(commit.sizes)):
             yield await self.chunk(key, nodes, commit, number)
 
-    async def read_small(self, wanted: Mapping[bytes, Sequence[str]]) -> dict[bytes, Small]:
+    async def read_small(self, wanted: Mapping[bytes, tuple[str, ...]]) -> dict[bytes, Small]:
         """Whole small messages (key to the nodes believed to hold it), many at once. What is left out is not small, or in
         trouble: `commit` and `chunks` say which, and read from another copy.
         """
@@ -101,11 +103,13 @@ class Fetcher:
         self._world.entropy.shuffle(nodes)
         nodes.sort(key=lambda node: self._cluster.is_slow(node.id))
         plan: dict[str, list[bytes]] = {}
+        shares: dict[tuple[str, ...], list[bytes]] = {}  # many are believed to lie on the same nodes
         for key, believed in wanted.items():
-            for node in nodes:
-                if node.id in believed:
-                    plan.setdefault(node.id, []).append(key)
-                    break
+            share = shares.get(believed)
+            if share is None:
+                name = next((node.id for node in nodes if node.id in believed), "")
+                share = shares[believed] = plan.setdefault(name, []) if name else []
+            share.append(key)
         found: dict[bytes, Small] = {}
         if len(plan) == 1:
             await self._read_small_of(*next(iter(plan.items())), found)
@@ -117,20 +121,12 @@ class Fetcher:
         try:
             async with asyncio.timeout(limits.NODE_READ_TIMEOUT_S):
                 answers = await self._cluster.node(name).read_small(keys)
-            for key, whole in zip(keys, answers, strict=True):
-                if whole is not None:
-                    found[key] = self._unpacker.whole(whole)
-        except (Trouble, TimeoutError, CopyDamaged, msgspec.DecodeError):
+        except (Trouble, TimeoutError):
             return
-
-    async def read_all(self, key: bytes, nodes: Sequence[str]) -> tuple[Commit, bytes]:
-        """A whole message, its SHA-256 checked. Raises MessageUnreadable."""
-        commit = await self.commit(key, nodes)
-        parts = [part async for part in self.chunks(key, nodes, commit)]
-        data = b"".join(parts)
-        if hashlib.sha256(data).hexdigest() != commit.sha256:
-            raise MessageUnreadable(f"{key.hex()}: the octets do not have the checksum they were accepted with")
-        return commit, data
+        for key, whole in zip(keys, answers, strict=True):
+            if whole is not None:
+                with suppress(CopyDamaged):
+                    found[key] = joined(whole)
 
     async def copy(self, key: bytes, source: StorageNode, target: StorageNode) -> Receipt:
         """Copies a message from node to node for repair, every octet verified before it is committed; the target's receipt.
@@ -145,7 +141,7 @@ class Fetcher:
         try:
             for number, octets in enumerate(commit.sizes):
                 chunk = await source.read_chunk(key, number)
-                data = self._unpacker.octets(chunk)
+                data = self._inflater.octets(chunk)
                 if len(data) != octets:
                     raise CopyDamaged(f"chunk {number} on {source.id} has {len(data)} octets, not {octets}")
                 digest.update(data)

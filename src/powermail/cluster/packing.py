@@ -1,12 +1,12 @@
-"""Owns how a message's octets become chunks, and come back from them."""
+"""Owns how a message's octets become chunks, and what a small one is when it comes back."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import msgspec
 import zstandard
 
-from powermail.base import limits
 from powermail.base.errors import CopyDamaged
 from powermail.mail.envelope import CommitForm
 from powermail.storage.contract import COMPRESSED, Chunk, Whole
@@ -36,25 +36,13 @@ class Small(NamedTuple):
     plain: bool
 
 
-class Unpacker:
-    """Gives back what a `Packer` packed."""
-
-    def __init__(self) -> None:
-        self._decompress = zstandard.ZstdDecompressor().decompress
-
-    def octets(self, chunk: Chunk) -> bytes:
-        """A chunk's octets. Raises CopyDamaged."""
-        if not chunk.flags & COMPRESSED:
-            return chunk.stored
-        try:
-            return self._decompress(chunk.stored, max_output_size=limits.RECORD_BODY_OCTETS_MAX)
-        except zstandard.ZstdError as error:
-            raise CopyDamaged(f"chunk {chunk.number} does not decompress") from error
-
-    def whole(self, whole: Whole) -> Small:
-        """A small message. Raises CopyDamaged when its chunks are not as its commit record says."""
-        parts = [self.octets(chunk) for chunk in whole.chunks]
+def joined(whole: Whole) -> Small:
+    """A small message. Raises CopyDamaged when its chunks are not as its commit record says."""
+    parts = whole.parts
+    try:
         form = CommitForm.parse(whole.commit)
-        if [len(part) for part in parts] != form.sizes:
-            raise CopyDamaged("chunks of another size than the commit record says")
-        return Small(parts[0] if len(parts) == 1 else b"".join(parts), form.plain)
+    except msgspec.DecodeError as error:
+        raise CopyDamaged("commit record cannot be read") from error
+    if [len(part) for part in parts] != form.sizes:
+        raise CopyDamaged("chunks of another size than the commit record says")
+    return Small(parts[0] if len(parts) == 1 else b"".join(parts), form.plain)

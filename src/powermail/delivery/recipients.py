@@ -2,12 +2,14 @@
 
 Quota rule (the original's "message to everybody always arrives"): a message is accepted for all if it fits one of them, in
 whatever order they were named; so that is decided when all are, and by what the message really has. `strict` refuses a full
-mailbox by itself, and a message that does not fit all.
+mailbox by itself, and a message that does not fit all. Where each recipient has a reply of its own (LMTP, RFC 2033 §4.2) each
+is judged by itself, by the same rule for the mailboxes that it leads to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
+from typing import NamedTuple
 
 from powermail.base.errors import DirectoryTrouble, IndexTrouble
 from powermail.delivery.srs import Rewritten
@@ -27,23 +29,42 @@ def _one_form(address: Address) -> str:
     return f"{address.local}@{address.canonical_domain}"
 
 
+class Accepted(NamedTuple):
+    """A recipient that was taken, and where it leads."""
+
+    name: str
+    hosted: tuple[Account, ...] = ()
+    remote: tuple[tuple[str, Target, bool], ...] = ()  # where elsewhere, and whether it is forwarded: with another sender
+    success: str | None = None  # its ORCPT, if the sender wants to hear of the delivery here
+
+    @property
+    def boundless(self) -> bool:
+        """True if what it leads to is not all bound by quotas."""
+        return bool(self.remote) or not all(account.quota_octets for account in self.hosted)
+
+
 class Recipients:
     """Collects recipients; the order of acceptance is kept, for LMTP's replies."""
 
     def __init__(self, resolver: Resolver, usage: Usage, strict: bool, size: int) -> None:
-        self.accepted: list[str] = []
+        self._accepted: list[Accepted] = []
         self._resolver = resolver
         self._usage = usage
         self._strict = strict
         self._size = size
-        self._mailboxes: dict[str, Target] = {}
-        self._remote: dict[str, tuple[Target, bool]] = {}  # and whether it is forwarded: it leaves with another sender
-        self.success: list[tuple[str, str]] = []  # recipients here, and their ORCPT, of whose delivery the sender wants to hear
-        self._limited: dict[str, Account] = {}  # those with a quota
-        self._boundless = False  # somebody has none
 
     def __len__(self) -> int:
-        return len(self.accepted)
+        return len(self._accepted)
+
+    @property
+    def names(self) -> list[str]:
+        """The recipients as they were named."""
+        return [each.name for each in self._accepted]
+
+    @property
+    def success(self) -> list[tuple[str, str]]:
+        """Recipients here, and their ORCPT, of whose delivery the sender wants to hear."""
+        return [(each.name, each.success) for each in self._accepted if each.success is not None]
 
     async def add(self, address: Address, notify: str, orcpt: str, relay: Account | None) -> Status:
         """Resolves and takes one recipient; the reply to RCPT. `relay` is the account that may send anywhere."""
@@ -56,10 +77,7 @@ class Recipients:
                     return st.UNKNOWN_RECIPIENT  # never sent on: it would come back to us (P12)
                 if relay is None:
                     return st.RELAY_DENIED
-                target = Target(destination=address.text, recipient=address.text, notify=notify, orcpt=orcpt)
-                self._remote.setdefault(_one_form(address), (target, False))
-                self.accepted.append(address.text)
-                self._boundless = True
+                self._take_remote(Target(destination=address.text, recipient=address.text, notify=notify, orcpt=orcpt), False)
                 return st.RECIPIENT_OK
             limited = [account for account in found.hosted if account.quota_octets]
             strict = self._strict and not found.remote and len(limited) == len(found.hosted)
@@ -67,17 +85,17 @@ class Recipients:
                 return st.MAILBOX_FULL
         except DirectoryTrouble as error:
             return st.DIRECTORY_TROUBLE.because(error)
-        self._limited.update((account.id, account) for account in limited)
-        self._boundless = self._boundless or len(limited) < len(found.hosted) or bool(found.remote)
-        for account in found.hosted:
-            self._mailboxes.setdefault(account.id, Target(account=account.id, recipient=address.text))
-        if notify and found.hosted and asks(notify, Action.DELIVERED):
-            self.success.append((address.text, orcpt))
+        remote = []
         for destination, _ in found.remote:
             target = Target(destination=destination, recipient=address.text, notify=notify, orcpt=orcpt)
-            self._remote.setdefault(_one_form(parse(destination)), (target, True))
-        self.accepted.append(address.text)
+            remote.append((_one_form(parse(destination)), target, True))
+        success = orcpt if notify and found.hosted and asks(notify, Action.DELIVERED) else None
+        self._accepted.append(Accepted(address.text, found.hosted, tuple(remote), success))
         return st.RECIPIENT_OK
+
+    def _take_remote(self, target: Target, forwarded: bool) -> None:
+        where = _one_form(parse(target.destination))
+        self._accepted.append(Accepted(target.recipient, (), ((where, target, forwarded),)))
 
     async def _is_full(self, account: Account, octets: int) -> bool:
         try:
@@ -85,12 +103,31 @@ class Recipients:
         except IndexTrouble:
             return False  # the index is away: known recipients are still accepted (P14)
 
+    async def _full(self, octets: int) -> set[str]:
+        """The ids of accounts that a message of so many octets does not fit."""
+        limited = {account.id: account for each in self._accepted for account in each.hosted if account.quota_octets}
+        return {account.id for account in limited.values() if await self._is_full(account, octets)}
+
+    def _fits(self, accepted: Collection[Accepted], full: set[str]) -> bool:
+        fit = [account.id not in full for each in accepted for account in each.hosted]
+        fit += [True for each in accepted if each.remote]
+        return all(fit) if self._strict else any(fit)
+
     async def refusal(self, octets: int) -> Status | None:
         """Why a message of so many octets is not taken, if it is not."""
-        if not self._limited or (self._boundless and not self._strict):
+        if not self._strict and any(each.boundless for each in self._accepted):
             return None
-        full = [await self._is_full(account, octets) for account in self._limited.values()]
-        return st.MAILBOX_FULL if (any(full) if self._strict else all(full)) else None
+        full = await self._full(octets)
+        return None if self._fits(self._accepted, full) else st.MAILBOX_FULL
+
+    async def refusals(self, octets: int) -> list[Status | None]:
+        """The same for each recipient by itself, in the order of acceptance."""
+        full = await self._full(octets)
+        return [None if self._fits([each], full) else st.MAILBOX_FULL for each in self._accepted]
+
+    def keep(self, which: Collection[bool]) -> None:
+        """Gives up the others."""
+        self._accepted = [each for each, kept in zip(self._accepted, which, strict=True) if kept]
 
     async def add_return(self, address: Address, forwarded: bool = False) -> Status:
         """Takes the address a bounce goes to: a mailbox of ours, or wherever the message came from. `forwarded`: what comes
@@ -99,19 +136,30 @@ class Recipients:
         status = await self.add(address, "", "", None)
         if status is not st.RELAY_DENIED:
             return status
-        self._remote.setdefault(_one_form(address), (Target(destination=address.text, recipient=address.text), forwarded))
-        self.accepted.append(address.text)
-        self._boundless = True
+        self._take_remote(Target(destination=address.text, recipient=address.text), forwarded)
         return st.RECIPIENT_OK
+
+    def _remote(self) -> list[tuple[Target, bool]]:
+        """Destinations elsewhere, each once."""
+        found: dict[str, tuple[Target, bool]] = {}
+        for each in self._accepted:
+            for where, target, forwarded in each.remote:
+                found.setdefault(where, (target, forwarded))
+        return list(found.values())
 
     def domains(self) -> list[str]:
         """Domains of the destinations elsewhere."""
-        return [target.destination.rpartition("@")[2] for target, _ in self._remote.values()]
+        return [target.destination.rpartition("@")[2] for target, _ in self._remote()]
 
     def targets(self, reverse_path: str, rewrite: Callable[[str], Rewritten]) -> list[Target]:
         """The targets of the commit record; forwards get a rewritten reverse-path, submitted mail keeps its own."""
-        found = list(self._mailboxes.values())
-        for target, forwarded in self._remote.values():
+        mailboxes: dict[str, Target] = {}
+        for each in self._accepted:
+            for account in each.hosted:
+                if account.id not in mailboxes:
+                    mailboxes[account.id] = Target(account=account.id, recipient=each.name)
+        found = list(mailboxes.values())
+        for target, forwarded in self._remote():
             sender, original = rewrite(reverse_path) if forwarded else (reverse_path, "")
             found.append(
                 Target(

@@ -68,6 +68,7 @@ class DeliveryService:
         self._index_patience = Patience(index_wait_s)
         self._quota_strict = quota_strict
         self._rewrite = rewrite
+        self.replies = world.counters.timing("delivery.reply")
         self.announce: Announce | None = None  # tells senders of success, where they asked
 
     def recipients(self, size: int) -> Recipients:
@@ -142,6 +143,7 @@ class Transaction:
         self.key = self.replication.key
         self.octets = 0
         self.plain = False  # what was written has only CRLF line ends and no line that begins with a dot
+        self.added = 0  # octets that readers get more than were written, of a binary message
         self.header = b""  # known when its end, or as much as is looked at, has come
         self._service = service
         self._peer = peer
@@ -153,7 +155,7 @@ class Transaction:
         self._hops = 0
 
     async def _open(self) -> None:
-        to = self._recipients.accepted
+        to = self._recipients.names
         trace = header.return_path_field(self._envelope.reverse_path) + header.received_field(
             self._peer,
             self._service.hostname,
@@ -190,6 +192,11 @@ class Transaction:
             return st.TOO_MANY_HOPS
         return None
 
+    @property
+    def shown_octets(self) -> int:
+        """What counts in mailboxes, once all is written."""
+        return self.replication.octets + self.added
+
     async def finish(self) -> Status:
         """The outcome: 250 with the key, or 4xx with nothing visible. Raises OutcomeUnknown."""
         if not self.octets:
@@ -210,11 +217,13 @@ class Transaction:
             targets=self._recipients.targets(self._envelope.reverse_path, self._service.rewritten),
             hops=self._hops,
             plain=self.plain,
+            as_text=octets + self.added if self.added else 0,
         )
 
     async def run(self, outcome: asyncio.Future[Status]) -> None:
         """Commits and says what came of it; called by the service in its own task. Who waits may have gone meanwhile."""
         self._service.index.expect(1)
+        began = self._service.world.clock.monotonic()
         try:
             status = await self._run()
             if not outcome.done():
@@ -223,6 +232,7 @@ class Transaction:
             if not outcome.done():
                 outcome.set_exception(error)
         finally:
+            self._service.replies.observe(self._service.world.clock.monotonic() - began)
             self._service.index.expect(-1)
             if not outcome.done():
                 outcome.set_exception(OutcomeUnknown("the delivery ended without an outcome"))
@@ -251,7 +261,7 @@ class Transaction:
             key=self.key,
             client=self._peer.client,
             sender=f"<{self._envelope.reverse_path}>",
-            to=tuple(self._recipients.accepted),  # a line each
+            to=tuple(self._recipients.names),  # a line each
             message_id=header.message_id(self.header) or None,
             octets=self.replication.octets,
             seconds=world.clock.now() - self._received_at,

@@ -1,5 +1,7 @@
 """Owns logins for all doors: the same answer and the same work for unknown user and wrong password (U07).
 
+Why one failed is a `Reason` in the log and the counters; the client gets the same words, after the same time.
+
 Right passwords are remembered for a short time under a salted digest of everything that went into the decision, so that
 polling clients do not cost a hash each (U14: an old password is dead everywhere within the bound).
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import hmac
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +24,8 @@ from powermail.base.world import World
 from powermail.directory import password as pw
 from powermail.directory.contract import Account, Writable
 from powermail.directory.limiter import FailureLimiter
+from powermail.directory.password import ScramKeys
+from powermail.directory.reasons import Reason, Unusable
 from powermail.directory.resolve import Resolver
 from powermail.wire.sasl import SaslError, scram_user
 
@@ -64,17 +69,23 @@ class Authenticator:
         """What failures are counted under; empty if the address means nothing."""
         return "" if self._trusted(client) else client
 
-    async def _hold_back(self, client: str) -> None:
+    async def _hold_back(self, client: str, name: str, door: str) -> None:
         """Who failed too often waits, and is then told the truth; who is far beyond it is not even heard."""
         source = self._source(client)
         if self._limiter.refused(source, limits.AUTH_FAR_OVER):
             self._world.counters.add("auth.refused")
+            self.note(client, door, Reason.ADDRESS_BLOCKED, name)
             raise AuthRefused
         if self._limiter.refused(source):
             self._world.counters.add("auth.held_back")
             await asyncio.sleep(limits.AUTH_DELAY_MAX_S)
 
-    async def _matches(self, stored: str, password: str) -> bool:
+    def note(self, client: str, door: str, reason: Reason, name: str | None = None, error: object = None) -> None:
+        """Logs and counts a login that failed; what the client is told is the caller's."""
+        self._world.counters.add(f"auth.failed_{reason.name.lower()}")
+        self._world.log.event(Event.LOGIN_FAILED, door=door, client=client, name=name, reason=reason.value, error=error)
+
+    async def _check(self, stored: str, password: str) -> Reason | None:
         lane = self._lanes[self._next % len(self._lanes)]
         self._next += 1
         if lane.waiting() >= limits.PASSWORD_CHECKS_WAITING_MAX:
@@ -86,38 +97,45 @@ class Authenticator:
         parts = "\0".join((account.id, account.address, account.password, password))
         return hashlib.blake2b(parts.encode(), key=self._salt, digest_size=32).digest()
 
-    async def plain(self, client: str, name: str, password: str, door: str) -> Account | None:
-        """The account if name and password fit, else None, after a delay. Raises AuthRefused, AuthTrouble, Trouble."""
-        await self._hold_back(client)
+    async def plain(self, client: str, name: str, password: str, door: str, acts_for: str = "") -> Account | None:
+        """The account if name and password fit, else None, after a delay. Raises AuthRefused, AuthTrouble, Trouble.
+
+        Who `acts_for` somebody else needs a right that nobody has (RFC 4616 §2): it fails like a wrong password (U11).
+        """
+        await self._hold_back(client, name, door)
         account = await self._resolver.login(name)
-        usable = account is not None and account.enabled and account.hosted and bool(account.password)
-        if account is not None and usable:
-            digest = self._digest(account, password)
-            now = self._world.clock.monotonic()
-            until = self._right.get(digest)
-            if until is not None and now < until:
-                self._logged_in(client, account, door)
-                return account
-            if await self._matches(account.password, password):
-                self._right[digest] = now + limits.AUTH_CACHE_TTL_S
-                while len(self._right) > limits.AUTH_CACHE_MAX:
-                    self._right.popitem(last=False)
-                self._logged_in(client, account, door)
-                return await self._upgrade(account, password)
-        else:
-            await self._matches(pw.DUMMY, password or "x")
-        await self._fail(client, name, door)
-        return None
+        reason = unfit(account)
+        if reason is None and acts_for and acts_for.lower() != name.lower():
+            reason = Reason.ACTS_FOR_ANOTHER
+        if account is None or reason is not None:
+            await self._check(pw.DUMMY, password or "x")
+            await self._fail(client, name, door, reason or Reason.NO_ACCOUNT)
+            return None
+        digest = self._digest(account, password)
+        now = self._world.clock.monotonic()
+        until = self._right.get(digest)
+        if until is not None and now < until:
+            self._logged_in(client, account, door)
+            return account
+        reason = await self._check(account.password, password)
+        if reason is not None:
+            await self._fail(client, name, door, reason)
+            return None
+        self._right[digest] = now + limits.AUTH_CACHE_TTL_S
+        while len(self._right) > limits.AUTH_CACHE_MAX:
+            self._right.popitem(last=False)
+        self._logged_in(client, account, door)
+        return await self._upgrade(account, password)
 
     def _logged_in(self, client: str, account: Account, door: str) -> None:
         self._world.counters.add("auth.logins")
         self._world.log.event(Event.LOGIN, door=door, client=client, account=account.address)
 
-    async def _fail(self, client: str, name: str, door: str) -> None:
+    async def _fail(self, client: str, name: str, door: str, reason: Reason) -> None:
         source = self._source(client)
         self._limiter.failed(source, name.lower())
         self._world.counters.add("auth.failures")
-        self._world.log.event(Event.LOGIN_FAILED, door=door, client=client, name=name)
+        self.note(client, door, reason, name)
         await asyncio.sleep(self._limiter.delay_s(source, name.lower()))
 
     async def _upgrade(self, account: Account, password: str) -> Account:
@@ -148,52 +166,69 @@ class Authenticator:
         """A new stored form, made off the event loop."""
         return await self._lanes[0].run(pw.hash_password, password)
 
-    async def apop(self, client: str, name: str, banner: str, digest: str) -> Account | None:
+    async def apop(self, client: str, name: str, banner: str, digest: str, door: str) -> Account | None:
         """APOP (RFC 1939 §7): only for {plain} passwords. Raises as `plain`."""
-        await self._hold_back(client)
+        await self._hold_back(client, name, door)
         account = await self._resolver.login(name)
-        secret = self._world.entropy.octets(8).hex()
-        if account is not None and account.enabled and account.hosted and pw.split_scheme(account.password)[0] == "plain":
-            secret = pw.split_scheme(account.password)[1] or secret
-        expected = hashlib.md5((banner + secret).encode(), usedforsecurity=False).hexdigest()
-        if pw.matches("{plain}" + expected, digest.lower()):
-            assert account is not None
-            self._logged_in(client, account, "popd")
+        reason = unfit(account)
+        secret = pw.clear_text(account.password) if account is not None and reason is None else ""
+        text = banner + (secret or self._world.entropy.octets(8).hex())
+        expected = hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+        if hmac.compare_digest(expected.encode(), digest.lower().encode()) and account is not None and secret:
+            self._logged_in(client, account, door)
             return account
-        await self._fail(client, name, "popd")
+        await self._fail(client, name, door, reason or (Reason.WRONG_PASSWORD if secret else Reason.NO_APOP))
         return None
 
-    async def scram(self, client: str, first: str) -> ScramExchange:
+    async def scram(self, client: str, first: str, door: str) -> ScramExchange:
         """Starts SCRAM-SHA-256 (RFC 5802, 7677). Raises SaslError, AuthRefused, Trouble."""
-        await self._hold_back(client)
         name = scram_user(first)
+        await self._hold_back(client, name, door)
         account = await self._resolver.login(name)
-        information: tuple[bytes, bytes, bytes, int] | None = None
-        if account is not None and account.enabled and account.hosted and account.password:
-            scheme, rest = pw.split_scheme(account.password)
-            if scheme == "scram-sha-256":
-                information = pw.parse_scram(rest)
-            elif scheme == "plain" and rest:
-                salt = hashlib.blake2b(account.id.encode(), key=self._salt, digest_size=16).digest()
-                stored = await self._lanes[0].run(pw.hash_scram, pw.forms(rest)[-1], salt)
-                information = pw.parse_scram(pw.split_scheme(stored)[1])
-        if information is None:  # a made-up user answers alike, and always fails (RFC 5802 §9)
-            account = None
+        reason, keys = unfit(account), None
+        if account is not None and reason is None:
+            try:
+                keys = await self._keys(account)
+            except Unusable as error:
+                reason = error.reason
+        if keys is None:  # a made-up user answers alike, and always fails (RFC 5802 §9)
             salt = hashlib.blake2b(name.encode(), key=self._salt, digest_size=16).digest()
-            information = (salt, self._world.entropy.octets(32), self._world.entropy.octets(32), 4096)
-        return ScramExchange(self, client, name, account, information, first)
+            keys = ScramKeys(salt, self._world.entropy.octets(32), self._world.entropy.octets(32), 4096)
+        return ScramExchange(self, client, name, account if reason is None else None, reason, keys, first, door)
 
-    async def scram_ended(self, exchange: ScramExchange, good: bool, door: str) -> Account | None:
+    async def _keys(self, account: Account) -> ScramKeys:
+        """What this account's stored password gives for SCRAM. Raises Unusable."""
+        scheme = pw.scheme_of(account.password)
+        if scheme == "scram-sha-256":
+            return pw.stored_scram_keys(account.password)
+        clear = pw.clear_text(account.password)
+        if not clear:
+            raise Unusable(Reason.NO_SCRAM)
+        salt = hashlib.blake2b(account.id.encode(), key=self._salt, digest_size=16).digest()
+        return pw.stored_scram_keys(await self._lanes[0].run(pw.hash_scram, pw.forms(clear)[-1], salt))
+
+    async def scram_ended(self, exchange: ScramExchange, good: bool) -> Account | None:
         """Counts the outcome of an exchange."""
         if good and exchange.account is not None:
-            self._logged_in(exchange.client, exchange.account, door)
+            self._logged_in(exchange.client, exchange.account, exchange.door)
             return exchange.account
-        await self._fail(exchange.client, exchange.name, door)
+        await self._fail(exchange.client, exchange.name, exchange.door, exchange.reason or Reason.WRONG_PASSWORD)
         return None
+
+
+def unfit(account: Account | None) -> Reason | None:
+    """Why nobody can log in to this account, whatever his password; None if somebody may."""
+    if account is None:
+        return Reason.NO_ACCOUNT
+    if not account.enabled:
+        return Reason.DISABLED
+    if not account.hosted:
+        return Reason.FORWARDS_ONLY
+    return None if account.password else Reason.NO_PASSWORD
 
 
 class ScramExchange:
-    """One SCRAM conversation."""
+    """One SCRAM conversation. `account` is None for one that fails whatever comes, and `reason` says why."""
 
     def __init__(
         self,
@@ -201,16 +236,20 @@ class ScramExchange:
         client: str,
         name: str,
         account: Account | None,
-        information: tuple[bytes, bytes, bytes, int],
+        reason: Reason | None,
+        keys: ScramKeys,
         first: str,
+        door: str,
     ) -> None:
         self.client = client
         self.name = name
         self.account = account
+        self.reason = reason
+        self.door = door
         self._authenticator = authenticator
 
-        def look_up(_: str) -> tuple[bytes, bytes, bytes, int]:
-            return information
+        def look_up(_: str) -> ScramKeys:
+            return keys
 
         self._server: Any = scramp.ScramMechanism("SCRAM-SHA-256").make_server(look_up)
         try:
@@ -219,7 +258,7 @@ class ScramExchange:
         except scramp.ScramException as error:
             raise SaslError(str(error)) from error
 
-    async def finish(self, final: str, door: str) -> tuple[Account | None, str]:
+    async def finish(self, final: str) -> tuple[Account | None, str]:
         """(account or None, server-final message)."""
         good, message = False, ""
         try:
@@ -228,4 +267,4 @@ class ScramExchange:
             good = True
         except scramp.ScramException:
             pass
-        return await self._authenticator.scram_ended(self, good, door), message
+        return await self._authenticator.scram_ended(self, good), message

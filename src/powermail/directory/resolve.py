@@ -15,7 +15,7 @@ from powermail.base.clock import Clock
 from powermail.base.counters import Counters
 from powermail.base.errors import DirectoryTrouble
 from powermail.directory.contract import Account, Directory, RowTrouble
-from powermail.mail.address import Address, AddressError, canonical_domain, parse, spellings
+from powermail.mail.address import Address, AddressError, canonical_domain, parse, parse_canonical, spellings
 
 
 class Resolution(NamedTuple):
@@ -99,6 +99,14 @@ class DirectoryCache:
         self._domains.clear()
 
 
+def _canonical(sender: str) -> str:
+    """The one form of a sender that a row names; "", which nobody is, if it is no address."""
+    try:
+        return parse_canonical(sender)
+    except AddressError:
+        return ""
+
+
 class Resolver:
     """Looks addresses up."""
 
@@ -121,6 +129,15 @@ class Resolver:
             if account is None and self.postmaster and address.local.lower() == "postmaster":
                 account = await self.directory.find(self.postmaster) if await self.directory.serves(domain) else None
         return account
+
+    async def may_send_as(self, account: Account, address: Address) -> bool:
+        """True if the address leads to the account, or its row allows it. Raises DirectoryTrouble."""
+        owner = await self.account(address)
+        if owner is not None and owner.id == account.id:
+            return True
+        row = await self.directory.find(account.address)
+        allowed = {address.canonical, f"*@{address.canonical_domain}"}
+        return row is not None and any(_canonical(sender) in allowed for sender in row.send_as)
 
     async def login(self, name: str) -> Account | None:
         """The row a login name means: the address, `user%domain`, or a catch-all (as `*@domain`, `domain`, any address).

@@ -73,21 +73,27 @@ def shown(address: Value) -> str:
     return address.encode("utf-8", "replace").decode() if isinstance(address, str) else repr(address)
 
 
+def _address(what: str, text: str) -> str:
+    try:
+        return parse_canonical(text)
+    except AddressError as error:
+        raise OperatorError(f"{what}{text!r} is not an address: {error}") from error
+
+
+def _destination(text: str) -> str:
+    try:
+        if text.startswith("-"):
+            raise AddressError("begins with a dash")
+        return parse(text).text
+    except AddressError as error:
+        raise OperatorError(f"destination {text!r} is not an address: {error}") from error
+
+
 def check(account: Account) -> Account:
     """The row as it may be stored. Raises OperatorError for an address or destination that is none (F01)."""
-    try:
-        address = parse_canonical(account.address)
-        forward = []
-        for destination in account.forward:
-            if destination.startswith("-"):
-                raise AddressError("begins with a dash")
-            parsed = parse(destination)
-            forward.append(parsed.text)
-        send_as = tuple(parse_canonical(sender) for sender in account.send_as)
-    except AddressError as error:
-        raise OperatorError(
-            f"{account.address!r}, one of its destinations or one of its senders is not an address: {error}"
-        ) from error
+    address = _address("", account.address)
+    forward = [_destination(destination) for destination in account.forward]
+    send_as = tuple(_address("sender ", sender) for sender in account.send_as)
     if len(forward) > limits.FORWARD_DESTINATIONS_MAX:
         raise OperatorError(f"more than {limits.FORWARD_DESTINATIONS_MAX} destinations")
     if len(send_as) > limits.FORWARD_DESTINATIONS_MAX:
@@ -121,6 +127,5 @@ def doubt(row: Sequence[Value]) -> str:
             parse_canonical(sender)
         except AddressError as error:
             return f"send_as names {shown(sender)}, which is not an address: {error}"
-    if account.password and pw.split_scheme(account.password)[0] not in pw.SCHEMES:
-        return f"password scheme {{{pw.split_scheme(account.password)[0]}}} is not known: nobody can log in"
-    return ""
+    why = pw.complaint(account.password) if account.password else ""
+    return f"{why}: nobody can log in" if why else ""

@@ -72,14 +72,19 @@ class SqliteDirectory:
         self._db: sqlite3.Connection | None = None
         self._why_old = ""  # why the table is not of the form above
 
-    async def open(self) -> None:
-        """Opens or makes the file. Raises OperatorError."""
+    async def open(self, make: bool = True) -> None:
+        """Opens the file; with `make`, one that is missing is made. Raises OperatorError."""
         try:
-            await self._lane.run(self._open)
+            await self._lane.run(self._open, make)
         except sqlite3.DatabaseError as error:
             raise OperatorError(f"the directory {self._path} cannot be used: {error}") from error
 
-    def _open(self) -> None:
+    def _open(self, make: bool) -> None:
+        if not make and not self._there():  # an empty one would refuse every recipient for good
+            raise OperatorError(
+                f"the directory {self._path} is missing: is its disk mounted? `powermail restore` puts one back from a backup; "
+                "to begin with an empty one, make an empty file there"
+            )
         db = self._db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=2)
         db.text_factory = _as_text
         db.execute("PRAGMA journal_mode=WAL")
@@ -99,6 +104,13 @@ class SqliteDirectory:
             if db.in_transaction:
                 db.execute("ROLLBACK")
             raise
+
+    def _there(self) -> bool:
+        try:
+            sqlite3.connect(f"file:{quote(self._path)}?mode=ro", uri=True).close()
+        except sqlite3.OperationalError:
+            return False
+        return True
 
     def _bring_on(self, db: sqlite3.Connection) -> None:
         """A table of the first release becomes one of this: rows and ids stay. What does not fit leaves it as it is."""

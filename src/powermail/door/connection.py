@@ -80,8 +80,8 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._closed = True
         self._wake()
-        if self._writable is not None and not self._writable.done():
-            self._writable.set_exception(Gone())
+        if self._writable is not None:
+            _fail(self._writable, Gone())
 
     def pause_writing(self) -> None:
         if self._writable is None:
@@ -101,8 +101,8 @@ class Connection(asyncio.Protocol):
         """The deadline has passed: whoever waits gets TimeoutError."""
         self.deadline = float("inf")
         for waiter in (self._waiter, self._writable):
-            if waiter is not None and not waiter.done():
-                waiter.set_exception(TimeoutError())
+            if waiter is not None:
+                _fail(waiter, TimeoutError())
 
     # -- the session's side -----------------------------------------------------------------------------------
 
@@ -130,6 +130,14 @@ class Connection(asyncio.Protocol):
             self._paused = False
             self.transport.resume_reading()
         return data
+
+    async def lost(self, timeout_s: float) -> None:
+        """Waits until nothing that is written reaches the peer any more. Raises TimeoutError, Draining."""
+        self.deadline = self.door.monotonic() + timeout_s
+        while not self._closed:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        self.deadline = float("inf")
 
     def drop_input(self) -> None:
         """Throws away what came and was not taken (RFC 3207 §4.2)."""
@@ -184,10 +192,24 @@ class Connection(asyncio.Protocol):
             self.transport.close()
         self._wake()
 
+    def abort(self) -> None:
+        """Closes at once, whatever waits to go out: the peer does not take it."""
+        self._closed = True
+        if self.transport is not None:
+            self.transport.abort()
+        self._wake()
+
     def stop(self) -> None:
         """Ends the session at its next wait for input."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_exception(Draining())
+
+
+def _fail(waiter: asyncio.Future[None], error: Exception) -> None:
+    """Ends a wait, if anybody waits: a peer that is behind in reading may leave when nobody wants to write."""
+    if not waiter.done():
+        waiter.set_exception(error)
+        waiter.exception()  # counts as seen
 
 
 class Draining(Exception):

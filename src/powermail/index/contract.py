@@ -246,12 +246,6 @@ class Damage(NamedTuple):
     last_at: float
 
 
-class Order(NamedTuple):
-    """A tombstone that a node has not confirmed."""
-
-    key: bytes
-
-
 class DropOrder(NamedTuple):
     """A copy that a node is to drop, named by the position it was first written at."""
 
@@ -497,6 +491,9 @@ class Queue(Protocol):
 
     async def queue_count(self, domain: str = "") -> int:
         """How many queue rows wait, all or for one domain."""
+
+    async def queue_oldest(self) -> float | None:
+        """When the message came that entered the queue first, of those that are not held, nor their domain; None if none is."""
 
     async def queue_rows(self, after: int, limit: int) -> list[QueueRow]:
         """Rows by id, for the operator."""

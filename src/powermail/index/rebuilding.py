@@ -477,9 +477,10 @@ class SqliteRebuilding:
             db.executemany(schema.ADD_RETURN, returns)
             new += [(target, verdict) for target in verdict.enter]
             refs = kept + len(verdict.enter) + len(verdict.hold)
+            octets, sha256, placement = commit.shown_octets, bytes.fromhex(commit.sha256), self._placements.id(verdict.nodes)
             db.execute(
                 "INSERT INTO messages (key, octets, sha256, placement, refs, fate, round) VALUES (?, ?, ?, ?, ?, ?, 0)",
-                (key, commit.octets, bytes.fromhex(commit.sha256), self._placements.id(verdict.nodes), refs, int(Fate.LIVE)),
+                (key, octets, sha256, placement, refs, int(Fate.LIVE)),
             )
             entries += kept
             held += len(verdict.hold)
@@ -495,7 +496,8 @@ class SqliteRebuilding:
             commit = verdict.commit
             assert commit is not None
             db.execute("DELETE FROM gone WHERE mailbox = ? AND key = ?", (mailbox, verdict.key))
-            rows.append((mailbox, uid + number, verdict.key, target.flags, modseq + number, commit.octets, commit.received_at))
+            octets, at = commit.shown_octets, commit.received_at
+            rows.append((mailbox, uid + number, verdict.key, target.flags, modseq + number, octets, at))
         db.executemany("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
     def _bury(self, db: sqlite3.Connection, key: bytes, nodes: Sequence[str]) -> None:

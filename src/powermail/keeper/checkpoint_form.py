@@ -16,7 +16,7 @@ import hashlib
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import msgspec
 import zstandard
@@ -28,7 +28,6 @@ from powermail.index.contract import CheckpointPlan, Head, Tail
 from powermail.index.view import KEY_OCTETS, Change, Entry, Op, View, pack_uids, unpack_uids
 from powermail.storage.contract import Position
 
-T = TypeVar("T")
 NAME_OCTETS = 16
 FIRST_RELEASE_MARK = bytes(NAME_OCTETS)  # the first release kept a count of transactions under this name
 _MAGIC = b"PMc2"

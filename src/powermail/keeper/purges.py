@@ -59,7 +59,9 @@ class Purges:
             try:
                 self._plans = await self._lane.run(self._read)
             except (OSError, msgspec.DecodeError) as error:
-                raise Trouble(f"{self._path} cannot be read: {error}") from error
+                raise Trouble(
+                    f"{self._path} cannot be read: {error}; move it away, and nothing is purged until it is ordered again"
+                ) from error
         return self._plans
 
     async def _write(self, plans: dict[str, Plan]) -> None:

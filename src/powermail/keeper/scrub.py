@@ -38,7 +38,6 @@ class Place(Struct):
     incarnation: str = ""
     after: str = ""  # key in hex
     belief_after: str = ""
-    began_at: float = 0.0
     whole_at: float = 0.0  # when the last whole round ended
     checked: int = 0  # in this round
     bad: int = 0  # in this round
@@ -102,7 +101,7 @@ class Scrubber:
         began = self._world.clock.monotonic()
         place = self._places.get(node.id)
         if place is None or place.incarnation != row.incarnation:
-            place = self._places[node.id] = Place(row.incarnation, began_at=self._world.clock.now())
+            place = self._places[node.id] = Place(row.incarnation)
         facts = await node.facts()
         await self._compare_belief(node, place)
         items = await node.inventory(bytes.fromhex(place.after), _AT_ONCE)
@@ -111,7 +110,7 @@ class Scrubber:
             place.after = items[-1].key.hex()
         else:
             now = self._world.clock.now()
-            self._places[node.id] = Place(row.incarnation, belief_after=place.belief_after, began_at=now, whole_at=now)
+            self._places[node.id] = Place(row.incarnation, belief_after=place.belief_after, whole_at=now)
         await self._keep()
         took = self._world.clock.monotonic() - began
         return max(0.01, self._pace(node) - took)

@@ -61,13 +61,19 @@ class Commit(Struct, frozen=True):
     hops: int = 0
     plain: bool = False  # every line ends in CRLF and none begins with a dot: it can be sent as it is (RFC 5321 §4.5.2)
     extra: dict[str, Any] = field(default_factory=dict)  # fields of newer versions, kept as they are (P19)
+    as_text: int = 0  # octets of a binary message with the line ends that readers get (RFC 3030 §3); 0: `octets`
+
+    @property
+    def shown_octets(self) -> int:
+        """What readers get of it, and what counts in their mailboxes."""
+        return self.as_text or self.octets
 
     @staticmethod
     def parse(octets: bytes) -> Commit:
         """Reads a stored record. Raises msgspec.DecodeError. Unknown fields are passed over: the first release wrote `mark`."""
         s = _parse(octets)
         envelope = Envelope(s.reverse_path, s.body, s.smtputf8, s.ret, s.envid)
-        return Commit(s.octets, s.sha256, s.sizes, s.received_at, envelope, s.targets, s.hops, s.plain, s.extra)
+        return Commit(s.octets, s.sha256, s.sizes, s.received_at, envelope, s.targets, s.hops, s.plain, s.extra, s.as_text)
 
     def format(self) -> bytes:
         """The record as it is stored."""
@@ -75,7 +81,7 @@ class Commit(Struct, frozen=True):
         return _format(
             _Stored(
                 self.octets, self.sha256, self.sizes, self.received_at, e.reverse_path, self.targets,
-                e.envid, e.ret, e.body, e.smtputf8, self.hops, self.plain, self.extra,
+                e.envid, e.ret, e.body, e.smtputf8, self.hops, self.plain, self.extra, self.as_text,
             )
         )  # fmt: skip
 
@@ -108,6 +114,7 @@ class _Stored(Struct, frozen=True, omit_defaults=True):
     hops: int = 0
     plain: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
+    as_text: int = 0
 
 
 _parse = msgspec.json.Decoder(_Stored).decode

@@ -53,7 +53,7 @@ class Maildrop:
         self._deleted: dict[int, None] = {}
         self._ahead: dict[int, Small] = {}
         self._ahead_octets = 0
-        self._places: dict[int, tuple[str, ...]] = {}  # by number, of the messages to come
+        self._places: dict[bytes, tuple[str, ...]] = {}  # of messages to come
         self._reading: asyncio.Task[None] | None = None
         self._last = 0
         self._released = False
@@ -89,9 +89,14 @@ class Maildrop:
         """A message that exists and is not marked deleted."""
         if not 1 <= number <= len(self._uids) or number in self._deleted:
             return None
-        return Listed(number, self._sizes[number - 1], self._key(number))
+        return Listed(number, self._sizes[number - 1], self.key(number))
 
-    def _key(self, number: int) -> bytes:
+    def octets_of(self, number: int) -> int:
+        """What a message of the snapshot has, as its reader gets it."""
+        return self._sizes[number - 1]
+
+    def key(self, number: int) -> bytes:
+        """The key of a message of the snapshot."""
         start = (number - 1) * _KEY_OCTETS
         return bytes(self._keys[start : start + _KEY_OCTETS])
 
@@ -154,7 +159,7 @@ class Maildrop:
 
     async def _read_ahead(self, first: int, count: int) -> None:
         """Takes up to `count` messages into `_ahead`, as far as they are small and there is room."""
-        keys: dict[bytes, int] = {}
+        numbers: dict[bytes, int] = {}
         room = limits.READ_AHEAD_OCTETS_MAX - self._ahead_octets
         room = min(room, limits.READ_AHEAD_ALL_OCTETS_MAX - self._drops.ahead_octets)
         for number in range(first, min(first + count, self.count + 1)):
@@ -162,36 +167,34 @@ class Maildrop:
             if room < 0:
                 break
             if number not in self._deleted:
-                keys[self._key(number)] = number
-        if not keys:
+                numbers[self.key(number)] = number
+        if not numbers:
             return
-        if not all(number in self._places for number in keys.values()):
+        if numbers.keys() - self._places.keys():
             await self._look_up(first, count)
-        wanted = {key: self._places[number] for key, number in keys.items() if number in self._places}
+        wanted = {key: self._places[key] for key in numbers if key in self._places}
         found = await self._drops.opener.read_small_at(wanted)  # whoever asks for one that is left out will see why
         for key, small in found.items():
-            self._ahead[keys[key]] = small
-            self._hold(len(small.octets))
+            self._ahead[numbers[key]] = small
+        self._hold(sum([len(small.octets) for small in found.values()]))
 
     async def _look_up(self, first: int, count: int) -> None:
         """Where the messages are, for more of them than are read now by who goes through them."""
         end = min(first + (limits.READ_AHEAD_PLACES if count > 1 else 1), self.count + 1)
-        numbers = {self._key(number): number for number in range(first, end)}
-        found = await self._drops.opener.places(list(numbers))
-        self._places = {numbers[key]: nodes for key, nodes in found.items()}
+        self._places = await self._drops.opener.places([self.key(number) for number in range(first, end)])
 
     def read(self, key: bytes) -> AsyncIterator[bytes]:
         """A message's octets in pieces. Raises IndexTrouble, MessageUnreadable."""
         return self._drops.opener.read(key)
 
-    async def update(self) -> int:
-        """Deletes what is marked; durable when it returns. Raises IndexTrouble."""
+    async def update(self) -> list[bytes]:
+        """Deletes what is marked, and gives its keys; durable when it returns. Raises IndexTrouble."""
         if not self._deleted or self._facts is None:
-            return 0
-        uids = [self._uids[number - 1] for number in sorted(self._deleted)]
-        done = await self._drops.index.expunge(self._facts.id, uids)
+            return []
+        numbers = sorted(self._deleted)
+        await self._drops.index.expunge(self._facts.id, [self._uids[number - 1] for number in numbers])
         self._deleted.clear()
-        return done.removed
+        return [self.key(number) for number in numbers]
 
     def release(self) -> None:
         """Lets the next session in. Idempotent."""

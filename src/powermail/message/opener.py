@@ -63,6 +63,6 @@ class Opener:
         """Small messages, many at once. What is left out is not small or in trouble: `open` says which."""
         return await self._fetcher.read_small(await self.places(keys))
 
-    async def read_small_at(self, places: Mapping[bytes, Sequence[str]]) -> dict[bytes, Small]:
+    async def read_small_at(self, places: Mapping[bytes, tuple[str, ...]]) -> dict[bytes, Small]:
         """The same for who has asked for their `places` before."""
         return await self._fetcher.read_small(places)

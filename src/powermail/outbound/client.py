@@ -2,12 +2,16 @@
 
 A hop is a stranger. Its connection is used again only if it is clean, and a refusal is handed on only after the hop has said
 goodbye (`_prove`): a row of replies that had slipped owes one more there, and shows itself.
+
+With PIPELINING a message costs one write and one wait (RFC 2920 §3.1): MAIL, RCPT and DATA go together, behind the octets of
+the message before. What went ahead belongs to that next message only: `begun`. 354 in the place of the reply to DATA proves a
+row of replies as well as a goodbye does, because nothing else is answered so; without one, nothing of a message is sent.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import NamedTuple
 
 from powermail.base import limits
@@ -39,6 +43,9 @@ class Lines(NamedTuple):
     recipients: Sequence[str]
 
 
+Following = Callable[[], Lines | None]  # the transaction that is to begin behind a message, if there is one
+
+
 class Hop(asyncio.Protocol):
     """A connection to a next hop."""
 
@@ -47,6 +54,7 @@ class Hop(asyncio.Protocol):
         self.tls = ""  # version and cipher
         self.used = 0  # transactions
         self.broke_pipelining = False
+        self.begun: Lines | None = None  # the commands of this transaction were sent ahead
         self.committed: asyncio.Task[object] | None = None  # who waits for the outcome of a message that was sent whole
         self.deadline = float("inf")
         self.machine = SmtpClient()
@@ -62,6 +70,7 @@ class Hop(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._full = False  # the hop is behind in reading
         self._switching = False
+        self._patient = False  # what is waited for may come later
 
     # -- asyncio's side -------------------------------------------------------------------------------------------
 
@@ -107,6 +116,10 @@ class Hop(asyncio.Protocol):
     def expire(self) -> None:
         """The deadline has passed."""
         self.deadline = float("inf")
+        if self._patient:
+            self._patient = False
+            self._wake()
+            return
         what = "answered" if self._wanted else "read"
         self.machine.give_up(Fault.LATE, f"it has not {what} within {self._timeout_s:.0f} s")
         self._close()
@@ -127,11 +140,15 @@ class Hop(asyncio.Protocol):
         """The next `count` answers, fewer if the session ends before; each within the time, those behind the first within
         `between_s`.
         """
+        await self._arrived(count, timeout_s, between_s)
+        found, self._answers = self._answers[:count], self._answers[count:]
+        return found
+
+    async def _arrived(self, count: int, timeout_s: float, between_s: float = float("inf")) -> None:
+        """Waits for them."""
         self._wanted, self._between_s = count, between_s
         while len(self._answers) < count and self.machine.end is None:
             await self._wait(timeout_s)
-        found, self._answers = self._answers[:count], self._answers[count:]
-        return found
 
     async def _room(self) -> None:
         """Waits while the hop is behind in reading, unless it says something meanwhile."""
@@ -292,16 +309,20 @@ class Hop(asyncio.Protocol):
 
     # -- sending --------------------------------------------------------------------------------------------------
 
-    async def send(self, lines: Lines, body: AsyncIterator[bytes]) -> Transcript:
-        """One transaction. Raises what `body` raises; then the connection is closed, which says that it is not whole."""
+    async def send(self, lines: Lines, body: AsyncIterator[bytes], following: Following | None = None) -> Transcript:
+        """One transaction; `following` is asked when all of the message is on its way. Raises what `body` raises; then the
+        connection is closed, which says that it is not whole.
+        """
         self.used += 1
         self.committed = None
         said = Transcript(recipients=[None] * len(lines.recipients))
         try:
-            await self._envelope(said, lines)
-            taken = any(reply is not None and reply.kind == 2 for reply in said.recipients)
-            if self._goes_on and said.mail is not None and said.mail.kind == 2 and taken:
-                await self._message(said, body)
+            if self.pipelining:
+                await self._envelope(said, lines)
+            else:
+                await self._line_by_line(said, lines)
+            if self.machine.end is None and said.begins:
+                await self._message(said, body, following)
             await self._leave(said)
         except BaseException:
             self.abort()
@@ -309,86 +330,122 @@ class Hop(asyncio.Protocol):
         return said
 
     @property
-    def _goes_on(self) -> bool:
-        return self.machine.end is None
+    def pipelining(self) -> bool:
+        """True if it is spoken to in rows."""
+        return self.pipeline and "PIPELINING" in self.machine.extensions
+
+    @property
+    def usable(self) -> bool:
+        """True if a transaction may begin, or has begun and goes on."""
+        return self.machine.clean or (self.begun is not None and self.machine.end is None)
+
+    def _opening(self, lines: Lines) -> bytes:
+        ask = self.machine.ask
+        octets = [ask(Verb.MAIL, lines.mail), *[ask(Verb.RCPT, line) for line in lines.recipients], ask(Verb.DATA)]
+        return b"".join(octets)
 
     async def _envelope(self, said: Transcript, lines: Lines) -> None:
-        machine = self.machine
-        if self.pipeline and "PIPELINING" in machine.extensions:
-            octets = machine.ask(Verb.MAIL, lines.mail)
-            octets += b"".join([machine.ask(Verb.RCPT, line) for line in lines.recipients])
-            self._write(octets)
-            # Who is slow with the rest is asked again line by line, with all patience.
-            answers = await self._read(1 + len(lines.recipients), between_s=limits.SMTP_CLIENT_PIPELINE_S)
-            for number, answer in enumerate(answers):
-                if number:
-                    said.recipients[number - 1] = answer.reply
-                else:
-                    said.mail = answer.reply
-            # It took the first line of several and lost the rest: others get them one by one.
-            lost = machine.end is not None and machine.end.fault in (Fault.LATE, Fault.CLOSED, Fault.OUT_OF_STEP)
-            self.broke_pipelining = lost and len(answers) <= len(lines.recipients) and said.mail is not None
-            return
-        self._write(machine.ask(Verb.MAIL, lines.mail))
-        answers = await self._read(1)
-        if not answers:
-            return
-        said.mail = answers[0].reply
-        for number, line in enumerate(lines.recipients if said.mail.kind == 2 else ()):
-            self._write(machine.ask(Verb.RCPT, line))
-            answers = await self._read(1)
-            if not answers:
-                return
-            said.recipients[number] = answers[0].reply
+        machine, count = self.machine, 2 + len(lines.recipients)
+        ahead, self.begun = self.begun is lines, None
+        if not ahead:
+            self._write(self._opening(lines))
+        # Who is slow with the rest is asked again line by line, with all patience.
+        rest_s = limits.SMTP_CLIENT_PIPELINE_S
+        answers = await self._read(count, rest_s if ahead else limits.SMTP_CLIENT_REPLY_TIMEOUT_S, rest_s)
+        replies = [answer.reply for answer in answers]
+        if replies:
+            said.mail = replies[0]
+            said.recipients[: len(replies) - 1] = replies[1 : count - 1]
+            said.data = replies[-1] if len(replies) == count else None
+        # It took the first line of several and lost the rest: others get them one by one.
+        lost = machine.end is not None and machine.end.fault in (Fault.LATE, Fault.CLOSED, Fault.OUT_OF_STEP)
+        began = bool(replies) or (ahead and said.mail is None and self._ended(Fault.LATE))
+        self.broke_pipelining = (lost and len(replies) < count and began) or said.disordered
 
-    async def _message(self, said: Transcript, body: AsyncIterator[bytes]) -> None:
-        machine = self.machine
-        self._write(machine.ask(Verb.DATA))
-        answers = await self._read(1)
-        said.data = answers[0].reply if answers else None
-        if said.data is None or said.data.code != 354 or not self._goes_on:
+    async def _line_by_line(self, said: Transcript, lines: Lines) -> None:
+        said.mail = await self._answer(Verb.MAIL, lines.mail)
+        if said.mail is None or said.mail.kind != 2:
             return
+        for number, line in enumerate(lines.recipients):
+            said.recipients[number] = await self._answer(Verb.RCPT, line)
+            if self.machine.end is not None:
+                return
+        if said.taken:
+            said.data = await self._answer(Verb.DATA)
+
+    async def _answer(self, verb: Verb, argument: str = "") -> Reply | None:
+        self._write(self.machine.ask(verb, argument))
+        answers = await self._read(1)
+        return answers[0].reply if answers else None
+
+    async def _message(self, said: Transcript, body: AsyncIterator[bytes], following: Following | None) -> None:
+        machine = self.machine
         writer, held = DotWriter(clean_cr=True), b""  # the last part goes with the end, in one write
         async for part in body:
-            if self._answers or not self._goes_on:
+            if self._answers or machine.end is not None:
                 break  # it has said no already
             self._write(held)
             held = writer.feed(part)
             if self._full:
                 await self._room()
-        if not self._answers and self._goes_on:
-            self._write(held + writer.end())
+        if not self._answers and machine.end is None:
+            octets = [held, writer.end()]
             machine.ended_body()
             said.complete = True
             self.committed = asyncio.current_task()
+            if following is not None and said.all_taken and self.pipelining and (lines := following()) is not None:
+                octets.append(self._opening(lines))
+                self.begun = lines
+            self._write(b"".join(octets))
         answers = await self._read(1, limits.SMTP_CLIENT_DATA_TIMEOUT_S)
         if answers:
             said.final = answers[0].reply
+            self.broke_pipelining = self.begun is not None and said.final.code == 503
 
     async def _leave(self, said: Transcript) -> None:
         """After each transaction: nothing open, nothing owed, and no refusal that may be somebody else's."""
         machine = self.machine
-        if said.negative:
+        if self.begun is not None and not said.negative:
+            await self._look_behind(said)
+        elif said.negative:
             await self._prove()
         elif machine.end is None and machine.state is State.OPEN and machine.waiting == 0:
             self._write(machine.ask(Verb.RSET))
             await self._read(1, limits.SMTP_CLIENT_QUIT_TIMEOUT_S)
         said.end = machine.end
-        if not machine.clean:
+        if not self.usable:
             self.abort()
+
+    async def _look_behind(self, said: Transcript) -> None:
+        """2yz to a message is somebody else's if a reply was missing: then 354 comes too early. What a hop does not say soon is
+        not waited for.
+        """
+        assert self.begun is not None
+        self._wanted, self._patient = 2 + len(self.begun.recipients), True
+        if len(self._answers) < self._wanted and self.machine.end is None:
+            await self._wait(limits.SMTP_CLIENT_AHEAD_S)
+        self._patient = False
+        last = self._answers[-1] if self._answers else None
+        said.missing = last is not None and last.reply.code == 354 and last.verb is not Verb.DATA
 
     async def _prove(self) -> None:
         """Says goodbye. 221 is the reply to that and to nothing else; behind another one, and behind a refusal in the middle of
-        the body, what may still come is waited for: a row of replies that had slipped owes one more.
+        the body, what may still come is waited for: a row of replies that had slipped owes one more. No goodbye is needed
+        where 354 has come in its place.
         """
         machine = self.machine
+        if self.begun is not None:
+            await self._arrived(2 + len(self.begun.recipients), limits.SMTP_CLIENT_QUIT_TIMEOUT_S)
+            if machine.end is None and machine.state is State.BODY:
+                return
+            self.begun, self._answers = None, []
         bye = None
         if machine.end is None and machine.state in (State.READY, State.OPEN) and machine.waiting == 0:
             self._write(machine.ask(Verb.QUIT))
             answers = await self._read(1, limits.SMTP_CLIENT_QUIT_TIMEOUT_S)
             bye = answers[0].reply if answers else None
-        if bye is None or bye.code != 221:
-            await self._read(1, limits.SMTP_CLIENT_PROOF_S)
+        if (bye is None or bye.code != 221) and await self._read(1, limits.SMTP_CLIENT_PROOF_S):
+            machine.give_up(Fault.OUT_OF_STEP, "it said more than it was asked for")
 
     async def quit(self) -> None:
         """Says goodbye, and waits for the answer no longer than is polite."""

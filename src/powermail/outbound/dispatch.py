@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 
 from powermail.base import limits
 from powermail.base.errors import Trouble
@@ -16,9 +17,9 @@ from powermail.base.world import World
 from powermail.index.contract import Attempt, QueueRow
 from powermail.mail.dsn import printable
 from powermail.message.opener import Opener
-from powermail.outbound.client import Hop, HopTrouble
+from powermail.outbound.client import Hop, HopTrouble, Lines
 from powermail.outbound.forms import Spelt, spell
-from powermail.outbound.pool import NoTurn, Pool
+from powermail.outbound.pool import NoTurn, Pool, Turn
 from powermail.outbound.routing import Route
 from powermail.outbound.settle import Settler
 from powermail.outbound.verdict import Ruling, Transcript, Verdict, all_later, judge, progress
@@ -32,6 +33,11 @@ class Body:
         self._opener = opener
         self._key = key
         self._known = _without_return_path(known) if known is not None else None
+
+    @property
+    def small(self) -> bool:
+        """All of it is here."""
+        return self._known is not None
 
     async def parts(self) -> AsyncIterator[bytes]:
         """In order. Raises Trouble, also in the middle."""
@@ -60,6 +66,28 @@ def _without_return_path(octets: bytes) -> bytes:
     return octets[octets.index(b"\r\n") + 2 :] if octets.startswith(b"Return-Path:") else octets
 
 
+class _Work:
+    """A message for some recipients. `spelt` is what went ahead of its turn, if it did."""
+
+    def __init__(self, rows: list[QueueRow], body: Body, strict: bool) -> None:
+        """`strict`: a hop without 8BITMIME gets no body beyond ASCII."""
+        self.rows = rows
+        self.body = body
+        self.spelt: Spelt | None = None
+        self._strict = strict
+
+    def ahead(self, hop: Hop) -> Lines | None:
+        """What may be said to a hop before its turn: if all is known that the hop must be told."""
+        extensions = hop.machine.extensions
+        if not self.body.small or (self._strict and "8BITMIME" not in extensions):
+            return None
+        spelt = spell(self.rows, extensions)
+        if spelt.refused:
+            return None
+        self.spelt = spelt
+        return spelt.lines
+
+
 class Dispatcher:
     """Makes attempts."""
 
@@ -72,59 +100,63 @@ class Dispatcher:
 
     async def dispatch(self, rows: list[QueueRow], route: Route, known: bytes | None) -> None:
         """One message to some recipients by one route; every row is settled, however it goes."""
-        domain = rows[0].domain
+        work = _Work(rows, Body(self._opener, rows[0].key, known), self._settings.eight_bit == "bounce")
         try:
-            await self._pool.begin(route, domain)
+            turn = await self._pool.begin(route, rows[0].domain, work.ahead)
         except NoTurn:
             await self._settler.give_back(rows, limits.QUEUE_SLOT_WAIT_S)
             return
         try:
-            outcome = await self._attempt(rows, route, Body(self._opener, rows[0].key, known))
+            outcome = await self._attempt(work, turn)
         except BaseException:
             self._settler.under_way.pop(asyncio.current_task(), None)
             raise
         finally:
-            self._pool.end(route, domain)
+            self._pool.end(turn)
         for some, verdicts, attempt, notices in outcome:
             await self._settler.settle(some, verdicts, attempt, notices)
 
-    async def _attempt(
-        self, rows: list[QueueRow], route: Route, body: Body
-    ) -> list[tuple[list[QueueRow], list[Verdict], Attempt, bool]]:
+    async def _attempt(self, work: _Work, turn: Turn) -> list[tuple[list[QueueRow], list[Verdict], Attempt, bool]]:
         """Transactions until everybody has a verdict: rows, their verdicts, who was spoken to, whether it sends notices."""
         outcome = []
         began = self._world.clock.monotonic()
-        left, tls, notices = rows, "", False
+        left, tls, notices = work.rows, "", False
+        begun, turn.hop = turn.hop, None
         while left:
             try:
-                await body.ready()
-                hop = await self._pool.take(route)
-                verdicts, hop = await self._send(left, hop, body)
+                if begun is None:
+                    await work.body.ready()
+                hop = begun or await self._pool.take(turn.route)
+                begun = None
+                verdicts, hop = await self._send(left, hop, work, turn)
                 tls, notices = hop.tls, "DSN" in hop.machine.extensions
             except HopTrouble as error:
                 verdicts = all_later(len(left), str(error))
             except Trouble as error:
                 verdicts = all_later(len(left), f"storage: {error}")
             now = self._world.clock
-            attempt = Attempt(now.now(), route.name, tls, now.monotonic() - began, "")
-            again = [row for row, verdict in zip(left, verdicts, strict=True) if verdict.full] if progress(verdicts) else []
-            done = [(row, verdict) for row, verdict in zip(left, verdicts, strict=True) if not (verdict.full and again)]
+            attempt = Attempt(now.now(), turn.route.name, tls, now.monotonic() - began, "")
+            full = [verdict.full for verdict in verdicts]
+            if not any(full) or not progress(verdicts):
+                outcome.append((left, verdicts, attempt, notices))
+                break
+            done = [(row, verdict) for row, verdict in zip(left, verdicts, strict=True) if not verdict.full]
             outcome.append(([row for row, _ in done], [verdict for _, verdict in done], attempt, notices))
-            left = again
-            if again:
-                self._settler.under_way[asyncio.current_task()] = None  # what became of the others is not lost by a stop
+            left = [row for row, again in zip(left, full, strict=True) if again]
+            self._settler.under_way[asyncio.current_task()] = None  # what became of the others is not lost by a stop
         return outcome
 
-    async def _send(self, rows: list[QueueRow], hop: Hop, body: Body) -> tuple[list[Verdict], Hop]:
+    async def _send(self, rows: list[QueueRow], hop: Hop, work: _Work, turn: Turn) -> tuple[list[Verdict], Hop]:
         """One transaction, and the session that it was. Raises HopTrouble, Trouble."""
         while True:
             reused = hop.used > 0
-            spelt = spell(rows, hop.machine.extensions)
+            begun = hop.begun is not None and work.spelt is not None and hop.begun is work.spelt.lines
+            spelt = work.spelt if begun and work.spelt is not None else spell(rows, hop.machine.extensions)
             try:
-                why = await self._eight_bit(hop, body)
+                why = await self._eight_bit(hop, work.body)
                 if why is not None or not spelt.places:
                     return [spelt.refused.get(place, why or _NOBODY) for place in range(len(rows))], hop
-                said = await hop.send(spelt.lines, body.parts())
+                said = await hop.send(spelt.lines, work.body.parts(), partial(self._pool.following, turn, hop))
             finally:
                 self._pool.give(hop)
             if reused and said.stale:

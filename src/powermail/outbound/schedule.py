@@ -56,6 +56,7 @@ class Outbound:
         self._settler = Settler(world, index, bouncer, settings, tasks)
         self._dispatcher = Dispatcher(world, opener, self._pool, self._settler, settings)
         self._most = settings.concurrency * limits.QUEUE_IN_HAND_FACTOR
+        self._at_once = max(1, self._most // 4)  # not all, so that no domain fills all hands
         self._in_hand: dict[int, str] = {}  # row: its domain
         self._works: dict[asyncio.Task[object], None] = {}
         self._freed = asyncio.Event()
@@ -69,16 +70,17 @@ class Outbound:
         if self._stopping:
             return 1.0
         await self._housekeeping()
-        room = self._most - len(self._in_hand)
-        if room <= 0:
+        if self._most - len(self._in_hand) < self._at_once:  # a lease is a transaction: not one for each row
             self._freed.clear()
             try:
-                await asyncio.wait_for(self._freed.wait(), 1.0)
+                await asyncio.wait_for(self._freed.wait(), limits.QUEUE_GATHER_S)
             except TimeoutError:
                 pass
+        room = self._most - len(self._in_hand)
+        if room <= 0:
             return 0.0
         now = self._world.clock.now()
-        wanted = min(room, max(1, self._most // 4))  # not all at once, so that no domain fills all hands
+        wanted = min(room, self._at_once)
         rows = await self._index.lease_due(self._owner, now, limits.QUEUE_LEASE_S, wanted, self._crowded())
         fresh = [row for row in rows if row.id not in self._in_hand]
         if not fresh:
@@ -93,9 +95,11 @@ class Outbound:
 
     async def _start(self, rows: list[QueueRow]) -> None:
         groups: dict[tuple[bytes, str, Route | None], list[QueueRow]] = {}
+        routes: dict[str, Route | None] = {}
         for row in rows:
-            route = await self.router.route(row.domain)
-            groups.setdefault((row.key, row.envelope.reverse_path, route), []).append(row)
+            if row.domain not in routes:
+                routes[row.domain] = await self.router.route(row.domain)
+            groups.setdefault((row.key, row.envelope.reverse_path, routes[row.domain]), []).append(row)
         # By what they are, not by what lies on the disk: compressed, much is small.
         small = {row.key: None for row in rows if row.octets <= limits.READ_SMALL_OCTETS_MAX}
         known = await self._opener.read_small(list(small))
@@ -127,7 +131,8 @@ class Outbound:
         self._works.pop(task, None)
         for row in rows:
             self._in_hand.pop(row.id, None)
-        self._freed.set()
+        if not self._in_hand or self._most - len(self._in_hand) >= self._at_once:
+            self._freed.set()
 
     async def _without_route(self, rows: list[QueueRow]) -> None:
         """Waits, and expires like any (RFC 5321 §4.5.4.1). It is looked at often, so that a route that comes is used soon."""

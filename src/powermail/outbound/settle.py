@@ -1,7 +1,7 @@
 """Owns what became of recipients until the index knows it: nothing that a hop has said is forgotten while the process lives.
 
 Every call here may fail and is repeated: the index does the same thing once, however often it is asked. Rows that are settled
-at the same time are finished in one transaction. Only a crash between a hop's 250 and the index's commit sends once more.
+within a moment are finished in one transaction. Only a crash between a hop's 250 and the index's commit sends once more.
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ class Settler:
         batch: list[tuple[list[QueueRow], asyncio.Future[None]]] = []
         try:
             while self._finished:
+                await asyncio.sleep(limits.QUEUE_GATHER_S)  # a transaction costs the same for one row and for many
                 batch, self._finished = self._finished, []
                 together = [row for rows, _ in batch for row in rows]
                 await self._until(lambda: self._index.finish(together))  # noqa: B023  called before it changes

@@ -27,6 +27,7 @@ _ABOUT_US = (530, 534, 535, 538)  # RFC 4954 §6, RFC 3207 §4: the session lack
 class Ruling(Enum):
     """One of three; nobody is without."""
 
+    __hash__ = object.__hash__
     SENT = "sent"
     LATER = "later"
     REFUSED = "refused"
@@ -51,7 +52,30 @@ class Transcript:
     data: Reply | None = None
     final: Reply | None = None
     end: End | None = None  # how the session ended, if it did
+    missing: bool = False  # a reply was: the last one that was read is to something else
     complete: bool = False  # the message was sent to its end: the hop may have it, whatever it says
+
+    @property
+    def taken(self) -> bool:
+        """Somebody may get the message."""
+        return any(reply is not None and reply.kind == 2 for reply in self.recipients)
+
+    @property
+    def all_taken(self) -> bool:
+        """Everybody may get it."""
+        return all(reply is not None and reply.kind == 2 for reply in self.recipients)
+
+    @property
+    def begins(self) -> bool:
+        """The message may be sent."""
+        if self.data is None or self.data.code != 354 or self.mail is None:
+            return False
+        return self.mail.kind == 2 and self.taken
+
+    @property
+    def disordered(self) -> bool:
+        """It would not hear of DATA behind recipients that it took."""
+        return self.data is not None and self.data.code == 503 and self.taken
 
     @property
     def stale(self) -> bool:
@@ -79,9 +103,11 @@ class Transcript:
         if self.end is not None and self.end.fault is Fault.OUT_OF_STEP:
             return True
         if self.mail is not None and self.mail.kind != 2:
-            taken = any(reply is not None and reply.kind == 2 for reply in self.recipients)
-            return _out_of_step(self.mail) or (taken and self.mail.code != 421)
-        return any(_out_of_step(reply) for reply in (*self.recipients, self.data, self.final))
+            return _out_of_step(self.mail) or (self.taken and self.mail.code != 421)
+        if any(map(_out_of_step, self.recipients)):
+            return True
+        # Behind recipients that were all refused, DATA is refused too, with 503 by most.
+        return self.taken and (_out_of_step(self.data) or _out_of_step(self.final))
 
 
 def _out_of_step(reply: Reply | None) -> bool:
@@ -107,7 +133,9 @@ def judge(said: Transcript) -> list[Verdict]:
             verdicts.append(Verdict(Ruling.LATER, "", printable(why), reply=False))
             continue
         verdict = of(reply)
-        if reply is not said.final and reply.kind == 2:
+        if reply is said.final and said.missing:
+            verdict = Verdict(Ruling.LATER, "", printable(f"out of step, not believed: {reply.code} {reply.text}"))
+        elif reply is not said.final and reply.kind == 2:
             verdict = Verdict(Ruling.LATER, "", printable(f"unexpected reply {reply.code} {reply.text}"))
         elif verdict.ruling is Ruling.REFUSED and confused:
             text = printable(f"out of step, not believed: {reply.code} {reply.text}")

@@ -6,6 +6,7 @@ never when what it asked for before cannot reach it any more.
 
 from __future__ import annotations
 
+import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -18,11 +19,13 @@ from powermail.base.world import World
 from powermail.cluster.packing import Small
 from powermail.directory.authenticate import Authenticator, AuthRefused
 from powermail.directory.contract import Account
+from powermail.directory.reasons import Reason
 from powermail.door.clients import Networks
 from powermail.door.connection import Connection
 from powermail.door.lines import LineSession
-from powermail.door.login import log_in
+from powermail.door.login import decided, log_in
 from powermail.mailbox.maildrop import InUse, Maildrop, Maildrops
+from powermail.popd.traces import Traces
 from powermail.wire import pop3, sasl
 from powermail.wire.buffer import BareLineEnd, InputBuffer, LineTooLong
 from powermail.wire.dot import DotWriter, stuff
@@ -32,6 +35,7 @@ _TROUBLE = pop3.err("try again later", "SYS/TEMP")
 _WRONG = pop3.err("invalid user name or password", "AUTH")
 _NO_MESSAGE = pop3.err("no such message")
 _MECHANISMS = ("PLAIN", "SCRAM-SHA-256")
+_RETR = re.compile(rb"RETR ([0-9]{1,9})\r\n", re.IGNORECASE)  # RFC 1939 §5, as nearly all of them are
 
 
 @dataclass
@@ -64,7 +68,7 @@ class PopSession(LineSession):
         self._errors = 0
         self._drop: Maildrop | None = None
         self._account: Account | None = None
-        self._retrieved = 0
+        self._traces: Traces | None = None  # from the login on
         self._deleted = 0
         self._checked_at = 0.0
         self._banner = ""
@@ -104,13 +108,14 @@ class PopSession(LineSession):
     def ended(self) -> None:
         if self._drop is not None:
             self._drop.release()
-        if self._account is not None:
+        if self._account is not None and self._traces is not None:
+            self._traces.close()
             self._service.world.log.event(
                 Event.LOGOUT,
                 door="popd",
                 client=self.connection.client,
                 account=self._account.address,
-                retrieved=self._retrieved,
+                retrieved=self._traces.retrieved,
                 deleted=self._deleted,
                 seconds=self.connection.door.monotonic() - self._began,
             )
@@ -157,24 +162,28 @@ class PopSession(LineSession):
         if self.connection.door.monotonic() - self._checked_at >= limits.SESSION_RECHECK_S:
             return
         buffer, drop = self._buffer, self._drop
+        if not buffer.begins(b""):
+            return
+        used = 0
         while self._replies_octets < limits.SMTP_OUT_BUFFER_OCTETS:
-            line = buffer.peek_line(limits.POP3_COMMAND_LINE_OCTETS_MAX)
-            if line is None or line[:5].upper() != b"RETR " or not line[5:].isdigit() or len(line) > 14:
-                return
-            small = drop.ready(int(line[5:]))
-            if small is None:
-                return
-            buffer.take(len(line) + 2)
-            self._say_message(small)
+            asked = _RETR.match(buffer.data, used)
+            number = int(asked[1]) if asked is not None else 0
+            small = drop.ready(number)
+            if asked is None or small is None:
+                break
+            used = asked.end()
+            self._say_message(drop, number, small)
+        if used:
+            buffer.take(used)
 
-    def _say_message(self, small: Small) -> None:
-        self._retrieved += 1
-        self.say(b"+OK %d octets\r\n" % len(small.octets))
+    def _say_message(self, drop: Maildrop, number: int, small: Small) -> None:
+        assert self._traces is not None
+        self._traces.retrieve(drop.key(number))
+        octets = drop.octets_of(number)
         if small.plain:
-            self.say(small.octets)
-            self.say(b".\r\n")
+            self.say(b"+OK %d octets\r\n%b.\r\n" % (octets, small.octets))
         else:
-            self.say(stuff(small.octets))
+            self.say(b"+OK %d octets\r\n%b" % (octets, stuff(small.octets)))
 
     def _at_once(self, data: bytes) -> bytes:
         """Answers what can be answered while the octets come in; the rest is for `_command`, which waits for it."""
@@ -223,33 +232,44 @@ class PopSession(LineSession):
         self._user = ""
         return await self.start_tls(self._service.tls)
 
+    def _needs_tls(self) -> bool:
+        self._service.authenticator.note(self.connection.client, "popd", Reason.NEEDS_TLS)
+        return self._error("TLS is required before login")
+
     async def _do_user(self, arguments: list[str]) -> bool:
         if not self._login_allowed():
-            return self._error("TLS is required before login")
+            return self._needs_tls()
         self._user = arguments[0]
         self.say(pop3.ok())  # the same for known and unknown names (P02)
         return True
 
     async def _do_pass(self, arguments: list[str]) -> bool:
-        if not self._login_allowed() or not self._user:
-            return self._error("TLS is required before login" if not self._login_allowed() else "USER first")
+        if not self._login_allowed():
+            return self._needs_tls()
+        if not self._user:
+            return self._error("USER first")
         user, self._user = self._user, ""
         password = arguments[0]
         if len(password.encode()) > limits.PASSWORD_OCTETS_MAX:
             return self._error("line too long")
         authenticator = self._service.authenticator
-        return await self._log_in(lambda: authenticator.plain(self.connection.client, user, password, "popd"))
+        client = self.connection.client
+        check = authenticator.plain(client, user, password, "popd")
+        return await self._log_in(decided(authenticator, client, "popd", check, user))
 
     async def _do_apop(self, arguments: list[str]) -> bool:
-        if not self._service.apop or not self._login_allowed():
+        if not self._service.apop:
             return self._error("not available")
+        if not self._login_allowed():
+            return self._needs_tls()
         name, digest = arguments
-        authenticator = self._service.authenticator
-        return await self._log_in(lambda: authenticator.apop(self.connection.client, name, self._banner, digest))
+        authenticator, client = self._service.authenticator, self.connection.client
+        check = authenticator.apop(client, name, self._banner, digest, "popd")
+        return await self._log_in(decided(authenticator, client, "popd", check, name))
 
     async def _do_auth(self, arguments: list[str]) -> bool:
         if not self._login_allowed():
-            return self._error("TLS is required before login")
+            return self._needs_tls()
         if not arguments:
             self.say(pop3.ok() + "".join(f"{name}\r\n" for name in _MECHANISMS).encode() + b".\r\n")
             return True
@@ -259,7 +279,7 @@ class PopSession(LineSession):
         initial = arguments[1] if len(arguments) > 1 else None
         authenticator, client = self._service.authenticator, self.connection.client
         try:
-            return await self._log_in(lambda: log_in(authenticator, client, "popd", mechanism, initial, self._ask))
+            return await self._log_in(log_in(authenticator, client, "popd", mechanism, initial, self._ask))
         except sasl.SaslError as error:
             return self._error(str(error))
 
@@ -270,9 +290,9 @@ class PopSession(LineSession):
         except (LineTooLong, BareLineEnd) as error:
             raise sasl.SaslError("line too long or malformed") from error
 
-    async def _log_in(self, check: Callable[[], Awaitable[Account | None]]) -> bool:
+    async def _log_in(self, check: Awaitable[Account | None]) -> bool:
         try:
-            account = await check()
+            account = await check
         except AuthRefused:
             self.say(pop3.err("too many failures, try again later", "SYS/TEMP"))
             return False
@@ -288,6 +308,7 @@ class PopSession(LineSession):
         self._state = State.TRANSACTION
         self.connection.at_once = self._at_once
         self._account, self._checked_at = account, self.connection.door.monotonic()
+        self._traces = Traces(self._service.world.log, account.address)
         self._service.world.counters.add("popd.logins")
         self.say(pop3.ok("%d messages, %d octets" % self._drop.totals()))
         return True
@@ -354,12 +375,13 @@ class PopSession(LineSession):
             return self._missing()
         small = await drop.whole(listed.number)
         if small is not None:
-            self._say_message(small)
+            self._say_message(drop, listed.number, small)
             await self.push(b"")
             return True
         if not await self._send(drop.read(listed.key), pop3.ok(f"{listed.octets} octets")):
             return False
-        self._retrieved += 1
+        assert self._traces is not None
+        self._traces.retrieve(listed.key)
         return True
 
     async def _do_top(self, arguments: list[str]) -> bool:
@@ -419,8 +441,10 @@ class PopSession(LineSession):
             except Trouble:
                 self.say(pop3.err("some deleted messages not removed", "SYS/TEMP"))
                 return False
-            self._deleted = removed
-            self._service.world.counters.add("popd.deleted", removed)
+            self._deleted = len(removed)
+            self._service.world.counters.add("popd.deleted", len(removed))
+            if self._traces is not None:
+                self._traces.delete(removed)
         self.say(pop3.ok("bye"))
         return False
 

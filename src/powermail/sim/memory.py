@@ -46,6 +46,7 @@ from powermail.storage.contract import (
     Unread,
     Whole,
 )
+from powermail.storage.frames import Inflater
 
 T = TypeVar("T")
 _HEADER_OCTETS: Final = 48
@@ -110,6 +111,7 @@ class MemoryNode:
         monotonic: Callable[[], float] | None = None,
         segment_octets: int = 8192,
     ) -> None:
+        self._inflater = Inflater()
         self.id = node
         self.group = group
         self.priority = priority
@@ -516,11 +518,11 @@ class MemoryNode:
         for key in keys:
             try:
                 record = self._get(key)
+                parts = [self._inflater.octets(record.chunks[n]) for n in sorted(record.chunks)]
             except (CopyMissing, CopyDamaged):
                 found.append(None)
-                continue
-            small = record.room <= limits.READ_SMALL_OCTETS_MAX
-            found.append(Whole(record.commit, [record.chunks[n] for n in sorted(record.chunks)]) if small else None)
+            else:
+                found.append(Whole(record.commit, parts) if record.room <= limits.READ_SMALL_OCTETS_MAX else None)
         return found
 
     async def has(self, keys: Sequence[bytes]) -> list[Held]:

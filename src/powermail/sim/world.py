@@ -54,6 +54,8 @@ class SimClock:
 class TraceLog:
     """Every event with its virtual time: what two runs of one seed must have in common."""
 
+    dropped = 0
+
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._generation = machine.generation
@@ -191,9 +193,7 @@ class Machine:
 
             return SimLane(delay, lambda: self.generation == mine, lambda: name in self.hung, lambda: self._illness(name))
 
-        return World(
-            self.clock, self.disk, self.net.named("server"), SimEntropy(self.chance), lane, TraceLog(self), simulated=True
-        )
+        return World(self.clock, self.disk, self.net.named("server"), SimEntropy(self.chance), lane, TraceLog(self))
 
     def _illness(self, lane: str) -> Callable[[Callable[[], Any]], Any] | None:
         how = self.ill.get(lane)

@@ -17,12 +17,14 @@ from powermail.delivery.submission import Submission
 from powermail.delivery.transaction import Transaction
 from powermail.directory.authenticate import AuthRefused
 from powermail.directory.contract import Account
+from powermail.directory.reasons import Reason
 from powermail.door.connection import Connection
 from powermail.door.lines import LineSession
 from powermail.door.login import Cancelled, log_in
+from powermail.door.pace import Pace
 from powermail.mail import header
 from powermail.mail import status as st
-from powermail.mail.address import Address, AddressError, parse, parse_canonical
+from powermail.mail.address import Address, parse
 from powermail.mail.envelope import Peer
 from powermail.mail.status import Status
 from powermail.smtpd.service import SmtpService
@@ -56,7 +58,7 @@ class SmtpSession(LineSession):
         self._transaction: Transaction | None = None
         self._submission: Submission | None = None
         self._deadline: float | None = None  # of the line that is awaited
-        self._pace: _Pace | None = None  # of the body that is coming
+        self._pace: Pace | None = None  # of the body that is coming
         self._handlers: dict[type, Callable[[Any], Awaitable[None]]] = {
             MailCommand: self._mail_from,
             RcptCommand: self._rcpt_to,
@@ -102,7 +104,7 @@ class SmtpSession(LineSession):
         now = connection.door.monotonic()
         if machine.in_body:
             if self._pace is None:
-                self._pace = _Pace(now)
+                self._pace = Pace(now)
             octets = await connection.receive(limits.SMTP_COMMAND_TIMEOUT_S)
             if self._pace.too_slow(connection.door.monotonic(), len(octets)):
                 machine.close(st.TOO_SLOW, "too_slow")
@@ -122,6 +124,8 @@ class SmtpSession(LineSession):
         machine = self._machine
         if machine.refused:
             for status in machine.refused:
+                if status is st.AUTH_NEEDS_TLS:
+                    self._service.authenticator.note(self.connection.client, self._kind.value, Reason.NEEDS_TLS)
                 self._log(status)
             machine.refused.clear()
         octets = machine.to_send()
@@ -223,16 +227,10 @@ class SmtpSession(LineSession):
 
     async def _not_theirs(self, address: Address, account: Account) -> Status | None:
         """RFC 6409 §6.1: the sender must be the account, or one that its row allows (U03)."""
-        resolver = self._service.resolver
         try:
-            owner = await resolver.account(address)
-            if owner is not None and owner.id == account.id:
-                return None
-            row = await resolver.directory.find(account.address)
+            return None if await self._service.resolver.may_send_as(account, address) else st.NOT_YOUR_ADDRESS
         except DirectoryTrouble as error:
             return st.DIRECTORY_TROUBLE.because(error)
-        allowed = _senders(row.send_as) if row is not None else ()
-        return None if address.canonical in allowed or f"*@{address.canonical_domain}" in allowed else st.NOT_YOUR_ADDRESS
 
     async def _rcpt_to(self, rcpt: RcptCommand) -> None:
         assert self._recipients is not None
@@ -241,17 +239,20 @@ class SmtpSession(LineSession):
         address = rcpt.address if rcpt.address.domain else parse(self._service.resolver.postmaster)  # RFC 5321 §4.5.1
         status = await self._take_recipient(address, rcpt)
         if not status.positive:
-            assert self._mail is not None
-            self._count("recipients_refused")
-            self._world.log.event(
-                Event.RECIPIENT_REFUSED,
-                client=self.connection.client,
-                sender=f"<{self._mail.envelope.reverse_path}>",
-                recipient=address.text,
-                code=status.code,
-                cause=status.cause or status.text,
-            )
+            self._refuse_recipient(address.text, status)
         return self._machine.answer(status)
+
+    def _refuse_recipient(self, name: str, status: Status) -> None:
+        assert self._mail is not None
+        self._count("recipients_refused")
+        self._world.log.event(
+            Event.RECIPIENT_REFUSED,
+            client=self.connection.client,
+            sender=f"<{self._mail.envelope.reverse_path}>",
+            recipient=name,
+            code=status.code,
+            cause=status.cause or status.text,
+        )
 
     async def _take_recipient(self, address: Address, rcpt: RcptCommand) -> Status:
         assert self._mail is not None and self._recipients is not None
@@ -279,17 +280,15 @@ class SmtpSession(LineSession):
     async def _begin(self, event: Begin) -> None:
         assert self._mail is not None and self._recipients is not None
         delivery = self._service.delivery
-        if self._mail.size:
-            full = await self._recipients.refusal(self._mail.size)
-            if full is not None:
-                return self._answer(full)
+        if self._mail.size and all(await self._refusals(self._mail.size)):
+            return self._answer(st.MAILBOX_FULL)
         try:
             for domain in dict.fromkeys(self._recipients.domains()):
                 if await delivery.index.queue_count(domain) >= limits.QUEUE_PER_DESTINATION_MAX:
                     return self._answer(st.QUEUE_FULL, "queue_full")
             connection = self.connection
             cipher = connection.cipher() if connection.tls else ""
-            peer = Peer(literal(connection.client), self._machine.hello, self._protocol(), cipher)
+            peer = Peer(literal(connection.client), self._machine.hello, self._machine.protocol, cipher)
             transaction = self._transaction = delivery.begin(peer, self._mail.envelope, self._recipients)
         except NotRedundant as error:
             return self._answer(st.NOT_REDUNDANT.because(error))
@@ -300,16 +299,6 @@ class SmtpSession(LineSession):
             date = header.format_second(int(self._world.clock.now()))
             self._submission = Submission(author, date, f"{transaction.key.hex()}@{self._service.hostname}")
         return self._machine.answer(st.START_INPUT)
-
-    def _protocol(self) -> str:
-        """RFC 3848, RFC 6531 §4.3."""
-        if not self._machine.extended:
-            return "SMTP"
-        assert self._mail is not None
-        base = "LMTP" if self._kind is Kind.LMTP else "ESMTP"
-        if self._mail.envelope.smtputf8:
-            base = "UTF8" + base.removeprefix("E")
-        return base + ("S" if self.connection.tls else "") + ("A" if self._account is not None else "")
 
     async def _body(self, event: Body) -> None:
         octets = event.octets
@@ -345,18 +334,32 @@ class SmtpSession(LineSession):
     async def _end(self, event: End) -> None:
         transaction = self._transaction
         assert transaction is not None
-        transaction.plain = event.plain
+        transaction.plain, transaction.added = event.plain, event.added
         refusal = None
         if self._submission is not None:
             refusal = await self._store(self._submission.end()) or await self._forged()
+        refusal = refusal or transaction.refusal()
         assert self._recipients is not None
-        refusal = refusal or transaction.refusal() or await self._recipients.refusal(transaction.replication.octets)
-        if refusal is not None:
-            self._refuse(refusal)
-            self._machine.answer(refusal)
+        refusals = [refusal] if refusal is not None else await self._refusals(transaction.shown_octets)
+        if refusals[0] is not None and all(refusals):
+            self._refuse(refusals[0])
+            self._machine.answer(refusals[0])
             return
+        for name, each in zip(self._recipients.names, refusals, strict=True):
+            if each is not None:
+                self._refuse_recipient(name, each)
+        self._recipients.keep([each is None for each in refusals])
         self._transaction = self._submission = None
-        self._machine.answer(await transaction.finish())
+        outcome = await transaction.finish()
+        self._machine.answer_each([each or outcome for each in refusals])
+
+    async def _refusals(self, octets: int) -> Sequence[Status | None]:
+        """For each recipient why it does not get a message of so many octets: by itself where it has a reply of its own."""
+        recipients = self._recipients
+        assert recipients is not None
+        if self._kind is Kind.LMTP:
+            return await recipients.refusals(octets)
+        return [await recipients.refusal(octets)] * len(recipients)
 
     async def _forged(self) -> Status | None:
         """Who readers will see as the author must be the account (U03)."""
@@ -366,30 +369,6 @@ class SmtpSession(LineSession):
             if refusal is not None:
                 return refusal
         return None
-
-
-def _senders(texts: Sequence[str]) -> list[str]:
-    """The canonical forms of a row's other senders; one that is no address allows nothing."""
-    found = []
-    for text in texts:
-        try:
-            found.append(parse_canonical(text))
-        except AddressError:
-            continue
-    return found
-
-
-class _Pace:
-    """The minimum data rate of a body (S28): after a grace, so many octets a second on average."""
-
-    def __init__(self, now: float) -> None:
-        self._began = now
-        self._octets = 0
-
-    def too_slow(self, now: float, octets: int) -> bool:
-        self._octets += octets
-        over = now - self._began - limits.SMTP_DATA_RATE_GRACE_S
-        return over > 0 and self._octets < over * limits.SMTP_DATA_RATE_OCTETS_PER_S_MIN
 
 
 def refuse(connection: Connection, why: str) -> bytes:

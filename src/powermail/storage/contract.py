@@ -151,10 +151,10 @@ class Chunk(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """A small message as it lies on a node: its commit record's body and its chunks."""
+    """A small message as a node has it: its commit record's body, and the octets of its chunks, uncompressed."""
 
     commit: bytes
-    chunks: list[Chunk]
+    parts: list[bytes]
 
 
 class NodeState(Enum):
@@ -334,7 +334,8 @@ class StorageNode(Protocol):
         """One chunk, checksum verified, also of a message not yet committed. Raises as read_commit."""
 
     async def read_small(self, keys: Sequence[bytes]) -> list[Whole | None]:
-        """Small messages at once, every record's checksum verified, in the order of `keys`.
+        """Small messages at once, every record's checksum verified, in the order of `keys`. What they hold together is bounded
+        by who asks.
 
         None where a message is not small, not here or not good: `read_commit` says which. Raises NodeTrouble.
         """

@@ -102,6 +102,7 @@ class LocalNode:
         self._writing = False
         self._wrote_at = 0.0  # when the last write was handed to the lane
         self._write_s = 0.0
+        self._took = world.counters.timing("node.write", node)
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -171,6 +172,11 @@ class LocalNode:
     async def initialise(self) -> None:
         try:
             await self._writes.run(make_store, self._world.disk, self.path, self._cluster, self.id, self._world.entropy)
+        except PermissionError as error:
+            raise OperatorError(
+                f"node {self.id}: {error.filename or self.path} may not be written: give all of it back to the owner of the "
+                "data directory: `chown -R OWNER` and `chmod -R u+rwX`; nothing was replaced"
+            ) from error
         except OSError as error:
             raise OperatorError(f"node {self.id}: {self.path}: {error}") from error
 
@@ -447,7 +453,9 @@ class LocalNode:
 
     def _written(self, batch: list[_Waiting], octets: int, store: SegmentStore, result: asyncio.Future[list[Outcome]]) -> None:
         self._busy = self._writing = False
-        self._write_s = max(self._write_s, self._monotonic() - self._wrote_at)
+        took_s = self._monotonic() - self._wrote_at
+        self._took.observe(took_s)
+        self._write_s = max(self._write_s, took_s)
         self._waiting_octets -= octets
         self._room.set()
         error = result.exception()

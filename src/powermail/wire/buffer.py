@@ -65,13 +65,6 @@ class InputBuffer:
             raise BareLineEnd(line)
         return line
 
-    def peek_line(self, limit: int) -> bytes | None:
-        """The next line without its CRLF, which stays; None if it is not complete, longer than `limit`, or not a good one."""
-        end = -1 if self._skipping else self._data.find(b"\n", 0, limit)
-        if end < 1 or self._data[end - 1] != 13:
-            return None
-        return bytes(self._data[: end - 1])
-
     def begins(self, octets: bytes) -> bool:
         """True if a line begins here, with these octets."""
         return self._skipped() and self._data.startswith(octets)

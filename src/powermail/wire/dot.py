@@ -56,20 +56,26 @@ class DotReader:
 class LineEnds:
     """The text of BDAT chunks with CRLF line ends, as DATA gives it: a bare LF becomes CRLF, the last line is ended.
 
-    `plain` is as in `DotReader`. With `binary` (BODY=BINARYMIME, RFC 3030 §3) the octets stay as they are.
+    `plain` is as in `DotReader`. With `binary` (BODY=BINARYMIME, RFC 3030 §3) the octets stay as they are, and `added` counts
+    those that readers of text will get beside them.
     """
 
     def __init__(self, binary: bool) -> None:
         self.plain = not binary
+        self.added = 0
         self._binary = binary
         self._last = b"\r\n"  # of what came before, for a line end or a dot that is cut apart
 
     def feed(self, octets: bytes) -> bytes:
         """The octets to store for these."""
-        if self._binary or not octets:
+        if not octets:
             return octets
         before = b"\r" if self._last.endswith(b"\r") else b""
         data = before + octets
+        if self._binary:
+            self.added += data.count(b"\n") - data.count(b"\r\n")
+            self._last = (self._last + octets[-2:])[-2:]
+            return octets
         if has_bare_lf(data):
             data = _BARE_LF.sub(b"\r\n", data)
         data = data[len(before) :]
@@ -80,9 +86,11 @@ class LineEnds:
 
     def end(self) -> bytes:
         """What is missing to the end of the last line."""
-        if self._binary or self._last == b"\r\n":
+        missing = b"" if self._last.endswith(b"\n" if self._binary else b"\r\n") else b"\r\n"
+        if self._binary:
+            self.added += len(missing)
             return b""
-        return b"\r\n"
+        return missing
 
 
 def _open_end(data: bytes) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from typing import Final, NamedTuple
 
@@ -92,6 +93,9 @@ def err(text: str, code: str = "") -> bytes:
     return f"-ERR [{code}] {text}\r\n".encode() if code else f"-ERR {text}\r\n".encode()
 
 
+_EMPTY_LINE = re.compile(rb"\n\r?\n")  # with LF alone in binary messages, which are sent with CRLF
+
+
 class TopReader:
     """Header, empty line and the first lines of the body (RFC 1939 §7), from a message in pieces; each octet is seen once."""
 
@@ -99,7 +103,7 @@ class TopReader:
         self.done = False
         self._lines = lines
         self._in_body = False
-        self._tail = b"\r\n"  # what stands before the piece: an empty header ends with the first line
+        self._tail = b"\n"  # what stands before the piece: an empty header ends with the first line
 
     def feed(self, octets: bytes) -> bytes:
         """What belongs to the answer. After `done`, nothing does."""
@@ -108,12 +112,12 @@ class TopReader:
         begin = 0
         if not self._in_body:
             data = self._tail + octets
-            end = data.find(b"\r\n\r\n")
-            if end < 0:
-                self._tail = data[-3:]
+            end = _EMPTY_LINE.search(data)
+            if end is None:
+                self._tail = data[-2:]
                 return octets
             self._in_body = True
-            begin = end + 4 - len(self._tail)
+            begin = end.end() - len(self._tail)
         count = octets.count(b"\n", begin)
         if count < self._lines:
             self._lines -= count

@@ -205,11 +205,18 @@ def _parameters(rest: str, parsers: Mapping[str, _Parser]) -> dict[str, Any] | S
 def parse_bdat(argument: str) -> tuple[int, bool] | None:
     """Parses `size [LAST]` (RFC 3030 §2). None on a syntax error."""
     words = argument.split()
-    if not 1 <= len(words) <= 2 or not words[0].isascii() or not words[0].isdigit() or len(words[0]) > 18:
+    octets = claimed_octets(argument)
+    if octets is None or [word.upper() for word in words[1:]] not in ([], ["LAST"]):
         return None
-    if len(words) == 2 and words[1].upper() != "LAST":
+    return octets, len(words) == 2
+
+
+def claimed_octets(argument: str) -> int | None:
+    """How many octets come behind a BDAT, whatever else it says; None if it says no number, or one beyond all sizes."""
+    number = argument.split(maxsplit=1)[0] if argument.strip() else ""
+    if not number.isascii() or not number.isdigit() or len(number.lstrip("0")) > 18:
         return None
-    return int(words[0]), len(words) == 2
+    return int(number)
 
 
 def format_reply(status: Status) -> bytes:

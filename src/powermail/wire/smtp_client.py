@@ -98,6 +98,7 @@ def _assemble(lines: list[bytes]) -> Reply:
 class Verb(Enum):
     """What a reply can answer. GREETING is not asked for, END is the dot behind a message, RESPONSE a line of SASL."""
 
+    __hash__ = object.__hash__  # each is one object; Enum's own hashes the name, in Python
     GREETING = "the connection"
     EHLO = "EHLO"
     HELO = "HELO"
@@ -130,7 +131,8 @@ class Rule(NamedTuple):
     """One line of the table. A reply whose code or class is in neither `good` nor 4yz, 5yz is out of step."""
 
     before: tuple[State, ...]  # in which it may be sent
-    alone: bool  # it waits for the replies of all before it, and nothing is sent behind it (RFC 2920 §3.1)
+    first: bool  # it waits for the replies to all before it (RFC 2920 §3.1)
+    last: bool  # nothing is sent behind it before its reply
     sent: State | None  # where sending it leads; None: nowhere
     good: tuple[int, ...]  # codes (or classes: 2) that it asks for
     after: State | None  # where such a reply leads
@@ -139,19 +141,19 @@ class Rule(NamedTuple):
 
 _G, _R, _O = State.GREETED, State.READY, State.OPEN
 RULES: dict[Verb, Rule] = {
-    #                before                     alone  sent        good       after            refused
-    Verb.GREETING: Rule((State.CONNECTED,), True, None, (2,), _G, State.OVER),
-    Verb.EHLO: Rule((_G,), True, None, (2,), _R, None),
-    Verb.HELO: Rule((_G,), True, None, (2,), _R, State.OVER),
-    Verb.STARTTLS: Rule((_R,), True, None, (220,), State.SECURING, None),
-    Verb.AUTH: Rule((_R,), True, None, (235, 334), _R, None),
-    Verb.RESPONSE: Rule((State.LOGIN,), True, None, (235, 334), _R, _R),
-    Verb.MAIL: Rule((_R,), False, _O, (2,), None, None),
-    Verb.RCPT: Rule((_O,), False, None, (2,), None, None),
-    Verb.DATA: Rule((_O,), True, None, (354,), State.BODY, None),
-    Verb.END: Rule((State.BODY,), True, None, (2,), _R, _R),
-    Verb.RSET: Rule((_R, _O), True, None, (2,), _R, State.OVER),
-    Verb.QUIT: Rule((_G, _R, _O), True, State.LEAVING, (2,), None, None),
+    #                before                     first  last   sent        good       after            refused
+    Verb.GREETING: Rule((State.CONNECTED,), True, True, None, (2,), _G, State.OVER),
+    Verb.EHLO: Rule((_G,), True, True, None, (2,), _R, None),
+    Verb.HELO: Rule((_G,), True, True, None, (2,), _R, State.OVER),
+    Verb.STARTTLS: Rule((_R,), True, True, None, (220,), State.SECURING, None),
+    Verb.AUTH: Rule((_R,), True, True, None, (235, 334), _R, None),
+    Verb.RESPONSE: Rule((State.LOGIN,), True, True, None, (235, 334), _R, _R),
+    Verb.MAIL: Rule((_R,), False, False, _O, (2,), None, None),
+    Verb.RCPT: Rule((_O,), False, False, None, (2,), None, None),
+    Verb.DATA: Rule((_O,), False, True, None, (354,), State.BODY, None),
+    Verb.END: Rule((State.BODY,), True, False, _R, (2,), None, None),
+    Verb.RSET: Rule((_R, _O), True, True, None, (2,), _R, State.OVER),
+    Verb.QUIT: Rule((_G, _R, _O), True, True, State.LEAVING, (2,), None, None),
 }
 
 
@@ -210,7 +212,7 @@ class SmtpClient:
         line = argument if verb is Verb.RESPONSE else f"{verb.value} {argument}" if argument else verb.value
         if self.state not in rule.before or verb in (Verb.GREETING, Verb.END):
             raise ClientError(f"{verb.name} is not for a session that is {self.state.value}")
-        if self._asked and (rule.alone or RULES[self._asked[-1]].alone):
+        if self._asked and (rule.first or RULES[self._asked[-1]].last):
             raise ClientError(f"{verb.name} must wait for the reply to {self._asked[-1].name}")
         if "\r" in line or "\n" in line or "\0" in line:
             raise ClientError(f"{verb.name} is to be one line")  # F01: no address becomes a second command
@@ -220,12 +222,15 @@ class SmtpClient:
         return f"{line}\r\n".encode()
 
     def ended_body(self) -> None:
-        """All of the message was sent, with its dot: the next reply is its outcome."""
+        """All of the message goes with its dot: the next reply is its outcome, and another transaction may begin behind it
+        (RFC 2920 §3.1).
+        """
         if self.end is not None:
             return
         if self.state is not State.BODY or self._asked:
             raise ClientError(f"there is no message to end in a session that is {self.state.value}")
         self._asked.append(Verb.END)
+        self.state = RULES[Verb.END].sent or self.state
 
     # -- what comes -----------------------------------------------------------------------------------------------
 

@@ -35,9 +35,10 @@ class Body(Struct, frozen=True):
 
 
 class End(Struct, frozen=True):
-    """It is complete. `plain`: every line ends in CRLF and none begins with a dot."""
+    """It is complete. `plain`: every line ends in CRLF and none begins with a dot. `added`: octets that it has more as text."""
 
     plain: bool
+    added: int = 0
 
 
 class Aborted(Struct, frozen=True):

@@ -10,7 +10,7 @@ the session's, which is asked by an event:
     Login                                challenge (a Response follows), and in the end answer
     Begin                                answer: START_INPUT, or why this message is not taken
     Body                                 refuse, if the rest is to be thrown away
-    End                                  answer, which counts for each recipient in LMTP (RFC 2033 §4.2)
+    End                                  answer, or answer_each: in LMTP each recipient has a reply (RFC 2033 §4.2)
     Aborted                              nothing: a message was given up
     Close                                nothing: send what is there and close
 
@@ -20,6 +20,7 @@ them; a refused BDAT chunk is thrown away octet by octet and never read as comma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from typing import Final
 
@@ -102,6 +103,16 @@ class SmtpServer:
         """True while octets of a message, or of a refused chunk, are awaited."""
         return self.state is State.BODY or self._skip > 0
 
+    @property
+    def protocol(self) -> str:
+        """How the message that is being taken comes (RFC 3848; RFC 6531 §4.3)."""
+        if not self.extended:
+            return "SMTP"
+        base = "LMTP" if self._kind is Kind.LMTP else "ESMTP"
+        if self._mail is not None and self._mail.envelope.smtputf8:
+            base = "UTF8" + base.removeprefix("E")
+        return base + ("S" if self.tls else "") + ("A" if self.logged_in else "")
+
     # -- what the session says ------------------------------------------------------------------------------------
 
     def greet(self, text: str) -> None:
@@ -116,7 +127,7 @@ class SmtpServer:
     def answer(self, status: Status) -> None:
         """The answer to the last event."""
         if self.state is _IN_BODY:
-            self._answer_message(status)
+            self.answer_each([status] * self.accepted)
             return
         rule, self._asked = self._asked, None
         assert rule is not None, "nothing was asked"
@@ -362,17 +373,16 @@ class SmtpServer:
 
     def _bdat(self, argument: str, refusal: Status | None) -> Event | None:
         parsed = smtp.parse_bdat(argument)
+        aborted = None
         if refusal is None and parsed is None:
-            aborted = self._reset()
-            self._error(st.SYNTAX)
-            return aborted
+            aborted, refusal = self._reset(), st.SYNTAX
         if refusal is None and self.state is State.MAIL:
             refusal = st.NO_VALID_RECIPIENTS
         if refusal is not None:
             self._error(refusal)
-            if parsed is not None and self.state is not State.CLOSED:
-                self._skip = parsed[0]  # exactly its octets (S33)
-            return None
+            if self.state is not State.CLOSED:
+                self._skip = smtp.claimed_octets(argument) or 0  # exactly its octets (S33)
+            return aborted
         assert parsed is not None
         self._left, self._last = parsed
         if self._ends is not None:
@@ -421,17 +431,18 @@ class SmtpServer:
 
     def _message_ends(self) -> End | None:
         if self._refusal is not None:
-            self._answer_message(self._refusal)
+            self.answer_each([self._refusal] * self.accepted)
             return None
-        reader = self._dots or self._ends
-        assert reader is not None
-        return End(reader.plain)
+        if self._dots is not None:
+            return End(self._dots.plain)
+        assert self._ends is not None
+        return End(self._ends.plain, self._ends.added)
 
-    def _answer_message(self, status: Status) -> None:
-        """The reply to the end of data: one, or for LMTP one for each recipient (RFC 2033 §4.2)."""
-        assert self._complete
-        self._out += [smtp.format_reply(status)] * (self.accepted if self._kind is Kind.LMTP else 1)
-        if status.code < 400:
+    def answer_each(self, statuses: Sequence[Status]) -> None:
+        """The replies to the end of a message, in order of its recipients: all of them for LMTP, the first for others."""
+        assert self._complete and len(statuses) == self.accepted
+        self._out += [smtp.format_reply(status) for status in (statuses if self._kind is Kind.LMTP else statuses[:1])]
+        if any(status.code < 400 for status in statuses):
             self._budget = limits.SMTP_ERRORS_MAX  # good mail makes up for errors
         self._dots, self._complete = None, False
         self._reset()

@@ -328,7 +328,7 @@ class Transactions:
         """A row for a new key, with references for all its targets, believed to lie on `nodes`; dead if no target is left."""
         s = self.state
         targets = [target for target in commit.targets if target.destination or target.account not in s.purged]  # law 13
-        s.keys[key] = KeyRow(Fate.LIVE, s.round, len(targets), commit.octets, bytes.fromhex(commit.sha256))
+        s.keys[key] = KeyRow(Fate.LIVE, s.round, len(targets), commit.shown_octets, bytes.fromhex(commit.sha256))
         for node in nodes:
             s.copies[key, node] = None
         for target in targets:
@@ -336,7 +336,7 @@ class Transactions:
                 self._queue_row(key, commit, target)
             else:
                 mailbox = self.make(target.account, target.mailbox)
-                self.arrive(mailbox, [(key, target.flags, commit.octets, commit.received_at)], together=False)
+                self.arrive(mailbox, [(key, target.flags, commit.shown_octets, commit.received_at)], together=False)
         if not targets:
             self._die(key)
         return s.keys[key].fate

@@ -56,6 +56,21 @@ class Shared(NamedTuple):
     left_out: dict[int, tuple[str, int]]  # slots that no mark tells of any more, and that are not pruned yet
 
 
+# What a disk is to blame for, and no database: it may be as good as new when there is room, or the disk is back.
+_OF_THE_DISK = frozenset(
+    {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_CANTOPEN}
+)
+
+
+def _cure(error: sqlite3.Error) -> str:
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    if code in _OF_THE_DISK:
+        return "is its disk full, failing or read-only? Nothing was changed"
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return "another program has it locked"
+    return "`powermail rebuild` sets it aside and makes it anew"
+
+
 def connect(path: str, write: bool, create: bool = False) -> sqlite3.Connection:
     """Opens the file as this program needs it; one that is missing is made only if asked for. Raises sqlite3.Error."""
     connection = sqlite3.connect(
@@ -170,9 +185,7 @@ class Core:
                 raise OperatorError(
                     f"the index {self._path} is missing or cannot be opened; if it is lost, `powermail rebuild` makes it anew"
                 ) from error
-            raise OperatorError(
-                f"the index {self._path} cannot be used: {error}; `powermail rebuild` sets it aside and makes it anew"
-            ) from error
+            raise OperatorError(f"the index {self._path} cannot be used: {error}; {_cure(error)}") from error
 
     async def copy_to(self, path: str) -> None:
         """Copies the file as it is at one moment, on a lane of its own, and checks the copy. Raises IndexTrouble."""

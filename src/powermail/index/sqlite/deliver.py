@@ -54,7 +54,6 @@ class DeliverPart(References):
         self._expected = 0  # deliveries on their way, those that wait here included
         self._timer: asyncio.TimerHandle | None = None
         self._idle: asyncio.Event = asyncio.Event()
-        self.batches = 0
 
     async def close(self) -> None:
         """Finishes what waits and closes."""
@@ -96,7 +95,6 @@ class DeliverPart(References):
         batch = self._waiting[: limits.INDEX_BATCH_MAX]
         del self._waiting[: limits.INDEX_BATCH_MAX]
         self._busy = True
-        self.batches += 1
         self._begin_change(clear=False)
         done = self._write_lane.run(self._in_deliver, [delivery for delivery, _ in batch])
         done.add_done_callback(lambda result: self._delivered(batch, result))
@@ -130,7 +128,7 @@ class DeliverPart(References):
         """Usage stays exact, because only this process writes; targets of purged accounts are counted by nobody."""
         for target in commit.targets:
             if target.account in self._used:
-                self._used[target.account] += commit.octets
+                self._used[target.account] += commit.shown_octets
 
     # -- entering ------------------------------------------------------------------------------------------------------
 
@@ -236,7 +234,7 @@ class DeliverPart(References):
         """Adds the rows of a new key, live with a reference for each target; False if no target is left, and it is dead at
         once (law 13): the caller then has nothing more to do.
         """
-        at, octets, sha256 = commit.received_at, commit.octets, bytes.fromhex(commit.sha256)
+        at, octets, sha256 = commit.received_at, commit.shown_octets, bytes.fromhex(commit.sha256)
         copies, boxes = arrivals.copies, self._boxes
         first, refs, skipped = len(copies), len(commit.targets), 0
         for target in commit.targets:

@@ -12,9 +12,10 @@ from powermail.index.contract import Attempt, QueueRow
 from powermail.index.sqlite import queue_form
 from powermail.index.sqlite.connection import Untouched
 from powermail.index.sqlite.references import References
-from powermail.index.sqlite.rows import in_list, parts
+from powermail.index.sqlite.rows import change_in, in_list, parts
 
-_DUE = "held = 0 AND due_at <= ? AND lease_until <= ? AND domain NOT IN (SELECT domain FROM held_domains)"
+_FREE = "held = 0 AND domain NOT IN (SELECT domain FROM held_domains)"
+_DUE = f"due_at <= ? AND lease_until <= ? AND {_FREE}"
 
 
 class QueuePart(References):
@@ -38,9 +39,8 @@ class QueuePart(References):
         ).fetchall()
         if not found:
             return Untouched([])
-        db.executemany(
-            "UPDATE queue SET lease_owner = ?, lease_until = ? WHERE id = ?", [(owner, now + lease_s, row[0]) for row in found]
-        )
+        head = "UPDATE queue SET lease_owner = ?, lease_until = ? WHERE id IN"
+        change_in(db, head, [row[0] for row in found], (owner, now + lease_s))
         return [queue_form.read(values) for values in found]
 
     async def finish(self, rows: list[QueueRow]) -> None:
@@ -138,6 +138,13 @@ class QueuePart(References):
         else:
             row = self._reader.execute("SELECT count(*) FROM queue").fetchone()
         return int(row[0])
+
+    async def queue_oldest(self) -> float | None:
+        return await self._ask(self._queue_oldest)
+
+    def _queue_oldest(self) -> float | None:
+        row = self._reader.execute(f"SELECT created_at FROM queue WHERE {_FREE} ORDER BY id LIMIT 1").fetchone()
+        return None if row is None else float(row[0])
 
     async def queue_rows(self, after: int, limit: int) -> list[QueueRow]:
         return await self._ask(self._queue_rows, after, limit)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from powermail.index.contract import Fate, Release
 from powermail.index.sqlite.numbers import Numbering
-from powermail.index.sqlite.rows import insert_many, parts, select_in
+from powermail.index.sqlite.rows import change_in, insert_many, parts, select_in
 from powermail.index.sqlite.schema import ENTRIES_BY_KEY, NO_NODES
 from powermail.index.view import Op
 from powermail.storage.contract import Position
@@ -51,20 +51,22 @@ class References(Numbering):
         pairs = [(node, key) for key, placement in rows for node in self._placements.nodes(placement)]
         pairs += select_in(db, "SELECT node, key FROM suspects WHERE key IN", keys)
         self._in_order(pairs)
-        db.executemany(
+        change_in(
+            db,
             f"UPDATE messages SET refs = 0, fate = 2, placement = {NO_NODES},"
-            " round = (SELECT value FROM counters WHERE name = 'round') WHERE key = ?",
-            [(key,) for key in keys],
+            " round = (SELECT value FROM counters WHERE name = 'round') WHERE key IN",
+            keys,
         )
-        db.executemany("DELETE FROM suspects WHERE key = ?", [(key,) for key in keys])
+        change_in(db, "DELETE FROM suspects WHERE key IN", keys)
 
     def _in_order(self, pairs: Sequence[tuple[str, bytes]]) -> None:
         """Tombstones that members are to write; whoever orders raises the key's round (law 8)."""
         wanted = [(node, key) for node, key in pairs if node in self._members]
         insert_many(self._db, "INSERT INTO orders", 2, wanted, " ON CONFLICT DO NOTHING")
-        self._db.executemany(
-            "UPDATE messages SET round = (SELECT value FROM counters WHERE name = 'round') WHERE key = ?",
-            [(key,) for key in dict.fromkeys(key for _, key in wanted)],
+        change_in(
+            self._db,
+            "UPDATE messages SET round = (SELECT value FROM counters WHERE name = 'round') WHERE key IN",
+            list(dict.fromkeys(key for _, key in wanted)),
         )
 
     def _in_drop(self, node: str, copies: Sequence[tuple[bytes, Position]]) -> None:

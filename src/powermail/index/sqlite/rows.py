@@ -39,14 +39,14 @@ def select_in(db: sqlite3.Connection, head: str, keys: Sequence[Any], tail: str 
     return found
 
 
-def counter(db: sqlite3.Connection, name: str) -> int:
-    """A number of the whole index."""
-    row = db.execute("SELECT value FROM counters WHERE name = ?", (name,)).fetchone()
-    return int(row[0])
+def change_in(db: sqlite3.Connection, head: str, keys: Sequence[Any], before: Sequence[Any] = ()) -> None:
+    """Runs a statement that ends in an IN list, whatever its length: few statements, as in `insert_many`."""
+    for part in parts(keys):
+        db.execute(f"{head} ({in_list(part)})", [*before, *part])
 
 
 def set_counter(db: sqlite3.Connection, name: str, value: int) -> None:
-    """Sets it."""
+    """Sets a number of the whole index."""
     db.execute("UPDATE counters SET value = ? WHERE name = ?", (value, name))
 
 

@@ -19,7 +19,6 @@ RECENT_MAX: Final = 200_000  # records remembered for those who follow the log
 
 THE_MARK: Final = Name(rec.MARK, rec.NO_KEY)
 THE_BOOT: Final = Name(rec.BOOT, rec.NO_KEY)
-THE_BIRTH: Final = Name(rec.BIRTH, rec.NO_KEY)
 
 Shown = tuple[int, bytes, Origin | None]  # offset, key, origin; None: a tombstone
 

@@ -5,15 +5,20 @@ Belongs to the reading lane. What is read was found in the key index, so it is d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Final
 
 from powermail.base import limits
 from powermail.base.errors import CopyDamaged, CopyMissing
 from powermail.storage.contract import START, Chunk, Held, Item, Origin, Position, Whole
+from powermail.storage.frames import Inflater
 from powermail.storage.log import record as rec
 from powermail.storage.log.keys import DEAD, LIVE, NOWHERE, OPEN, Entry, Place
 from powermail.storage.log.ledger import Ledger
 from powermail.storage.log.segments import Segments
+
+_Row = tuple[tuple[Place, ...], int]  # the records of a small message, its place in the answer
+_GAP_OCTETS: Final = 16 * limits.KIB  # reading so much for nothing costs less than another read
 
 
 class Reader:
@@ -23,6 +28,7 @@ class Reader:
         self._ledger = ledger
         self._segments = segments
         self._node = node
+        self._inflater = Inflater()
 
     # -- one copy ---------------------------------------------------------------------------------------------------
 
@@ -69,32 +75,41 @@ class Reader:
         return rec.chunk_of(self._read(entry.chunks[number], key, rec.CHUNK, number))
 
     def read_small(self, keys: Sequence[bytes]) -> list[Whole | None]:
-        """Small messages whose records lie one behind the other, each with one read; see the contract."""
+        """Small messages whose records lie one behind the other, neighbours with one read; see the contract."""
         entries = self._ledger.keys.find_many(keys)
-        return [self._read_whole(key, entries.get(key)) for key in keys]
+        rows = [(places, at) for at, key in enumerate(keys) if (places := _together(entries.get(key)))]
+        rows.sort()
+        found: list[Whole | None] = [None] * len(keys)
+        for stretch in _stretches(rows):
+            self._read_stretch(stretch, keys, found)
+        return found
 
-    def _read_whole(self, key: bytes, entry: Entry | None) -> Whole | None:
-        if entry is None or entry.state != LIVE:
-            return None
-        places = (*entry.chunks, entry.mark)
-        segment, start, _ = places[0]
-        end = start
-        for place in places:
-            if place.segment != segment or place.offset != end:
-                return None
-            end += place.room
-        if end - start > limits.READ_SMALL_OCTETS_MAX:
-            return None
+    def _read_stretch(self, stretch: Sequence[_Row], keys: Sequence[bytes], found: list[Whole | None]) -> None:
+        """Reads messages that lie close together into `found`; None stays there for one that is not good."""
         try:
-            records = self._segments.read_span(segment, start, [place.room for place in places])
-        except (CopyDamaged, OSError):
-            return None
-        for number, record in enumerate(records):
-            kind, count = (rec.CHUNK, number) if number < len(entry.chunks) else (rec.COMMIT, len(entry.chunks))
-            if record.key != key or record.type != kind or record.number != count:
-                return None
-        commit = rec.body_of(records[-1], self._segments.version(segment))
-        return Whole(commit, [rec.chunk_of(record) for record in records[:-1]])
+            rows = self._segments.read_rows([places for places, _ in stretch])
+        except OSError:
+            if len(stretch) > 1:  # a bad place of the disk costs no neighbour
+                for row in stretch:
+                    self._read_stretch([row], keys, found)
+            return
+        version = self._segments.version(stretch[0][0][0].segment)
+        frames, packed = [], []
+        for (_, at), records in zip(stretch, rows, strict=True):
+            if records is None or not _are(records, keys[at]):
+                continue
+            *chunks, commit = records
+            for number, chunk in enumerate(chunks):
+                if chunk.flags & rec.FLAG_COMPRESSED:
+                    frames.append(chunk.body)
+                    packed.append((at, number))
+            found[at] = Whole(rec.body_of(commit, version), [chunk.body for chunk in chunks])
+        for (at, number), octets in zip(packed, self._inflater.many(frames), strict=True):
+            whole = found[at]
+            if octets is None:
+                found[at] = None
+            elif whole is not None:
+                whole.parts[number] = octets
 
     def verify(self, key: bytes) -> Position:
         """Checks every record of a copy; where it was first written. Raises CopyMissing, CopyDamaged."""
@@ -147,3 +162,43 @@ class Reader:
                 body = rec.body_of(record, self._segments.version(entry.mark.segment))
                 found.append((record.key, record.number, body))
         return found
+
+
+def _together(entry: Entry | None) -> tuple[Place, ...]:
+    """The places of a small live message, the commit's last, if they lie one behind the other; else ()."""
+    if entry is None or entry.state != LIVE:
+        return ()
+    places = (*entry.chunks, entry.mark)
+    segment, start, _ = places[0]
+    end = start
+    for place in places:
+        if place[0] != segment or place[1] != end:
+            return ()
+        end += place[2]
+    return places if end - start <= limits.READ_SMALL_OCTETS_MAX else ()
+
+
+def _stretches(rows: Sequence[_Row]) -> Iterator[Sequence[_Row]]:
+    """Rows in the order of the log, by what is read at once."""
+    first, end = 0, START
+    begin = 0
+    for number, (places, _) in enumerate(rows):
+        segment, start, _ = places[0]
+        after = places[-1].offset + places[-1].room
+        near = segment == end.segment and start - end.offset <= _GAP_OCTETS and after - begin <= limits.READ_STRETCH_OCTETS_MAX
+        if not near:
+            if number:
+                yield rows[first:number]
+            first, begin = number, start
+        end = Position(segment, after)
+    if rows:
+        yield rows[first:]
+
+
+def _are(records: Sequence[rec.Record], key: bytes) -> bool:
+    """True if these are the chunks and the commit of a message."""
+    last = len(records) - 1
+    return all(
+        record.key == key and record.number == number and record.type == (rec.CHUNK if number < last else rec.COMMIT)
+        for number, record in enumerate(records)
+    )

@@ -239,22 +239,21 @@ class Codec:
         )
         return b"".join(parts), room
 
-    def unpack(self, octets: bytes | memoryview, start: int, segment: int, offset: int) -> Record:
+    def unpack(self, octets: bytes, start: int, segment: int, offset: int) -> Record:
         """Reads the record that begins at `octets[start]`, which is `offset` in `segment`. Raises BadRecord."""
-        view = memoryview(octets)
-        if len(view) - start < HEADER_OCTETS:
+        first = start + HEADER_OCTETS
+        if len(octets) < first:
             raise BadRecord("too short")
-        head = bytes(view[start : start + _HEAD.size])
-        magic, kind, flags, zero, length, number, key = _HEAD.unpack(head)
+        magic, kind, flags, zero, length, number, key = _HEAD.unpack_from(octets, start)
         if magic != MAGIC or zero or kind not in TYPES:
             raise BadRecord("not a record")
-        first = start + HEADER_OCTETS
-        if len(view) - first < length:
+        if len(octets) - first < length:
             raise BadRecord("body is cut")
-        body = view[first : first + length]
-        if self._checksum(segment, offset, head, body) != view[start + _HEAD.size : first]:
+        checksum = start + _HEAD.size
+        body = octets[first : first + length]
+        if self._checksum(segment, offset, octets[start:checksum], body) != octets[checksum:first]:
             raise BadRecord("checksum")
-        return Record(kind, flags, number, key, bytes(body))
+        return Record(kind, flags, number, key, body)
 
     def walk(self, octets: bytes, segment: int, base: int) -> Iterator[tuple[int, Record | None, int]]:
         """Walks octets that stand at `base` of a segment.

@@ -179,20 +179,27 @@ class Segments:
 
     def read(self, place: Place) -> rec.Record:
         """One record, checked. Raises CopyDamaged or OSError."""
-        return self.read_span(place.segment, place.offset, (place.room,))[0]
+        number, offset, room = place
+        try:
+            return self._codec.unpack(self._pread(number, offset, room), 0, number, offset)
+        except rec.BadRecord as error:
+            raise CopyDamaged(f"segment {number} offset {offset}: {error}") from error
 
-    def read_span(self, number: int, start: int, rooms: Sequence[int]) -> list[rec.Record]:
-        """Records that lie one behind the other, checked, with one read. Raises CopyDamaged or OSError."""
-        octets = self._pread(number, start, sum(rooms))
-        records = []
-        position = 0
-        for room in rooms:
+    def read_rows(self, rows: Sequence[Sequence[Place]]) -> list[list[rec.Record] | None]:
+        """Records that lie close together in one segment, in their order, checked, with one read; None for a row of which one
+        is bad. Raises OSError.
+        """
+        number, start, _ = rows[0][0]
+        _, last, room = rows[-1][-1]
+        octets = self._pread(number, start, last + room - start)
+        unpack = self._codec.unpack
+        found: list[list[rec.Record] | None] = []
+        for places in rows:
             try:
-                records.append(self._codec.unpack(octets, position, number, start + position))
-            except rec.BadRecord as error:
-                raise CopyDamaged(f"segment {number} offset {start + position}: {error}") from error
-            position += room
-        return records
+                found.append([unpack(octets, offset - start, number, offset) for _, offset, _ in places])
+            except rec.BadRecord:
+                found.append(None)
+        return found
 
     def walk(self, number: int, base: int, end: int, full: bool) -> Iterator[Found]:
         """Walks a segment from `base` (a multiple of 8) to `end`, in bounded memory, around what cannot be read.

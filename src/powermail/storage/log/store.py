@@ -220,10 +220,6 @@ class SegmentStore:
         """Nothing more is written."""
         self._ledger.failed = self._ledger.failed or reason
 
-    def end(self) -> Position:
-        """The durable end of the log."""
-        return self._ledger.durable
-
     def facts(self) -> NodeFacts:
         """What it knows of itself since it was opened."""
         ledger, found = self._ledger, self.recovery
