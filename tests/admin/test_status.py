@@ -35,6 +35,16 @@ async def test_mail_that_waits_without_a_route_is_said_from_the_first_minute(run
     assert said == "1 messages wait to leave and there is no route: set outbound.smarthost, or they bounce in the end"
 
 
+async def test_the_queue_hides_no_row_when_the_clock_went_back(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    await forwarded(running)
+    clock = running.powermail.world.clock
+    before = clock.now()
+    monkeypatch.setattr(type(clock), "now", lambda _: before - 3600.0)
+    assert len(await running.operation("queue_list")) == 1
+    assert await running.operation("queue_list", older_s=60) == [], "nobody can say that it waits for a minute"
+    assert (await running.operation("queue_hold", domain="example.net"))["rows"] == 1
+
+
 @pytest.mark.parametrize("running", [("outbound.smarthost=127.0.0.1:1",)], indirect=True)
 async def test_mail_that_waits_with_a_route_is_no_trouble_by_itself(running: Running) -> None:
     await forwarded(running)

@@ -46,6 +46,16 @@ async def test_what_is_due_is_leased_once_and_the_oldest_first(index: Index) -> 
     assert len(await index.lease_due("other", LATER + 60, 60.0, 9)) == 3
 
 
+async def test_a_clock_that_ran_ahead_keeps_no_mail_back(index: Index) -> None:
+    """What it dated: when a row is due, and until when somebody has it."""
+    year = NOW + 365 * 86400.0
+    await queued(index)
+    assert len(await index.lease_due("dead", year, 60.0, 9)) == 3
+    await index.defer((await index.queue_rows(0, 9))[:2], [year + 60.0, NOW + limits.QUEUE_RETRY_MAX_S], TRIED)
+    assert [row.id for row in await index.lease_due("me", NOW + 9.0, 60.0, 9)] == [3, 1], "what is due first, and none twice"
+    assert await index.lease_due("me", NOW + 9.0, 60.0, 9) == []
+
+
 async def test_the_oldest_is_what_came_first_of_what_is_not_held(index: Index) -> None:
     assert await index.queue_oldest() is None
     await queued(index)

@@ -70,7 +70,7 @@ def _wanted(row: QueueRow, request: QueuePage, now: float) -> bool:
         return one_form(wanted) == one if "@" in wanted else canonical_domain(wanted) == one.rpartition("@")[2]
 
     sender = row.envelope.reverse_path
-    old = now - row.created_at >= request.older_s
+    old = not request.older_s or now - row.created_at >= request.older_s  # a clock that ran ahead may have dated it
     to = not request.to or fits(row.destination, request.to)
     return to and (not request.sender or fits(sender or "<>", request.sender)) and old
 

@@ -144,6 +144,7 @@ CHANGE_UIDS_MAX: Final = 1 << 24  # UIDs in one change, so that damaged ones are
 QUEUE_LIFETIME_S: Final = 5 * 86_400.0  # RFC 5321 §4.5.4.1: 4-5 days
 QUEUE_RETRY_FIRST_S: Final = 60.0
 QUEUE_RETRY_MAX_S: Final = 4 * 3600.0
+QUEUE_AHEAD_MAX_S: Final = 2 * QUEUE_RETRY_MAX_S  # a row that is due later than that was dated by a clock that ran ahead
 QUEUE_LEASE_S: Final = 300.0
 QUEUE_CONCURRENCY_DEFAULT: Final = 20
 QUEUE_PER_DESTINATION_MAX: Final = 10_000  # rows waiting for one destination address's domain

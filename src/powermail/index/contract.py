@@ -454,7 +454,8 @@ class Queue(Protocol):
 
     async def lease_due(self, owner: str, now: float, lease_s: float, limit: int, but: Sequence[str] = ()) -> list[QueueRow]:
         """Takes due queue rows for `owner`, none of domains that are held or in `but`; rows of one message come together,
-        oldest first.
+        oldest first. A row that is due more than `QUEUE_AHEAD_MAX_S` from now is due, and a lease that ends later than twice
+        its time is over: the clock ran ahead when they were dated.
         """
 
     async def renew_leases(self, owner: str, until: float) -> None:

@@ -17,6 +17,7 @@ from powermail.sim.disk import ROOM, SimDisk
 from powermail.sim.world import DATA, Machine
 
 _STREAMS = 3
+JUMP_S = 300.0  # how far a clock jumps at most
 _HEAL_S = 240.0
 _LOOKED_S = 15.0  # after that the process has seen what lies in a node's place
 _LONG_S = 45.0  # how long an old copy of a disk is kept at most: deletions since were forgotten, and their tombstones went
@@ -432,4 +433,4 @@ class Faults:
         self._machine.net.stalled_until[self._chance.choice(["server", "fleet", "peer"])] = until
 
     async def _clock_jump(self) -> None:
-        self._machine.clock.skew_s += self._chance.uniform(-300.0, 300.0)
+        self._machine.clock.skew_s += self._chance.uniform(-JUMP_S, JUMP_S)

@@ -368,6 +368,7 @@ class Simulation:
         watching = asyncio.gather(self.observer.run(), self._watch())
         loop = asyncio.get_running_loop()
         faults = Faults(self, self._chance, self._only)
+        outcome.faults = faults.happened
         try:
             await asyncio.wait_for(faults.run(loop.time() + self._seconds), self._seconds + _FAULTS_S)
         except TimeoutError:
@@ -389,7 +390,6 @@ class Simulation:
             self._count(self._powermail)
             await self._powermail.stop(5.0)
         outcome.problems += history.problems + [f"a bug: {line}" for line in self.machine.bugs[:5]]
-        outcome.faults = faults.happened
         outcome.sent, outcome.acked = len(history.messages), sum(message.acked for message in history.messages)
         outcome.refused, outcome.listings, outcome.retrieved = history.refused, history.listings, history.retrieved
         outcome.forwarded, outcome.looks = len(ThisPeer.taken), self.observer.looks

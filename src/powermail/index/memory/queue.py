@@ -21,7 +21,9 @@ class QueuePart(Transactions):
             due = [
                 row
                 for number, row in s.queue.items()
-                if not row.held and row.due_at <= now and s.leases[number].until <= now
+                if not row.held
+                and (row.due_at <= now or row.due_at > now + limits.QUEUE_AHEAD_MAX_S)
+                and (s.leases[number].until <= now or s.leases[number].until > now + 2 * lease_s)
                 if row.domain not in s.held_domains and row.domain not in but
             ]
             due = sorted(due, key=lambda row: (row.due_at, row.id))[:limit]

@@ -6,6 +6,7 @@ Finishing a row is an expunge: the last reference may go with it (law 8).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from powermail.base import limits
 from powermail.index.contract import Attempt, QueueRow
@@ -15,28 +16,32 @@ from powermail.index.sqlite.references import References
 from powermail.index.sqlite.rows import change_in, in_list, parts
 
 _FREE = "held = 0 AND domain NOT IN (SELECT domain FROM held_domains)"
-_DUE = f"due_at <= ? AND lease_until <= ? AND {_FREE}"
+_DUE, _AHEAD = (f"due_at {is_due} ? AND (lease_until <= ? OR lease_until > ?) AND {_FREE}" for is_due in ("<=", ">"))
 
 
 class QueuePart(References):
     """`index.contract.Queue` on SQLite."""
 
     async def lease_due(self, owner: str, now: float, lease_s: float, limit: int, but: Sequence[str] = ()) -> list[QueueRow]:
-        if not await self._ask(self._is_due, now):
+        if not await self._ask(self._is_due, now, lease_s):
             return []  # a look costs no transaction
         return await self._write(self._in_lease_due, owner, now, lease_s, limit, but)
 
-    def _is_due(self, now: float) -> bool:
-        return self._reader.execute(f"SELECT 1 FROM queue WHERE {_DUE} LIMIT 1", (now, now)).fetchone() is not None
+    def _is_due(self, now: float, lease_s: float) -> bool:
+        return any(
+            self._reader.execute(f"SELECT 1 FROM queue WHERE {where} LIMIT 1", (at, now, now + 2 * lease_s)).fetchone()
+            for where, at in ((_DUE, now), (_AHEAD, now + limits.QUEUE_AHEAD_MAX_S))
+        )
 
     def _in_lease_due(
         self, owner: str, now: float, lease_s: float, limit: int, but: Sequence[str]
     ) -> list[QueueRow] | Untouched[list[QueueRow]]:
         db = self._db
         others = f" AND domain NOT IN ({in_list(but)})" if but else ""
-        found = db.execute(
-            f"{queue_form.SELECT} WHERE {_DUE}{others} ORDER BY due_at, id LIMIT ?", (now, now, *but, limit)
-        ).fetchall()
+        found: list[tuple[Any, ...]] = []
+        for where, at in ((_DUE, now), (_AHEAD, now + limits.QUEUE_AHEAD_MAX_S)):
+            text = f"{queue_form.SELECT} WHERE {where}{others} ORDER BY due_at, id LIMIT ?"
+            found += db.execute(text, (at, now, now + 2 * lease_s, *but, limit - len(found))).fetchall()
         if not found:
             return Untouched([])
         head = "UPDATE queue SET lease_owner = ?, lease_until = ? WHERE id IN"
