@@ -19,7 +19,7 @@ ONCE_FAILED = (101, 312, 10008, 100025, 100037)  # seeds that found something; r
 
 # Faults, and the branches of the laws that four seeds of them must take: what never happens shows nothing.
 BRANCHES = {
-    ("old-index", "hot-index"): ("law.10.marks", "law.11.epochs", "law.11.walks", "law.11.caught_up", "keeper.reconciled"),
+    ("old-index", "hot-index"): ("law.10.marks", "law.11.epochs", "law.11.walks", "law.11.entered", "law.11.caught_up"),
     ("disk-emptied", "disk-returned"): ("law.12.incarnations", "law.12.older", "keeper.repaired"),
     ("index-away", "index-hung", "kill"): ("delivery.index_late", "keeper.reconciled", "law.9.rounds", "keeper.forgotten"),
     ("answers-lost", "hung-disks"): ("law.5.closed", "cluster.replaced", "keeper.reconciled"),

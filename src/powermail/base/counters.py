@@ -60,6 +60,7 @@ MEANINGS: Final = {
     "law.10.marks": "marks put on nodes",
     "law.10.settled": "times that the logs of enough nodes were entered to their ends after an unclean stop",
     "law.11.caught_up": "times that the index had caught up with the nodes",
+    "law.11.entered": "messages that the index had lost and a walk entered again",
     "law.11.epochs": "times that the epoch was raised because the index may have lost commits",
     "law.11.far_heads": "heads of mailboxes that leapt far and were written to the nodes",
     "law.11.older_checkpoints": "checkpoints refused by a node because it has a newer one",

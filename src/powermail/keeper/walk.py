@@ -58,6 +58,7 @@ class Walker:
         done = await self._index.walked(node.id, walk.incarnation, walk.end, walk.end, walk.round)
         del self._walks[node.id]
         self._world.counters.add("law.11.walks")
+        self._world.counters.add("law.11.entered", walk.entered)
         if done and walk.bad:
             await self._note_unread(node, walk)
         self._world.log.event(Event.RECONCILED, node=node.id, messages=walk.entered, by="walk")
