@@ -11,8 +11,8 @@ import time
 import pytest
 
 from powermail.base import limits
-from powermail.directory import foreign
 from powermail.directory import password as pw
+from powermail.directory import schemes
 from powermail.directory.reasons import Reason, Unusable
 
 # The password is "secret", but where it stands behind the value. Made by `doveadm pw` 2.3, `htpasswd` 2.4, `openssl passwd` 3;
@@ -174,7 +174,7 @@ def test_a_wrong_password_costs_a_new_hash_whatever_is_stored(
     hashed: list[str] = []
     argon = pw._argon
 
-    def counted(text: str) -> foreign.Check:
+    def counted(text: str) -> schemes.Check:
         hashed.append(text)
         return argon(text)
 
@@ -251,12 +251,12 @@ def test_a_digest_with_a_salt_is_none_without_and_the_other_way() -> None:
     "stored", [each for each in STORED if "$1$" in each or "$5$" in each or "$6$" in each or "X0QT" in each]
 )
 def test_without_libcrypt_libpass_does_it(stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foreign, "_LIBCRYPT", None)
+    monkeypatch.setattr(schemes, "_LIBCRYPT", None)
     assert matches(stored, STORED[stored] or "secret") and not matches(stored, "Secret")
 
 
 def test_what_neither_library_knows_is_called_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foreign, "_LIBCRYPT", None)
+    monkeypatch.setattr(schemes, "_LIBCRYPT", None)
     for stored in ("{BLF-CRYPT}$2y$05$8hJBRYBAZMTKxiLl6uiLo.GrpfE7BrGQ3TBY8k/SDJkaaeFwnB3ia", "$y$j9T$saltsalt$" + "x" * 43):
         assert pw.judge(stored, "secret") is Reason.UNKNOWN_SCHEME
 

@@ -1,5 +1,5 @@
 """Owns what a stored password says and whether one that was sent is it: {argon2id} (new ones), {scram-sha-256}, {plain}, and
-those of other systems (`directory.foreign`); a bare value is clear text.
+those of other systems (`directory.schemes`); a bare value is clear text.
 
 Blocking and expensive: only called in a lane. Comparison is constant in time. An empty stored password admits nobody. What
 cannot be used says why, is never an exception of a library, and costs what an unknown user does.
@@ -17,9 +17,9 @@ from typing import NamedTuple
 import argon2
 
 from powermail.base import limits
-from powermail.directory import foreign
-from powermail.directory.foreign import Check, Cost
+from powermail.directory import schemes
 from powermail.directory.reasons import Reason, Unusable
+from powermail.directory.schemes import Check, Cost
 
 _hasher = argon2.PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1)  # OWASP's second profile: 19 MiB
 # As costly to check as a new one (U07); written down, so that no process spends that at its start.
@@ -28,7 +28,7 @@ _ARGONS = ("argon2id", "argon2i", "argon2d", "argon2")
 _ARGON_MS_PER_KIB = 0.001  # and pass
 _CLEAR = ("plain", "cleartext", "clear")
 _SCRAMS = {"scram-sha-1": "sha1", "scram-sha-256": "sha256"}
-SCHEMES = frozenset((*_ARGONS, *_CLEAR, *_SCRAMS)) | foreign.SCHEMES
+SCHEMES = frozenset((*_ARGONS, *_CLEAR, *_SCRAMS)) | schemes.SCHEMES
 _ENCODINGS = {"hex": "hex", "b64": "base64", "base64": "base64"}
 
 
@@ -51,7 +51,7 @@ def parse_stored(stored: str) -> Stored:
         return Stored(name if encoding else scheme.lower(), encoding, rest)
     if stored.startswith("$argon2"):
         return Stored("argon2id", "", stored)
-    return Stored(foreign.is_bare(stored) or "plain", "", stored)
+    return Stored(schemes.is_bare(stored) or "plain", "", stored)
 
 
 def scheme_of(stored: str) -> str:
@@ -76,18 +76,18 @@ def prepare(stored: str) -> Check:
         return lambda password: any(hmac.compare_digest(form, password.encode()) for form in known)
     if not rest.isascii():
         raise Unusable(Reason.MALFORMED)
-    if scheme in foreign.DIGESTS:
-        return foreign.prepare(scheme, encoding, rest)
+    if scheme in schemes.DIGESTS:
+        return schemes.prepare(scheme, encoding, rest)
     text = _text(encoding, rest)
     if scheme in _ARGONS or text.startswith("$argon2"):
         return _argon(text)
-    return _scram(scheme, text) if scheme in _SCRAMS else foreign.prepare(scheme, "", text)
+    return _scram(scheme, text) if scheme in _SCRAMS else schemes.prepare(scheme, "", text)
 
 
 def _text(encoding: str, rest: str) -> str:
     """A text that may be written in hex or base64. Raises Unusable."""
     try:
-        return foreign.decode(encoding, rest).decode() if encoding else rest
+        return schemes.decode(encoding, rest).decode() if encoding else rest
     except UnicodeDecodeError as error:
         raise Unusable(Reason.MALFORMED) from error
 
@@ -183,12 +183,12 @@ def _scram_keys(text: str, name: str = "sha256") -> ScramKeys:
         found, encoding = _SCRAM_BASE64.fullmatch(text), "base64"
     if found is None:
         raise Unusable(Reason.MALFORMED)
-    salt, stored_key, server_key = (foreign.decode(encoding, found[number]) for number in (2, 3, 4))
+    salt, stored_key, server_key = (schemes.decode(encoding, found[number]) for number in (2, 3, 4))
     keys = ScramKeys(salt, stored_key, server_key, int(found[1]))
     octets = hashlib.new(name, usedforsecurity=False).digest_size
     if keys.iterations < 1 or (len(keys.stored_key), len(keys.server_key)) != (octets, octets):
         raise Unusable(Reason.MALFORMED)
-    foreign.pbkdf2_cost(name, keys.iterations).bound()
+    schemes.pbkdf2_cost(name, keys.iterations).bound()
     return keys
 
 
