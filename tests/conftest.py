@@ -14,6 +14,8 @@ import pytest
 
 from powermail.base.lane import ThreadLane
 
+pytest_plugins = ["tests.servers"]  # fixtures: a real PostgreSQL and MariaDB for each test process
+
 BLOCKED_S = 0.25  # CPU of one step; the promise is 50 ms, the rest is for slow machines and the tests' own work
 _LOOK_S = 0.1
 

@@ -71,8 +71,6 @@ async def test_an_orphan_that_is_known_again_is_kept(running: Running, monkeypat
     """The row was deleted by mistake, and put back as it was."""
     account = await orphan(running)
     await purge(running, account, confirm=True)
-    database = running.powermail.core.directory._db
-    assert database is not None
     import sqlite3
 
     with sqlite3.connect(running.data / "directory.db") as other:

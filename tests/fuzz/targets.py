@@ -36,6 +36,7 @@ from powermail.wire.smtp_client import SmtpClient, Verb
 from powermail.wire.smtp_events import Begin, Body, Close, End, Login, Response, StartTls
 from powermail.wire.smtp_server import SmtpServer
 from powermail.wire.smtp_table import Kind, Offer, State
+from tests.fuzz.node_targets import certificate_names, node_answers, node_asks
 
 Target = Callable[[bytes], None]
 _CODEC = rec.Codec(b"salt" * 8)
@@ -406,5 +407,8 @@ TARGETS: dict[str, Target] = {
         settings_files,
         stored_passwords,
         digests,
+        node_asks,
+        node_answers,
+        certificate_names,
     )
 }

@@ -195,7 +195,7 @@ async def test_copies_workers_and_the_rest_are_what_the_rooms_say(near: Near, mo
     (worker,) = [worker for worker in desk.workers if worker.name == "purges"]
     worker.units, worker.errors, worker.trouble = 11, 5, "waiting after OSError"
     monkeypatch.setattr(worker, "step_s", lambda: 77.0)
-    powermail.front.resolver.directory.away = True
+    powermail.front.resolver.directory.trouble = "away"
     powermail.core.index.catching_up = True
     monkeypatch.setattr(desk, "certificate_ends", lambda: 2e9)
     monkeypatch.setattr(desk, "outbound_troubles", lambda: ["no TLS", "no login"])

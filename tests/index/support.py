@@ -7,9 +7,13 @@ import random
 import shutil
 import sqlite3
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
+
+import asyncpg
 
 from powermail.base.disk import SystemDisk
 from powermail.base.log import NullLog
@@ -17,6 +21,8 @@ from powermail.base.net import SocketNetwork
 from powermail.base.world import World
 from powermail.index.contract import Batch, Delivery, Head, Index, Outcome, Reconciled
 from powermail.index.memory import MemoryIndex, MemoryStore
+from powermail.index.postgres import PostgresIndex
+from powermail.index.postgres.schema import VERSION_TABLE
 from powermail.index.sqlite import SqliteIndex
 from powermail.mail.envelope import Commit, Envelope, Target
 from powermail.sim.world import SimEntropy
@@ -72,6 +78,7 @@ class Rig(ABC):
         self.world = World(self.clock, SystemDisk(), SocketNetwork(), entropy, InlineLane, NullLog())
         self.running: Any = None
         self.settles = True  # what nodes hold is entered at once at each start: there is nothing
+        self.entropy = entropy
 
     @property
     def index(self) -> Index:
@@ -93,11 +100,11 @@ class Rig(ABC):
         await self.running.close()
 
     @abstractmethod
-    def backup(self) -> Any:
+    async def backup(self) -> Any:
         """A copy of what is committed now, also while it runs."""
 
     @abstractmethod
-    def put_back(self, backup: Any) -> None:
+    async def put_back(self, backup: Any) -> None:
         """Replaces what is on the disk; nothing runs."""
 
     @abstractmethod
@@ -107,28 +114,30 @@ class Rig(ABC):
     async def lose(self, backup: Any, clean: bool = False) -> Index:
         """The process ends, an older backup is put back, and it starts again."""
         await (self.stop() if clean else self.die())
-        self.put_back(backup)
+        await self.put_back(backup)
         return await self.start()
 
 
 class MemoryRig(Rig):
     """`index.memory`."""
 
+    alone = True  # as where one process alone writes
+
     def __init__(self, path: Path, seed: int = 1) -> None:
         super().__init__(seed)
         self.store = MemoryStore()
 
     async def start(self) -> Index:
-        self.running = MemoryIndex(self.world, self.store)
+        self.running = MemoryIndex(self.world, self.store, self.alone)
         await self.running.open(CLUSTER)
         if self.settles:
             self.index.settled()
         return self.index
 
-    def backup(self) -> Any:
+    async def backup(self) -> Any:
         return self.store.snapshot()
 
-    def put_back(self, backup: Any) -> None:
+    async def put_back(self, backup: Any) -> None:
         self.store.restore(backup)
 
     async def plant(self, fault: str) -> None:
@@ -160,7 +169,7 @@ class SqliteRig(Rig):
             self.index.settled()
         return self.index
 
-    def backup(self) -> Any:
+    async def backup(self) -> Any:
         self.backups += 1
         to = self.path.with_suffix(f".{self.backups}")
         source, target = sqlite3.connect(self.path), sqlite3.connect(to)
@@ -169,26 +178,116 @@ class SqliteRig(Rig):
         target.close()
         return to
 
-    def put_back(self, backup: Any) -> None:
+    async def put_back(self, backup: Any) -> None:
         for suffix in ("", "-wal", "-shm"):
             self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
         shutil.copy(backup, self.path)
 
     async def plant(self, fault: str) -> None:
         await self.die()
-        statements = {
-            "totals": "UPDATE mailboxes SET octets = 1",
-            "refs": "UPDATE messages SET refs = 7",
-            "entry": "DELETE FROM entries",
-            "fate": "DELETE FROM messages",
-        }
         database = sqlite3.connect(self.path, isolation_level=None)
-        database.execute(statements[fault])
+        database.execute(_FAULTS[fault])
         database.close()
         await self.start()
 
 
-RIGS: dict[str, type[MemoryRig] | type[SqliteRig]] = {"memory": MemoryRig, "sqlite": SqliteRig}
+class SharedMemoryRig(MemoryRig):
+    """`index.memory`, as where others write too."""
+
+    alone = False
+
+
+_FAULTS = {
+    "totals": "UPDATE mailboxes SET octets = 1",
+    "refs": "UPDATE messages SET refs = 7",
+    "entry": "DELETE FROM entries",
+    "fate": "DELETE FROM messages",
+}
+_FIRST = (
+    "INSERT INTO placements VALUES (0, ''); INSERT INTO counters VALUES ('epoch', 1), ('round', 1), ('sequence', 0),"
+    " ('starts', 0), ('uidvalidity', 0), ('catching_up', 0), ('waiting', 0)"
+)
+
+
+class CountedIds:
+    """Ids as one writer alone would give them, so that answers can be compared."""
+
+    def __init__(self) -> None:
+        self.last: Counter[str] = Counter()
+
+    def take(self, table: str) -> int:
+        self.last[table] += 1
+        return self.last[table]
+
+    def give_back(self, tables: Sequence[str]) -> None:
+        self.last.subtract(tables)
+
+
+class PostgresRig(Rig):
+    """`index.postgres`, over a database of the server that this test process runs."""
+
+    reach: ClassVar[Callable[[], str]]  # the URL of a database with the tables of an index and nothing else; set by a fixture
+
+    def __init__(self, path: Path, seed: int = 1, url: str = "", ids: CountedIds | None = None) -> None:
+        super().__init__(seed)
+        self.url = url or PostgresRig.reach()
+        self.ids = ids or CountedIds()
+        self.fresh = not url
+
+    async def start(self) -> Index:
+        if self.fresh:
+            await self._empty(_FIRST)
+            self.fresh = False
+        self.running = PostgresIndex(self.world, self.url, self.ids)
+        await self.running.open(CLUSTER)
+        if self.settles:
+            self.index.settled()
+        return self.index
+
+    @asynccontextmanager
+    async def beside(self) -> AsyncIterator[Any]:
+        """The database, as somebody else uses it."""
+        connection = await asyncpg.connect(self.url)
+        try:
+            yield connection
+        finally:
+            await connection.close()
+
+    async def _tables(self, connection: Any) -> list[str]:
+        rows = await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY tablename")
+        return [row[0] for row in rows if row[0] != VERSION_TABLE]
+
+    async def _empty(self, then: str = "SELECT 1") -> None:
+        async with self.beside() as connection:
+            tables = await self._tables(connection)
+            await connection.execute(f"TRUNCATE {', '.join(tables)}; {then}")
+
+    async def backup(self) -> Any:
+        async with self.beside() as connection, connection.transaction(isolation="repeatable_read"):
+            rows = {table: await connection.fetch(f"SELECT * FROM {table}") for table in await self._tables(connection)}
+        return rows, Counter(self.ids.last)
+
+    async def put_back(self, backup: Any) -> None:
+        rows, last = backup
+        await self._empty()
+        async with self.beside() as connection:
+            for table, records in rows.items():
+                if records:
+                    await connection.copy_records_to_table(table, records=records)
+        self.ids.last = Counter(last)
+
+    async def plant(self, fault: str) -> None:
+        async with self.beside() as connection:
+            await connection.execute(_FAULTS[fault])
+
+
+RIGS: dict[str, Callable[[Path, int], MemoryRig | SqliteRig | PostgresRig]] = {
+    "memory": MemoryRig,
+    "postgres": PostgresRig,
+    "sqlite": SqliteRig,
+}
+ALONE = ("memory", "sqlite")  # where one process writes: a start after one that died makes numbers leap (law 10)
+SHARED = {"memory": SharedMemoryRig, "postgres": PostgresRig}
 
 
 # -- messages ---------------------------------------------------------------------------------------------------------

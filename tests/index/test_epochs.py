@@ -51,7 +51,7 @@ async def last_uid(index: Index) -> int:
 async def test_the_same_backup_restored_twice_never_gives_a_uid_twice(rig: Rig) -> None:
     await admit(rig.index)
     await deliver(rig.index, 1, 2)
-    backup, given = rig.backup(), {}
+    backup, given = await rig.backup(), {}
     remembered = rig.index.mark()
     for number in range(3, 8):
         await deliver(rig.index, number)
@@ -88,7 +88,7 @@ async def test_a_hot_backup_whose_later_mail_was_all_read_and_deleted_is_noticed
     """No live record on any node tells of it: the mark that came with the tombstones does."""
     await admit(rig.index)
     await deliver(rig.index, 1)
-    backup = rig.backup()
+    backup = await rig.backup()
     await deliver(rig.index, 2)
     await rig.index.expunge(await mailbox(rig.index), [2])
     remembered = rig.index.mark()
@@ -96,12 +96,12 @@ async def test_a_hot_backup_whose_later_mail_was_all_read_and_deleted_is_noticed
     assert index.lost(remembered) != ""
 
 
-async def test_a_hot_backup_put_back_before_any_mark_was_written_jumps_all_the_same(rig: Rig) -> None:
-    await admit(rig.index)
-    await deliver(rig.index, 1)
-    backup, remembered = rig.backup(), rig.index.mark()
-    await deliver(rig.index, 2)
-    index = await rig.lose(backup)
+async def test_a_hot_backup_put_back_before_any_mark_was_written_jumps_all_the_same(lone_rig: Rig) -> None:
+    await admit(lone_rig.index)
+    await deliver(lone_rig.index, 1)
+    backup, remembered = await lone_rig.backup(), lone_rig.index.mark()
+    await deliver(lone_rig.index, 2)
+    index = await lone_rig.lose(backup)
     assert index.lost(remembered) == "", "nothing shows it"
     await deliver(index, 3)
     assert await last_uid(index) == 2 + UNCLEAN
@@ -128,12 +128,12 @@ async def test_numbers_go_on_after_a_process_that_said_that_it_stopped(rig: Rig)
     assert (await last_uid(index), (await facts_of(index)).modseq) == (2, before.modseq + 1)
 
 
-async def test_each_mailbox_jumps_once_after_a_process_that_died(rig: Rig) -> None:
-    await admit(rig.index)
-    await deliver(rig.index, 1, to=[inbox(), inbox("bob")])
-    before = await facts_of(rig.index)
-    await rig.die()
-    index = await rig.start()
+async def test_each_mailbox_jumps_once_after_a_process_that_died(lone_rig: Rig) -> None:
+    await admit(lone_rig.index)
+    await deliver(lone_rig.index, 1, to=[inbox(), inbox("bob")])
+    before = await facts_of(lone_rig.index)
+    await lone_rig.die()
+    index = await lone_rig.start()
     assert await facts_of(index) == before, "only when a number is given"
     await deliver(index, 2, 3)
     assert await uids(index, before.id) == [1, 2 + UNCLEAN, 3 + UNCLEAN]
@@ -144,67 +144,67 @@ async def test_each_mailbox_jumps_once_after_a_process_that_died(rig: Rig) -> No
     assert await uids(index, box) == [1, 2 + UNCLEAN]
 
 
-async def test_what_is_written_behind_the_word_that_the_process_stops_takes_the_word_back(rig: Rig) -> None:
-    await admit(rig.index)
-    await rig.index.rest()
-    await deliver(rig.index, 1)
-    index = await rig.lose(rig.backup())
+async def test_what_is_written_behind_the_word_that_the_process_stops_takes_the_word_back(lone_rig: Rig) -> None:
+    await admit(lone_rig.index)
+    await lone_rig.index.rest()
+    await deliver(lone_rig.index, 1)
+    index = await lone_rig.lose(await lone_rig.backup())
     await deliver(index, 2)
     assert await last_uid(index) == 2 + UNCLEAN
 
 
-async def test_the_first_uidvalidity_is_not_given_again_when_it_was_lost(rig: Rig) -> None:
+async def test_the_first_uidvalidity_is_not_given_again_when_it_was_lost(lone_rig: Rig) -> None:
     """Nothing shows the loss, and no clock has moved."""
-    await admit(rig.index)
-    backup = rig.backup()
-    await deliver(rig.index, 1)
-    before = await facts_of(rig.index)
-    index = await rig.lose(backup)
+    await admit(lone_rig.index)
+    backup = await lone_rig.backup()
+    await deliver(lone_rig.index, 1)
+    before = await facts_of(lone_rig.index)
+    index = await lone_rig.lose(backup)
     await deliver(index, 2)
     assert (await facts_of(index)).uidvalidity > before.uidvalidity
 
 
-async def test_a_mailbox_that_slept_through_many_starts_is_checkpointed_before_its_leap_is_too_far(rig: Rig) -> None:
-    await admit(rig.index)
-    index = rig.index
+async def test_a_mailbox_that_slept_through_many_starts_is_checkpointed_before_its_leap_is_too_far(lone_rig: Rig) -> None:
+    await admit(lone_rig.index)
+    index = lone_rig.index
     await deliver(index, 1)
     box = await mailbox(index)
     for _ in range(2):
         plan = await index.checkpoint_plan(box)
         if plan is not None:
-            await index.checkpoint_done(plan, ("a", "b"), rig.clock.at)
-        assert await index.checkpoint_due(rig.clock.at + 1e6, 9) == []
+            await index.checkpoint_done(plan, ("a", "b"), lone_rig.clock.at)
+        assert await index.checkpoint_due(lone_rig.clock.at + 1e6, 9) == []
         for _ in range(JUMP // UNCLEAN // 2):
-            await rig.die()
-            index = await rig.start()
-        assert await index.checkpoint_due(rig.clock.at, 9) == [box]
+            await lone_rig.die()
+            index = await lone_rig.start()
+        assert await index.checkpoint_due(lone_rig.clock.at, 9) == [box]
     plan = await index.checkpoint_plan(box)
     assert plan is not None
-    await index.checkpoint_done(plan, ("a", "b"), rig.clock.at)
+    await index.checkpoint_done(plan, ("a", "b"), lone_rig.clock.at)
     await deliver(index, 2)
     assert await last_uid(index) == 2 + JUMP
 
 
-async def test_starts_that_use_up_numbers_make_a_checkpoint_due_and_then_wait_for_it(rig: Rig) -> None:
+async def test_starts_that_use_up_numbers_make_a_checkpoint_due_and_then_wait_for_it(lone_rig: Rig) -> None:
     """Law 11: no mailbox gets more than a jump of numbers beyond its last durable checkpoint."""
-    await admit(rig.index)
-    index, starts = rig.index, 0
+    await admit(lone_rig.index)
+    index, starts = lone_rig.index, 0
     await deliver(index, 1)
     box = await mailbox(index)
     first_due = None
     with pytest.raises(IndexTrouble):
         while True:
-            await rig.die()
-            index, starts = await rig.start(), starts + 1
+            await lone_rig.die()
+            index, starts = await lone_rig.start(), starts + 1
             await deliver(index, 1 + starts)
-            if first_due is None and await index.checkpoint_due(rig.clock.at, 9):
+            if first_due is None and await index.checkpoint_due(lone_rig.clock.at, 9):
                 first_due = starts
     assert (first_due, starts) == (JUMP // UNCLEAN // 2, JUMP // UNCLEAN)
     with pytest.raises(IndexTrouble):
         await index.store(box, [1], FlagChange.ADD, 1, None)
     plan = await index.checkpoint_plan(box)
     assert plan is not None
-    await index.checkpoint_done(plan, ("a", "b"), rig.clock.at)
+    await index.checkpoint_done(plan, ("a", "b"), lone_rig.clock.at)
     await deliver(index, 999)
     assert await last_uid(index) >= JUMP
     assert await index.audit() == []
@@ -269,9 +269,9 @@ async def test_a_process_that_finds_its_writer_slot_lower_stops_numbering_and_li
     index = await rig.start()
     await admit(index)
     await deliver(index, 1)
-    stale = rig.backup()
+    stale = await rig.backup()
     await deliver(index, 2)
-    rig.put_back(stale)
+    await rig.put_back(stale)
     with pytest.raises(IndexLost):
         await index.deliver(delivery(3))
     with pytest.raises(IndexLost):
@@ -297,8 +297,8 @@ async def test_a_process_looks_at_its_old_slot_before_it_takes_a_new_one(room: P
     rig = MemoryRig(room)
     index = await rig.start()
     await admit(index)
-    old, slot = rig.backup(), index.mark().sequence
-    rig.put_back(old)
+    old, slot = await rig.backup(), index.mark().sequence
+    await rig.put_back(old)
     connection = index.connection
     with pytest.raises(IndexTrouble):
         await index.find_mailbox("ann", "INBOX")
@@ -308,7 +308,7 @@ async def test_a_process_looks_at_its_old_slot_before_it_takes_a_new_one(room: P
     assert mark.sequence == slot + 1 and set(mark.slots) == {slot, slot + 1}
     assert await index.proof(connection) == mark
     index.settled()
-    rig.put_back(old)
+    await rig.put_back(old)
     with pytest.raises(IndexTrouble):
         await index.proof(connection)
     with pytest.raises(IndexLost):
@@ -323,24 +323,24 @@ async def test_a_mark_still_says_what_its_process_did_after_the_index_was_put_ba
     rig = MemoryRig(room)
     index = await rig.start()
     await admit(index)
-    old = rig.backup()
+    old = await rig.backup()
     await index.abort(key(1), ["a"])
-    rig.put_back(old)
+    await rig.put_back(old)
     assert index.lost(index.mark()) != ""
 
 
-async def test_readers_wait_after_a_process_that_died_and_not_after_one_that_stopped(rig: Rig) -> None:
+async def test_readers_wait_after_a_process_that_died_and_not_after_one_that_stopped(lone_rig: Rig) -> None:
     """Laws 6, 10: what it had listed may be missing, and nothing else shows it (P7)."""
-    await admit(rig.index)
-    await deliver(rig.index, 1)
-    box = await mailbox(rig.index)
-    rig.settles = False
-    await rig.stop()
-    index = await rig.start()
+    await admit(lone_rig.index)
+    await deliver(lone_rig.index, 1)
+    box = await mailbox(lone_rig.index)
+    lone_rig.settles = False
+    await lone_rig.stop()
+    index = await lone_rig.start()
     assert not index.unsettled and await uids(index, box) == [1]
     for _ in range(2):
-        await rig.die()
-        index = await rig.start()
+        await lone_rig.die()
+        index = await lone_rig.start()
         assert index.unsettled and not index.catching_up and index.numbering
         for read in (index.find_mailbox("ann", "INBOX"), index.entries(box, 0, 99, 9), index.view(box), index.tail(box, 0, 1)):
             with pytest.raises(IndexTrouble):
@@ -544,22 +544,22 @@ async def test_what_a_mailbox_reaches_is_written_and_it_goes_on_from_there(rig: 
     assert await index.audit() == []
 
 
-async def test_a_mailbox_without_room_for_its_leap_is_checkpointed_where_it_stands(rig: Rig) -> None:
+async def test_a_mailbox_without_room_for_its_leap_is_checkpointed_where_it_stands(lone_rig: Rig) -> None:
     """Laws 10, 11: it waits for that checkpoint, and would wait for ever."""
-    index = rig.index
+    index = lone_rig.index
     await admit(index)
     await deliver(index, 1)
     uidvalidity = (await facts_of(index)).uidvalidity
     await begin_again(index, heads=[Head("ann", "INBOX", uidvalidity, JUMP // 2 - 20, 9, 1)])
     box = await mailbox(index)
     for _ in range(JUMP // UNCLEAN // 2 + 1):
-        await rig.die()
-        index = await rig.start()
+        await lone_rig.die()
+        index = await lone_rig.start()
     with pytest.raises(IndexTrouble):
         await index.deliver(delivery(2))
     plan = await index.checkpoint_plan(box)
     assert plan is not None
-    await index.checkpoint_done(plan, ("a", "b"), rig.clock.at)
+    await index.checkpoint_done(plan, ("a", "b"), lone_rig.clock.at)
     await deliver(index, 2)
 
 
@@ -648,7 +648,7 @@ class History:
         elif what == "mark":
             self.remember()
         elif what == "backup":
-            self.backups.append((self.rig.backup(), False))
+            self.backups.append((await self.rig.backup(), False))
         elif what == "checkpoint" and boxes:
             await self.checkpoint(index, chance.choice(boxes).id)
         elif what == "restart":
@@ -656,7 +656,7 @@ class History:
         elif what == "lose" and self.backups:
             backup, _ = chance.choice(self.backups)
             await self.rig.die()
-            self.rig.put_back(backup)
+            await self.rig.put_back(backup)
             await self.started()
 
     async def store(self, index: Index, facts: Any) -> None:
@@ -682,7 +682,7 @@ class History:
         else:
             await self.rig.index.rest()
             self.remember()  # a mark at the stop (law 10)
-            self.backups.append((self.rig.backup(), True))
+            self.backups.append((await self.rig.backup(), True))
             await self.rig.die()
         await self.started()
 

@@ -11,7 +11,20 @@ from powermail.base import limits
 from powermail.index import laws
 from powermail.index.contract import Fate, FlagChange, Index, Release, Stored
 from powermail.index.view import Op, View
-from tests.index.support import MemoryRig, Rig, admit, deliver, elsewhere, inbox, key, mailbox, numbers_of, uids
+from tests.index.support import (
+    MemoryRig,
+    PostgresRig,
+    Rig,
+    SqliteRig,
+    admit,
+    deliver,
+    elsewhere,
+    inbox,
+    key,
+    mailbox,
+    numbers_of,
+    uids,
+)
 
 SEEN, FLAGGED, DRAFT = 1, 2, 4
 
@@ -404,12 +417,15 @@ async def caught_up(index: Index, views: dict[int, View], box: int) -> View:
     return view
 
 
+SEEDS: dict[type[Rig], int] = {MemoryRig: 250, SqliteRig: 80, PostgresRig: 6}
+
+
 @pytest.mark.timeout(300)
 async def test_views_equal_a_serial_replay_after_any_operations(rig: Rig) -> None:
     """Two sessions that catch up at different times, the stored view, and the entries show the same (P5, P7)."""
     index = rig.index
     await admit(index)
-    for seed in range(250 if isinstance(rig, MemoryRig) else 80):
+    for seed in range(SEEDS[type(rig)]):
         chance = random.Random(seed)
         replay, first = Replay(), seed * 100
         await index.make_mailbox("ann", "INBOX")

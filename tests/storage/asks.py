@@ -57,9 +57,17 @@ async def unknown(node: StorageNode, number: int, stamp: Stamp | None = None) ->
     assert not isinstance(info.value, CommitRefused)
 
 
-def fresh(node: StorageNode) -> Stamp:
+async def heard(node: StorageNode) -> StorageNode:
+    """The node, with what it shows without waiting as it is now: from far it is as it was last heard."""
+    hear = getattr(node, "hear", None)
+    if hear is not None:
+        await hear()
+    return node
+
+
+async def fresh(node: StorageNode) -> Stamp:
     """The node's stamp now."""
-    stamp = node.stamp()
+    stamp = (await heard(node)).stamp()
     assert stamp is not None
     return stamp
 

@@ -1,26 +1,33 @@
 """Holds one node of each kind with what a test may do to it: reopen, damage, hide, hold, hang, move its clock.
 
 The suite of the contract runs over all of them, so each hook does the same to every kind: a real disk with threads, a simulated
-disk with lanes of virtual time, and the node in memory.
+disk with lanes of virtual time, the node in memory, and each behind the node protocol.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from powermail.base.clock import SystemClock
 from powermail.base.lane import ThreadLane
 from powermail.base.log import MemoryLog
+from powermail.base.tasks import Tasks
 from powermail.base.world import World, system_world
+from powermail.cluster.node_connection import Disconnected
+from powermail.cluster.node_link import Where
+from powermail.cluster.remote import RemoteNode
+from powermail.noded.service import NodeService
 from powermail.sim.disk import SimDisk
 from powermail.sim.lane import SimLane
 from powermail.sim.memory import MemoryNode
-from powermail.storage.contract import START, Position, StorageNode
+from powermail.storage.contract import START, NodeState, Position, StorageNode
 from powermail.storage.node import LocalNode
+from tests.noded.certificates import Authority, uris
 from tests.storage.bad_disk import BadDisk
 from tests.storage.support import CLUSTER, PATH, SMALL, Ticks, in_file, in_memory, key
 
@@ -124,6 +131,9 @@ class Rig(Protocol):
     async def lose(self, number: int) -> None:
         """The log is damaged so that nobody can tell that the key was there; the node is opened again."""
 
+    def steady(self) -> None:
+        """No cable is pulled from now on: what follows asks each thing once."""
+
     def hold(self) -> None:
         """Writes wait."""
 
@@ -166,6 +176,9 @@ class MemoryRig:
         self.made.lose(key(number))
         self.made.doubt()
         await self.reopen()
+
+    def steady(self) -> None:
+        pass
 
     def hold(self) -> None:
         self.made.hold()
@@ -257,6 +270,9 @@ class LocalRig:
             self.overwrite(path, place - 16, bytes(40))
         await self.reopen(lose_index=True)
 
+    def steady(self) -> None:
+        pass
+
     def hold(self) -> None:
         self.gate.shut("-write")
 
@@ -272,13 +288,151 @@ class LocalRig:
         await self.node.close()
 
 
-KINDS = ("real disk", "simulated disk", "memory")
+class RemoteRig:
+    """A node of another kind behind the node protocol: real sockets and TLS on the loopback, one certificate with all roles."""
+
+    def __init__(self, below: MemoryRig | LocalRig, directory: Path) -> None:
+        self.below = below
+        self.ticks = below.ticks
+        self.world: World = system_world(MemoryLog())
+        self.world.clock = ManualClock(self.ticks)
+        self.broken: list[BaseException] = []
+        authority = Authority(directory)
+        self._serves = authority.server(*uris(CLUSTER, "a", "node"))
+        self._asks = authority.client(*uris(CLUSTER, "front-1", "front", "keeper", "operator"))
+        self._tasks = Tasks(self.world.log, self.broken.append)
+
+    async def begin(self) -> RemoteRig:
+        """Serves the node, and knows it from far."""
+        self.service = NodeService(self.world, CLUSTER, {"a": self.below.node}, self._tasks, self._serves, self.broken.append)
+        port = await self.service.listen("127.0.0.1", 0)
+        where = Where(CLUSTER, "127.0.0.1", port, lambda: self._asks)
+        self.remote = RemoteNode(self.world, "a", "rack-a", 3, where)
+        self.node: StorageNode = self.remote
+        return self
+
+    async def _leave(self) -> None:
+        await self.remote.close()
+        await self.service.close()
+        await self._tasks.drain(5.0)
+        assert not self.broken
+
+    async def reopen(self, lose_index: bool = False) -> StorageNode:
+        await self._leave()
+        await self.below.reopen(lose_index)
+        await self.begin()
+        await self.node.open()
+        return self.node
+
+    async def damage(self, number: int) -> None:
+        await self.below.damage(number)
+
+    async def hide(self, number: int) -> None:
+        await self.below.hide(number)
+        await self._again()
+
+    def show(self) -> None:
+        self.below.show()
+
+    async def lose(self, number: int) -> None:
+        await self.below.lose(number)
+        await self._again()
+
+    async def _again(self) -> None:
+        """What lies below may be another opening of it now."""
+        await self._leave()
+        await self.begin()
+        await self.node.open()
+
+    def steady(self) -> None:
+        pass
+
+    def hold(self) -> None:
+        self.below.hold()
+
+    def hang(self) -> None:
+        self.below.hang()
+
+    def release(self) -> None:
+        self.below.release()
+
+    async def end(self) -> None:
+        self.below.release()
+        await self._leave()
+        await self.below.end()
+
+
+class Persistent:
+    """A node over a network whose cables are pulled all the time: what was lost on the way is asked again.
+
+    What the contract calls idempotent must bear that, and no lost answer may look like a definite one.
+    """
+
+    def __init__(self, remote: RemoteNode, chance: random.Random) -> None:
+        self.remote = remote
+        self.often = 0.15
+        self._chance = chance
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.remote, name)
+        return self._again(found) if name in _ASKED_AGAIN else found
+
+    def _again(self, call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def ask(*args: Any) -> Any:
+            while True:
+                cut = self._chance.random() < self.often and self.remote.state is not NodeState.CLOSED
+                if cut:
+                    asyncio.get_running_loop().call_later(self._chance.random() * 0.002, self.remote.cut)
+                try:
+                    return await call(*args)
+                except Disconnected:
+                    if self.remote.state is NodeState.CLOSED:
+                        raise
+                    await self._back()
+                finally:
+                    if cut:  # what is shown without waiting is looked at next
+                        await asyncio.sleep(0.003)
+                        await self._back()
+
+        return ask
+
+    async def _back(self) -> None:
+        async with asyncio.timeout(20):
+            while True:
+                try:
+                    await self.remote.open()
+                    return
+                except Disconnected:
+                    await asyncio.sleep(0.001)
+
+
+_ASKED_AGAIN = frozenset(name for name, member in vars(StorageNode).items() if callable(member) and name[0] != "_") - {
+    "open", "initialise", "close", "block", "stat", "stamp",
+} | {"hear"}  # fmt: skip
+
+
+class CutRig(RemoteRig):
+    """The same, cut at random moments."""
+
+    async def begin(self) -> RemoteRig:
+        await super().begin()
+        self._node = Persistent(self.remote, random.Random(7))
+        self.node = cast(StorageNode, self._node)
+        return self
+
+    def steady(self) -> None:
+        self._node.often = 0.0
+
+
+KINDS = ("real disk", "simulated disk", "memory", "remote disk", "remote memory", "remote, cut")
 
 
 async def make_rig(kind: str, directory: Path) -> Rig:
     """An open, empty node of that kind."""
-    rig: MemoryRig | LocalRig
-    rig = MemoryRig() if kind == "memory" else LocalRig(directory if kind == "real disk" else None)
+    rig: MemoryRig | LocalRig | RemoteRig
+    rig = LocalRig(directory if kind == "real disk" else None) if kind.endswith("disk") else MemoryRig()
+    if kind.startswith("remote"):
+        rig = await (CutRig if kind.endswith("cut") else RemoteRig)(rig, directory).begin()
     await rig.node.initialise()
     await rig.node.open()
     return rig

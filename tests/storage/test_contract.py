@@ -1,4 +1,4 @@
-"""What every storage node promises, sentence by sentence, on a real disk, a simulated one, and in memory: its copies."""
+"""What every storage node promises, sentence by sentence, on disks, in memory and over a network: its copies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from powermail.base import limits
 from powermail.base.errors import CommitRefused, CopyDamaged, CopyMissing, NodeReadOnly, NodeTrouble
 from powermail.storage.contract import START, Held, Mark, NodeState, Origin, Position, Stamp, StorageNode
-from tests.storage.asks import NAME, NO_MARK, chunk, compact_all, fresh, held, put, refused, text, unknown
+from tests.storage.asks import NAME, NO_MARK, chunk, compact_all, fresh, heard, held, put, refused, text, unknown
 from tests.storage.rigs import Rig, then_reopened, walk
 from tests.storage.support import key
 
@@ -24,7 +24,7 @@ async def test_it_says_who_it_is(node: StorageNode) -> None:
     await node.probe()
     facts = await node.facts()
     assert (facts.incarnation, facts.birth, facts.damaged, facts.mark) == (node.incarnation, START, False, NO_MARK)
-    assert facts.boots == (fresh(node).boot,)
+    assert facts.boots == ((await fresh(node)).boot,)
 
 
 async def test_a_closed_node_says_so(node: StorageNode) -> None:
@@ -45,7 +45,7 @@ async def test_each_opening_adds_a_boot_to_the_chain(rig: Rig) -> None:
     for _ in range(3):
         node = await rig.reopen()
         chains.append((await node.facts()).boots)
-        assert fresh(node).boot == chains[-1][-1]
+        assert (await fresh(node)).boot == chains[-1][-1]
     assert [len(chain) for chain in chains] == [1, 2, 3, 4]
     assert all(chains[3][: len(chain)] == chain for chain in chains)
     assert len(set(chains[3])) == 4
@@ -84,7 +84,7 @@ async def test_a_committed_message_is_read_octet_for_octet(node: StorageNode) ->
     assert await node.read_commit(key(1)) == b"the record"
     assert await node.read_chunk(key(1), 0) == chunk(0, octets, compressed=True)
     assert await held(node, 1, 2) == ["live", "absent"]
-    assert node.stat().messages == 1
+    assert (await heard(node)).stat().messages == 1
 
 
 async def test_a_receipt_names_node_incarnation_and_position(node: StorageNode) -> None:
@@ -115,7 +115,7 @@ async def test_a_commit_of_a_live_key_answers_the_position_it_has(rig: Rig) -> N
 
 async def test_two_commits_of_a_key_at_once_are_one(node: StorageNode) -> None:
     first, second = await asyncio.gather(put(node, 1), put(node, 1))
-    assert first == second and node.stat().messages == 1
+    assert first == second and (await heard(node)).stat().messages == 1
 
 
 async def test_a_stream_counts_from_its_commit_on(node: StorageNode) -> None:
@@ -126,7 +126,7 @@ async def test_a_stream_counts_from_its_commit_on(node: StorageNode) -> None:
     with pytest.raises(CopyMissing):
         await node.read_commit(key(1))
     await node.append(key(1), [chunk(1, b"second")])
-    await node.commit(key(1), [chunk(2, b"third")], b"{}", 3, fresh(node), Origin.DELIVERY)
+    await node.commit(key(1), [chunk(2, b"third")], b"{}", 3, await fresh(node), Origin.DELIVERY)
     assert [(await node.read_chunk(key(1), n)).stored for n in range(3)] == [b"first", b"second", b"third"]
     with pytest.raises(CopyMissing):
         await node.read_chunk(key(1), 3)
@@ -155,57 +155,57 @@ async def test_small_messages_come_uncompressed_however_they_are_stored(node: St
 
 
 async def test_stamps_are_a_boot_and_the_nodes_own_clock(rig: Rig) -> None:
-    before = fresh(rig.node)
+    before = await fresh(rig.node)
     rig.ticks.now += 5.0
-    after = fresh(rig.node)
+    after = await fresh(rig.node)
     assert after.boot == before.boot and after.at == pytest.approx(before.at + 5.0)
 
 
 async def test_a_commit_within_the_window_is_taken(rig: Rig) -> None:
-    stamp = fresh(rig.node)
+    stamp = await fresh(rig.node)
     rig.ticks.now += limits.COMMIT_WINDOW_S - 0.1
     await put(rig.node, 1, stamp=stamp)
     await put(rig.node, 2, stamp=None, origin=Origin.REPAIR)
 
 
 async def test_a_stamp_that_is_too_old_is_refused(rig: Rig) -> None:
-    stamp = fresh(rig.node)
+    stamp = await fresh(rig.node)
     rig.ticks.now += limits.COMMIT_WINDOW_S + 0.1
     await refused(rig.node, 1, stamp)
-    await put(rig.node, 1, stamp=fresh(rig.node))
+    await put(rig.node, 1, stamp=await fresh(rig.node))
 
 
 async def test_a_stamp_of_another_boot_is_refused(rig: Rig) -> None:
     """A front end slept while the node was started anew."""
-    stamp = fresh(rig.node)
+    stamp = await fresh(rig.node)
     node = await rig.reopen()
     await refused(node, 1, stamp)
-    await refused(node, 1, Stamp("00" * 8, fresh(node).at))
+    await refused(node, 1, Stamp("00" * 8, (await fresh(node)).at))
 
 
 async def test_a_stamp_that_is_not_newer_than_one_that_was_named_is_refused(rig: Rig) -> None:
     """Laws 2, 9, 11: without this a pause between check and append brings a forgotten message back."""
     node = rig.node
-    old = fresh(node)
+    old = await fresh(node)
     rig.ticks.now += 1.0
-    named = fresh(node)
+    named = await fresh(node)
     await node.fence(named)
     await refused(node, 1, old)
     await refused(node, 2, named)  # what was taken with it came before; what is taken with it now would come after
-    await put(node, 2, stamp=fresh(node))  # also while the clock stands still
+    await put(node, 2, stamp=await fresh(node))  # also while the clock stands still
     rig.ticks.now += 1.0
-    await put(node, 3, stamp=fresh(node))
+    await put(node, 3, stamp=await fresh(node))
     await node.fence(old)  # an older one lifts nothing
     await refused(node, 4, old)
 
 
 async def test_a_fence_is_not_taken_back_by_a_stamp_of_another_boot(rig: Rig) -> None:
     node = rig.node
-    foreign = fresh(node)
+    foreign = await fresh(node)
     node = await rig.reopen()
-    old = fresh(node)
+    old = await fresh(node)
     rig.ticks.now += 1.0
-    await node.fence(fresh(node))
+    await node.fence(await fresh(node))
     await node.fence(foreign)
     await refused(node, 1, old)
 
@@ -214,11 +214,12 @@ async def test_a_fence_waits_for_every_append_that_passed_the_check(rig: Rig) ->
     """Law 2: check, pause, scan, delete, forget, append: the message would be back."""
     node = rig.node
     await put(node, 1)
+    rig.steady()
     rig.hold()
-    under_way = asyncio.ensure_future(put(node, 2, stamp=fresh(node)))
+    under_way = asyncio.ensure_future(put(node, 2, stamp=await fresh(node)))
     await asyncio.sleep(0.01)
     rig.ticks.now += 1.0
-    fence = asyncio.ensure_future(node.fence(fresh(node)))
+    fence = asyncio.ensure_future(node.fence(await fresh(node)))
     done, _ = await asyncio.wait([fence], timeout=0.05)
     assert not done, "it answered before the append was durable"
     rig.release()
@@ -230,7 +231,7 @@ async def test_a_fence_waits_for_every_append_that_passed_the_check(rig: Rig) ->
 
 async def test_late_but_here_and_late_but_dead_are_no_definite_refusals(rig: Rig) -> None:
     """Law 5: "refused, but here" is no receipt and no refusal."""
-    stamp = fresh(rig.node)
+    stamp = await fresh(rig.node)
     await put(rig.node, 1)
     await rig.node.delete([key(2)], NO_MARK, 0.0)
     rig.ticks.now += limits.COMMIT_WINDOW_S + 1.0
@@ -241,10 +242,10 @@ async def test_late_but_here_and_late_but_dead_are_no_definite_refusals(rig: Rig
 
 async def test_a_refusal_is_decided_behind_all_earlier_asks_for_the_key(rig: Rig) -> None:
     """Law 5: an earlier ask that is still being written must not be overtaken by "not here"."""
-    old = fresh(rig.node)
+    old = await fresh(rig.node)
     rig.ticks.now += limits.COMMIT_WINDOW_S + 1.0
     rig.hold()
-    first = asyncio.ensure_future(put(rig.node, 1, stamp=fresh(rig.node)))
+    first = asyncio.ensure_future(put(rig.node, 1, stamp=await fresh(rig.node)))
     await asyncio.sleep(0.01)
     second = asyncio.ensure_future(put(rig.node, 1, stamp=old))
     await asyncio.sleep(0.01)
@@ -259,7 +260,7 @@ async def test_a_refusal_is_decided_behind_all_earlier_asks_for_the_key(rig: Rig
 async def test_a_commit_whose_chunks_are_missing_is_refused(node: StorageNode) -> None:
     await node.append(key(1), [chunk(0, b"first")])
     with pytest.raises(CommitRefused):
-        await node.commit(key(1), [chunk(2, b"third")], b"{}", 3, fresh(node), Origin.DELIVERY)
+        await node.commit(key(1), [chunk(2, b"third")], b"{}", 3, await fresh(node), Origin.DELIVERY)
     with pytest.raises(CommitRefused):
         await node.commit(key(2), [], b"{}", 1, None, Origin.DELIVERY)
     assert await held(node, 1, 2) == ["absent", "absent"]
@@ -270,7 +271,7 @@ async def test_a_stream_that_is_let_go_leaves_nothing(rig: Rig) -> None:
     node = rig.node
     await put(node, 1)
     await node.append(key(2), [chunk(0, b"first")])
-    end = await node.fence(fresh(node))
+    end = await node.fence(await fresh(node))
     await node.cancel(key(2))
     await node.cancel(key(1))  # it was committed: it stays
     await node.cancel(key(3))
@@ -279,7 +280,7 @@ async def test_a_stream_that_is_let_go_leaves_nothing(rig: Rig) -> None:
     with pytest.raises(CopyMissing):
         await node.read_chunk(key(2), 0)
     with pytest.raises(CommitRefused):
-        await node.commit(key(2), [chunk(1, b"second")], b"{}", 2, fresh(node), Origin.DELIVERY)
+        await node.commit(key(2), [chunk(1, b"second")], b"{}", 2, await fresh(node), Origin.DELIVERY)
     await put(node, 2, b"as a whole")
     node = await rig.reopen()
     assert (await node.read_chunk(key(2), 0)).stored == b"as a whole"
@@ -295,7 +296,7 @@ async def test_a_tombstone_is_final_also_for_keys_it_never_had(rig: Rig) -> None
     await rig.node.delete([key(1), key(2), key(3)], NO_MARK, 100.0)
     async for node in then_reopened(rig):
         for number in (1, 2, 3):
-            await unknown(node, number, fresh(node))
+            await unknown(node, number, await fresh(node))
             with pytest.raises(NodeTrouble):
                 await node.append(key(number), [chunk(0, b"x")])
             with pytest.raises(CopyMissing):
@@ -353,19 +354,19 @@ async def test_a_drop_says_which_keys_are_live_all_the_same(rig: Rig) -> None:
 
 async def test_an_abort_is_confirmed_only_with_a_stamp_that_is_still_good(rig: Rig) -> None:
     """Law 5: with the stamp of its delivery. Else the key may have been listed, deleted and forgotten meanwhile."""
-    node, stamp = rig.node, fresh(rig.node)
+    node, stamp = rig.node, await fresh(rig.node)
     assert (await node.delete([key(1)], NO_MARK, 0.0, stamp)).incarnation == node.incarnation
     await node.delete([key(1)], NO_MARK, 0.0, stamp)  # said twice is fine
-    await node.fence(fresh(node))
+    await node.fence(await fresh(node))
     for number in (1, 2):
         with pytest.raises(NodeTrouble):
             await node.delete([key(number)], NO_MARK, 0.0, stamp)
     assert await held(node, 1, 2) == ["dead", "dead"], "written all the same"
-    stamp = fresh(node)
+    stamp = await fresh(node)
     rig.ticks.now += limits.COMMIT_WINDOW_S + 1.0
     with pytest.raises(NodeTrouble):
         await node.delete([key(3)], NO_MARK, 0.0, stamp)
-    stamp = fresh(node)
+    stamp = await fresh(node)
     node = await rig.reopen()
     with pytest.raises(NodeTrouble):
         await node.delete([key(4)], NO_MARK, 0.0, stamp)
@@ -440,7 +441,7 @@ async def test_a_blocked_node_reads_deletes_and_drops(node: StorageNode) -> None
     receipts = [await put(node, number) for number in (1, 2, 3)]
     node.block(True)
     assert node.state.value == "blocked"
-    await refused(node, 4, fresh(node))
+    await refused(node, 4, await fresh(node))
     with pytest.raises(NodeReadOnly):
         await node.append(key(4), [chunk(0, b"x")])
     with pytest.raises(NodeReadOnly):

@@ -8,7 +8,7 @@ import pytest
 
 from powermail.base.errors import CommitRefused, MarkRefused, NodeTrouble, OlderCheckpoint
 from powermail.storage.contract import START, Held, Mark, Origin, Position, Rank, Receipt, StorageNode
-from tests.storage.asks import FAR, NAME, NO_MARK, chunk, compact_all, fresh, held, put, text
+from tests.storage.asks import FAR, NAME, NO_MARK, chunk, compact_all, fresh, heard, held, put, text
 from tests.storage.rigs import Rig, overdue, then_reopened, walk
 from tests.storage.support import key
 
@@ -304,9 +304,9 @@ async def test_compaction_frees_what_is_dead_and_keeps_the_rest(rig: Rig) -> Non
     await rig.node.put_checkpoint(NAME, 0, b"kept", NO_MARK)
     dead = [number for number in range(1, 101) if number % 10]
     await rig.node.delete([key(number) for number in dead], NO_MARK, 0.0)
-    before = rig.node.stat()
+    before = (await heard(rig.node)).stat()
     assert await compact_all(rig.node) > 3
-    after = rig.node.stat()
+    after = (await heard(rig.node)).stat()
     assert after.log_octets < before.log_octets / 2 and after.segments < before.segments
     async for node in then_reopened(rig, True):
         for number in range(10, 101, 10):
@@ -323,10 +323,10 @@ async def test_compaction_touches_only_what_lies_whole_behind_the_watermark(node
     await node.delete([key(number) for number in range(1, 41)], NO_MARK, 0.0)
     assert await node.compactable(START, 0.0) is None
     assert await node.compactable(Position(1, 1 << 30), 0.0) is None
-    before = node.stat().segments
+    before = (await heard(node)).stat().segments
     while await node.compactable(second, 0.0) is not None:
         await node.compact(second, [], NO_MARK)
-    assert node.stat().segments == before - 1
+    assert (await heard(node)).stat().segments == before - 1
     assert await node.compact(START, [], NO_MARK) == 0
 
 
@@ -401,7 +401,7 @@ async def test_every_call_ends_though_the_disk_hangs(rig: Rig) -> None:
     """Law 14: nobody waits for the sick; and the node itself can be closed."""
     node = rig.node
     receipt = await put(node, 1)
-    stamp = fresh(node)
+    stamp = await fresh(node)
     rig.hang()
     ends = await overdue(
         rig,

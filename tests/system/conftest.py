@@ -185,7 +185,9 @@ class Running(Place):
     @property
     def index(self) -> SqliteIndex:
         """The index of the process that runs now."""
-        return self.powermail.core.index
+        found = self.powermail.core.index
+        assert isinstance(found, SqliteIndex)
+        return found
 
     @property
     def nodes(self) -> list[StorageNode]:

@@ -19,6 +19,7 @@ from powermail.base import limits
 from powermail.base.log import MemoryLog
 from powermail.base.tls import make_self_signed
 from powermail.base.world import system_world
+from powermail.directory.sqlite import SqliteDirectory
 from tests.system.conftest import DOORS, Client, PopClient, Running
 
 
@@ -179,8 +180,9 @@ async def test_bad_destinations_are_refused_at_write(running: Running, destinati
 async def test_bad_destinations_in_the_table_are_refused_at_use(running: Running) -> None:
     """F01: a row written around our checks leads nowhere, and its neighbours still work."""
     await running.mailbox("ann@local.example")
-    db = running.powermail.core.directory._db
-    assert db is not None
+    directory = running.powermail.core.directory
+    assert isinstance(directory, SqliteDirectory) and directory._db is not None
+    db = directory._db
     for address, forward in (("one", "a@b.example>\r\nX:y"), ("two", "ann@local.example bad@@x")):
         db.execute("INSERT INTO accounts (address, forward) VALUES (?, ?)", (f"{address}@local.example", forward))
     assert (await running.send(["one@local.example"], b"x")).startswith("550")

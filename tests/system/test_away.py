@@ -15,6 +15,7 @@ from powermail.app.setup import initialise
 from powermail.base import limits
 from powermail.base.log import MemoryLog
 from powermail.base.world import system_world
+from powermail.directory.sqlite import SqliteDirectory
 from tests.system.conftest import PopClient, Running, start
 from tests.system.sick import WRITES
 
@@ -37,7 +38,7 @@ async def test_directory_away_known_recipients_are_accepted_and_nobody_is_called
     await impatient.mailbox("ann@local.example")
     assert (await impatient.send(["ann@local.example"], b"S: 1\r\n\r\n1")).startswith("250")
     directory = impatient.powermail.core.directory
-    assert directory._db is not None
+    assert isinstance(directory, SqliteDirectory) and directory._db is not None
     directory._db.close()
     await asyncio.sleep(0.1)
     assert (await impatient.send(["ann@local.example"], b"S: 2\r\n\r\n2")).startswith("250"), "known within the bound"
@@ -63,8 +64,9 @@ async def test_stale_answers_have_a_bound(impatient: Running, monkeypatch: pytes
     await impatient.send(["ann@local.example"], b"x")
     cache = impatient.powermail.front.resolver.directory
     monkeypatch.setattr(cache, "_stale_s", 0.2)
-    assert impatient.powermail.core.directory._db is not None
-    impatient.powermail.core.directory._db.close()
+    directory = impatient.powermail.core.directory
+    assert isinstance(directory, SqliteDirectory) and directory._db is not None
+    directory._db.close()
     await asyncio.sleep(0.3)
     assert (await impatient.send(["ann@local.example"], b"x")).startswith("451 4.3.0")
 

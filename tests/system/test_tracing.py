@@ -8,6 +8,7 @@ import re
 import pytest
 
 from powermail.base import limits
+from powermail.directory.sqlite import SqliteDirectory
 from tests.system.conftest import Client, PopClient, Running
 from tests.system.submitting import plain, secured
 
@@ -136,7 +137,9 @@ async def odd_accounts(running: Running) -> None:
     await running.mailbox("none@local.example", password="")
     await running.mailbox("cut@local.example", password="{SSHA}5en6")
     await running.mailbox("slow@local.example", password="{SHA512-CRYPT}$6$rounds=999999999$abcdefgh$" + "x" * 86)
-    database = running.powermail.core.directory._db
+    directory = running.powermail.core.directory
+    assert isinstance(directory, SqliteDirectory)
+    database = directory._db
     assert database is not None
     database.execute("INSERT INTO accounts (address, password) VALUES ('odd@local.example', '{rot13}frperg')")
 

@@ -176,6 +176,7 @@ async def rename(desk: Desk, request: AccountRename, progress: Progress) -> Acco
         raise OperatorError(f"{request.to!r} is not an address: {error}") from error
     if await desk.directory.find(to) is not None:
         raise OperatorError(f"{to} exists; nothing was changed")
+    desk.directory.check(account._replace(address=to))  # before anything is noted
     await desk.index.note_owners({account.id: to})
     await desk.directory.update(account._replace(address=to))
     desk.owners.forget(account.id)

@@ -25,8 +25,9 @@ from powermail.base.log import Event
 from powermail.base.settings import Settings, inside
 from powermail.base.tasks import Tasks
 from powermail.base.world import World
+from powermail.directory.sqlite import SqliteDirectory
 from powermail.door.life import Life
-from powermail.index.sqlite import cluster_of
+from powermail.index.sqlite import SqliteIndex, cluster_of
 from powermail.keeper.rebuild import Rebuilder, Rebuilt
 from powermail.storage.log.keys import SqliteKeyIndex
 
@@ -112,9 +113,9 @@ class PowerMail:
         core, keeping, front = self.core, self.keeping, self.front
         lane = self.world.lane("places")
         self._stack.callback(lane.close)
-        paths = {node.id: inside(self.data, node.path).rstrip("/") for node in self.settings.cluster.nodes}
+        paths = {node.id: inside(self.data, node.path).rstrip("/") for node in self.settings.cluster.nodes if node.path}
         places = Places(self.world, self.data, paths)
-        noting = lane.run(places.note, [node.id for node in core.cluster.readable()])
+        noting = lane.run(places.note, [node.id for node in core.cluster.readable() if node.id in paths])
         noting.add_done_callback(self._noted)
         await asyncio.wait([noting], timeout=limits.OPERATOR_LOOK_S)  # law 14: nobody waits for a disk that hangs
 
@@ -159,8 +160,11 @@ class PowerMail:
 
     async def _copy_databases(self, path: str) -> None:
         """The index first: what the directory knows more than it is an account without mail, never mail without its account."""
+        if not isinstance(self.core.index, SqliteIndex):
+            raise OperatorError("the index is in a database, which has backups of its own; mail lies on the nodes")
         await self.core.index.copy_to(f"{path}/index.db")
-        await self.core.directory.copy_to(f"{path}/directory.db")
+        if isinstance(self.core.directory, SqliteDirectory):  # a database of its own has backups of its own
+            await self.core.directory.copy_to(f"{path}/directory.db")
 
     async def _refuse_dropped(self) -> None:
         """A member that left the settings may hold the only copies. Raises OperatorError with their number."""
@@ -190,9 +194,12 @@ class PowerMail:
         """Files that only we may read (X07)."""
         out = self.settings.outbound
         names = [f"{self.data}/srs.keys"]
-        names += [inside(self.data, name) for name in (out.smarthost_password_file, out.smarthost_token_file)]
+        secret = self.settings.directory.database_password_file
+        names += [inside(self.data, name) for name in (out.smarthost_password_file, out.smarthost_token_file, secret)]
         if self._use_tls:
             names.append(inside(self.data, self.settings.tls.key))
+        if any(node.address for node in self.settings.cluster.nodes):
+            names.append(inside(self.data, self.settings.peers.key))
         for name in names:
             if not name.endswith("/") and self.world.disk.exists(name) and self.world.disk.mode(name) & 0o007:
                 raise OperatorError(f"{name} holds a secret and everybody may read it; run `chmod o-rwx {name}`")
@@ -214,6 +221,8 @@ class PowerMail:
 
         One that is there and cannot be used is set aside; a good one only with `replace`.
         """
+        if self.settings.index.database:
+            raise OperatorError("only an index in a file can be made anew; unset index.database")
         path = inside(self.data, self.settings.index.path)
         self._take_lock()
         if self.world.disk.exists(path):

@@ -89,7 +89,8 @@ def make_front(stack: AsyncExitStack, core: Core, tasks: Tasks, sessions: Tasks,
         raise OperatorError(f"directory.postmaster: {settings.directory.postmaster!r} is not an address: {error}") from error
     resolver = Resolver(cache, settings.directory.recipient_delimiter, postmaster_at)
     trusted = Networks(settings.auth.trusted_networks)
-    authenticator = Authenticator(world, resolver, core.directory, settings.directory.upgrade_passwords, trusted.__contains__)
+    writable = None if settings.directory.find else core.directory
+    authenticator = Authenticator(world, resolver, writable, settings.directory.upgrade_passwords, trusted.__contains__)
     stack.callback(authenticator.close)
     srs_domain = settings.outbound.srs_domain or settings.hostname
     rewriter = Rewriter(srs_domain, _srs_keys(world, core.data), core.index.find_return)

@@ -44,7 +44,9 @@ class Places:
 
     def unmounted(self, node: str) -> str:
         """Why the place of a node looks like a mount point without its disk; "" if it does not. Raises OSError."""
-        path = self._paths[node]
+        path = self._paths.get(node, "")
+        if not path:
+            return ""  # another machine's
         outside = not path.startswith(f"{self._data}/")
         if not self._disk.exists(path) or self._apart(path):
             return ""

@@ -142,6 +142,8 @@ async def make_index(world: World, path: str, cluster: str) -> None:
 def cluster_of_nodes(world: World, settings: Settings, data: str) -> str:
     """The cluster that the nodes of the settings belong to, as their identities say. Raises OperatorError."""
     for node in settings.cluster.nodes:
+        if node.address:
+            continue
         path = node.path if node.path.startswith("/") else f"{data}/{node.path}"
         if world.disk.exists(f"{path}/identity"):
             return str(msgspec.json.decode(world.disk.read_file(f"{path}/identity"), type=dict[str, Any])["cluster"])

@@ -107,6 +107,7 @@ READ_AHEAD_PLACES: Final = 512  # messages whose nodes are asked for at once
 
 COMMIT_WINDOW_S: Final = 20.0  # law 2: a node refuses a commit whose stamp is older
 SPARE_MARGIN_S: Final = 2.0  # law 2: feeding a spare ends this long before its stamp is too old
+STAMP_AGE_MAX_S: Final = 20.0  # law 2: a node without a younger stamp takes no mail
 NODE_CALL_TIMEOUT_S: Final = 10.0  # law 14: every call to a node ends within this, but those that move much
 NODE_OPEN_WAIT_S: Final = 10.0  # how long a start waits for nodes; who is not open by then is opened while the others serve
 NODE_OPEN_TIMEOUT_S: Final = 600.0  # law 14: recovery may have to read the whole log; until then the node is away
@@ -116,15 +117,73 @@ LANE_CLOSE_WAIT_S: Final = 1.0  # how long a stop waits for a thread whose work 
 STREAM_ABANDONED_S: Final = 3600.0  # a stream that got no chunk for so long: twice what the slowest sender takes for one
 BOOTS_MAX: Final = 1000  # openings that a node's chain remembers (law 12)
 
+# -- nodes over the network (docs/peer-protocol.md) ---------------------------------------------------------------
+NODE_PAYLOAD_OCTETS_MAX: Final = 1 * MIB  # meta and body of one frame; the receive buffer of a connection holds one
+NODE_META_OCTETS_MAX: Final = 65_535  # what its field can say
+NODE_PIECE_OCTETS: Final = 64 * KIB  # of a body: small commits beside bulk take 1 ms; with 256 KiB 4 ms, with 4 MiB 23 ms
+NODE_WINDOW_OCTETS: Final = 4 * MIB  # payload of unanswered operations on one connection
+NODE_WINDOW_OPERATIONS: Final = 1024  # unanswered operations on one connection
+NODE_OPERATION_OCTETS_MAX: Final = RECORD_BODY_OCTETS_MAX + MIB  # of one operation, alone in its window when it is over it
+NODE_ANSWER_OCTETS_MAX: Final = 64 * MIB  # of one answer; lists come in pages far below it
+NODE_PAGE_OCTETS: Final = 4 * MIB  # of checkpoints in one answer, or what one record takes
+NODE_PAGE_NAMES: Final = 8  # names of checkpoints looked through for one answer
+NODE_PAGE_ITEMS_MAX: Final = 10_000  # of a scan or an inventory
+NODE_KEYS_MAX: Final = 65_536  # named in one operation
+NODE_TEXT_CHARS_MAX: Final = 512  # of a reason that is told to a peer
+NODE_HELLO_TIMEOUT_S: Final = 10.0  # from the TLS handshake to the first frame
+NODE_FRAME_TIMEOUT_S: Final = 10.0  # for one frame that has begun: 6.5 KB/s, which any line between machines carries
+NODE_OPERATION_TIMEOUT_S: Final = 10.0  # between two pieces of one operation
+NODE_SILENCE_S: Final = 15.0  # a peer that asks nothing, no ping either, for so long is gone
+NODE_WRITE_TIMEOUT_S: Final = 15.0  # a peer that does not read
+NODE_ANSWERS_OCTETS_MAX: Final = 4 * MIB  # answers that a peer has not read yet; beyond it its reads wait
+NODE_READS_AT_ONCE: Final = 16  # of one connection
+NODE_HELD_OCTETS_MAX: Final = 128 * MIB  # unanswered operations of all connections; beyond it the bulk ones are not read
+NODE_PING_INTERVAL_S: Final = 1.0  # law 2: how old a stamp gets
+NODE_PING_TIMEOUT_S: Final = 4.0  # P20: a blip is at most 5 s; then the connection is given up
+NODE_PINGS_PER_S_MAX: Final = 50  # of one connection
+NODE_STAT_INTERVAL_S: Final = 0.1  # how often a node looks whether its figures have changed, and pushes them
+NODE_CALL_GRACE_S: Final = 1.0  # how much longer the far end waits than the node, to hear its reason
+NODE_CONNECT_TIMEOUT_S: Final = 4.0  # P20
+NODE_RECONNECT_FIRST_S: Final = 0.1
+NODE_RECONNECT_MAX_S: Final = 5.0
+NODE_CONNECTIONS_MAX: Final = 1024  # two for each process that speaks to the node
+NODE_HANDSHAKES_MAX: Final = 64  # connections that have not said who they are
+NODE_SESSIONS_MAX: Final = 4096  # instances whose session number is remembered
+NODE_CLAIMS_MAX: Final = 500_000  # keys, twice, whose bringer is remembered for an abort
+NODE_CLAIM_S: Final = 60.0  # for at least so long: an abort is confirmed within the window only (law 5)
+
 # -- index and directory ------------------------------------------------------------------------------------------
 INDEX_GATHER_S: Final = 0.003  # how long a transaction waits for deliveries that are on their way
 INDEX_BUSY_TIMEOUT_S: Final = 5.0  # how long a statement waits for another process that has the database locked
 INDEX_BATCH_MAX: Final = 256  # deliveries entered in one transaction
+INDEX_SHARED_BATCH_MAX: Final = 128  # the same where others write too: 15,000/s, and a lock is held for 8 ms
+INDEX_SHARED_ENOUGH: Final = 32  # so many do not wait for more there
+SLOT_SILENT_S: Final = 86_400.0  # law 10: a writer slot that was not used for so long belongs to nobody
+INDEX_WRITERS: Final = 2  # connections of one process that write: one batch is on its way while the next is gathered
+INDEX_READERS_MAX: Final = 8  # connections of one process that read
+INDEX_CONNECT_S: Final = 2.0  # for each address of the database by itself; P20 with the wait below
+INDEX_COMMAND_S: Final = 5.0  # for each statement; a connection that was cut would hang for ever
+INDEX_TURN_S: Final = 5.0  # how long a call waits for a connection that is free
+INDEX_TRIES_MAX: Final = 8  # of a transaction that others stand in the way of
 INDEX_WAIT_S_DEFAULT: Final = 3.0  # P20: with a node's receipt a blip is at most 5 s; then reconcile enters it
 INDEX_PAGE_ROWS: Final = 2000  # rows fetched at a time when listing
 DIRECTORY_CACHE_MAX: Final = 100_000
 DIRECTORY_CACHE_TTL_S: Final = 30.0
 DIRECTORY_STALE_S: Final = 3600.0  # P14: served while the directory is away
+DIRECTORY_WAIT_S: Final = 2.5  # one look-up, whatever hangs: then a stale answer or a temporary error (P14)
+DIRECTORY_RESOLVE_S: Final = 5.0  # all look-ups that one RCPT or login takes
+DIRECTORY_AWAY_S: Final = 1.0  # after trouble nobody asks for so long, then one does: a directory that hangs costs few a wait
+DIRECTORY_OWNERS_S: Final = 1.0  # how long a look-up waits to hear from the index whose an id was
+DIRECTORY_STATEMENT_S: Final = 1.0  # one look-up on one connection; a second is tried, on another host if there is one
+DIRECTORY_CONNECT_S: Final = 1.0  # each host by itself
+DIRECTORY_NEXT_HOST_S: Final = 0.25  # a host that has not answered by then is raced by the next one
+DIRECTORY_LONG_S: Final = 60.0  # statements of an operator: lists, imports, the schema
+DIRECTORY_IDLE_S: Final = 300.0  # a connection that nobody used for so long is closed: firewalls forget it
+DIRECTORY_LAG_S: Final = 10.0  # after a change this process asks the primary: a standby may be so late
+DIRECTORY_CONNECTIONS_DEFAULT: Final = 4  # of one process; a look-up holds one for less than a millisecond
+DIRECTORY_BATCH_ROWS: Final = 200  # in one INSERT: nine parameters each, far below the 32,767 of PostgreSQL
+DIRECTORY_ROWS_MAX: Final = 1000  # that an operator's statement answers with for one address: a forward with a row for each
+DIRECTORY_TRIES_MAX: Final = 3  # of a transaction that met another (40001, 40P01, 1213)
 ALIAS_DEPTH_MAX: Final = 10
 FORWARD_DESTINATIONS_MAX: Final = 100
 INDEX_WAITING_MAX: Final = 4096  # deliveries that wait for a locked index; beyond it the nodes' records alone must do
@@ -227,6 +286,13 @@ assert max(INDEX_BATCH_MAX, RECONCILE_BATCH) <= NUMBERS_AT_ONCE_MAX, "one batch 
 assert EPOCH_JUMP > UNCLEAN_JUMP >= 2 * MARK_NUMBERS_MAX + NUMBERS_AT_ONCE_MAX, (
     "no number given since the last mark is given again: while one is on its way as many more may be given"
 )
+assert NODE_PIECE_OCTETS + NODE_META_OCTETS_MAX <= NODE_PAYLOAD_OCTETS_MAX <= NODE_WINDOW_OCTETS
+assert min(STAMP_AGE_MAX_S, NODE_SILENCE_S) > NODE_PING_INTERVAL_S + NODE_PING_TIMEOUT_S, "law 2: stamps stay young"
+assert NODE_CLAIM_S > COMMIT_WINDOW_S + INDEX_WAIT_S_DEFAULT, "what an abort may still confirm is remembered"
+assert DIRECTORY_STATEMENT_S + DIRECTORY_CONNECT_S + DIRECTORY_NEXT_HOST_S < DIRECTORY_WAIT_S < DIRECTORY_RESOLVE_S, (
+    "a look-up has time for a second host"
+)
+assert DIRECTORY_OWNERS_S < DIRECTORY_WAIT_S < DIRECTORY_STALE_S
 assert NODE_SLOW_S < NODE_READ_TIMEOUT_S < 5.0, "P20: a blip is at most 5 s"
 assert SMTP_COMMAND_LINE_OCTETS_MAX > PATH_OCTETS_MAX + ENVID_OCTETS_MAX + ORCPT_OCTETS_MAX + 512
 assert RECONCILE_INTERVAL_S + RECONCILE_GRACE_S < 120.0, "section 6: in the index within two minutes"

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from powermail.base import limits
 from powermail.base.errors import OperatorError
 
-ProtocolFactory = Callable[[], asyncio.Protocol]
+ProtocolFactory = Callable[[], asyncio.BaseProtocol]
 
 
 class Listener(Protocol):
@@ -44,7 +44,7 @@ class Network(Protocol):
     async def start_tls(
         self,
         transport: asyncio.Transport,
-        protocol: asyncio.Protocol,
+        protocol: asyncio.BaseProtocol,
         context: ssl.SSLContext,
         server_side: bool,
         name: str | None = None,
@@ -96,7 +96,7 @@ class SocketNetwork:
     async def start_tls(
         self,
         transport: asyncio.Transport,
-        protocol: asyncio.Protocol,
+        protocol: asyncio.BaseProtocol,
         context: ssl.SSLContext,
         server_side: bool,
         name: str | None = None,

@@ -19,17 +19,19 @@ from msgspec import Meta, Struct, field
 
 from powermail.base import limits
 from powermail.base.errors import OperatorError
+from powermail.base.net import parse_host_port
 
 
 def _says(text: str) -> Meta:
     return Meta(description=text)
 
 
-class NodeSettings(Struct, forbid_unknown_fields=True, frozen=True):
-    """One `[[cluster.nodes]]` entry: a storage node served in this process."""
+class NodeSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """One `[[cluster.nodes]]` entry: a storage node served in this process, or by another machine."""
 
     id: Annotated[str, _says("name of the node, unique for ever in this cluster")]
-    path: Annotated[str, _says("its directory; relative paths are below the data directory")]
+    path: Annotated[str, _says("its directory, when it is served here; relative paths are below the data directory")] = ""
+    address: Annotated[str, _says("host:port of the process that serves it, instead of a path")] = ""
     group: Annotated[str, _says("failure domain; nodes of one group are never redundant for each other")]
     priority: Annotated[int, _says("lower is used first; a higher number is a hot spare")] = 1
 
@@ -58,7 +60,8 @@ class ClusterSettings(Struct, forbid_unknown_fields=True, frozen=True):
 class IndexSettings(Struct, forbid_unknown_fields=True, frozen=True):
     """The database of what each mailbox shows."""
 
-    path: Annotated[str, _says("SQLite file")] = "index.db"
+    path: Annotated[str, _says("SQLite file, if no database is named")] = "index.db"
+    database: Annotated[str, _says("postgresql://user@host[,host…]/name, for several processes or machines")] = ""
     wait_s: Annotated[float, Meta(ge=0), _says("how long a 250 waits for the index; the nodes are enough")] = (
         limits.INDEX_WAIT_S_DEFAULT
     )
@@ -67,7 +70,27 @@ class IndexSettings(Struct, forbid_unknown_fields=True, frozen=True):
 class DirectorySettings(Struct, forbid_unknown_fields=True, frozen=True):
     """The database of who exists."""
 
-    path: Annotated[str, _says("SQLite file")] = "directory.db"
+    backend: Annotated[str, _says("sqlite, postgresql or mysql (MariaDB too)")] = "sqlite"
+    path: Annotated[str, _says("SQLite file, for backend sqlite")] = "directory.db"
+    database: Annotated[
+        str,
+        _says(
+            "for postgresql and mysql: `postgresql://USER@HOST[:PORT][,HOST[:PORT]...]/NAME`; a host that begins with %2F is a "
+            "unix socket; of several hosts one takes changes"
+        ),
+    ] = ""
+    database_password_file: Annotated[str, _says("file with its password, mode 0600; read at the start")] = ""
+    database_tls: Annotated[str, _says("none, or required (verified)")] = "none"
+    database_ca: Annotated[str, _says("PEM file of authorities to trust; empty: the system's")] = ""
+    connections: Annotated[int, Meta(ge=1, le=100), _says("connections of this process to the database")] = (
+        limits.DIRECTORY_CONNECTIONS_DEFAULT
+    )
+    find: Annotated[
+        str, _says("a statement of your own for tables of your own: [directory.md](directory.md); empty: our table, accounts")
+    ] = ""
+    serves: Annotated[str, _says("with find: any row says that a domain has addresses here")] = ""
+    identify: Annotated[str, _says("with find, where an address may change: the address of an id")] = ""
+    listing: Annotated[str, _says("with find: a page of accounts, for `powermail account list`")] = ""
     cache_ttl_s: Annotated[float, Meta(ge=0), _says("how long a look-up is believed")] = limits.DIRECTORY_CACHE_TTL_S
     stale_s: Annotated[float, Meta(ge=0), _says("how long it serves while the directory is away")] = limits.DIRECTORY_STALE_S
     recipient_delimiter: Annotated[str, Meta(max_length=1), _says("subaddress mark; empty turns it off")] = "+"
@@ -78,6 +101,22 @@ class DirectorySettings(Struct, forbid_unknown_fields=True, frozen=True):
     postmaster: Annotated[
         str, _says("mailbox that gets mail for postmaster at served domains without one; empty: postmaster@hostname")
     ] = ""
+
+    @property
+    def in_file(self) -> bool:
+        """True if it is a file of ours: made, brought on and backed up with the data directory."""
+        return self.backend == "sqlite" and not self.find
+
+
+class PeersSettings(Struct, forbid_unknown_fields=True, frozen=True):
+    """How the processes of a cluster know each other: [peer-protocol.md](peer-protocol.md)."""
+
+    listen: Annotated[list[str], _says("where `powermail serve --roles node` serves its nodes")] = field(
+        default_factory=lambda: ["127.0.0.1:2700"]
+    )
+    certificate: Annotated[str, _says("PEM file; its names say cluster, roles and id")] = "tls/peer.pem"
+    key: Annotated[str, _says("PEM file with its key, mode 0600")] = "tls/peer.key"
+    authority: Annotated[str, _says("PEM file with the cluster's authority")] = "tls/authority.pem"
 
 
 class SmtpSettings(Struct, forbid_unknown_fields=True, frozen=True):
@@ -179,6 +218,7 @@ class Settings(Struct, forbid_unknown_fields=True, frozen=True):
     cluster: ClusterSettings = ClusterSettings()
     index: IndexSettings = IndexSettings()
     directory: DirectorySettings = DirectorySettings()
+    peers: PeersSettings = PeersSettings()
     smtp: SmtpSettings = SmtpSettings()
     pop: PopSettings = PopSettings()
     auth: AuthSettings = AuthSettings()
@@ -189,6 +229,7 @@ class Settings(Struct, forbid_unknown_fields=True, frozen=True):
 
 
 POLICIES = ("spread-disk", "spread-load", "random")
+DIRECTORIES = ("sqlite", "postgresql", "mysql")
 TLS_MODES = ("none", "opportunistic", "required", "implicit")
 
 
@@ -196,13 +237,20 @@ def check(settings: Settings) -> None:
     """Refuses settings that contradict each other. Raises OperatorError with the reason (F29)."""
     _check_networks(settings)
     _check_metrics(settings.metrics)
+    _check_directory(settings.directory)
     cluster = settings.cluster
     ids = [node.id for node in cluster.nodes]
     groups = {node.group for node in cluster.nodes}
     if len(set(ids)) != len(ids):
         raise OperatorError("cluster.nodes: two nodes have the same id")
-    if len({node.path.rstrip("/") for node in cluster.nodes}) != len(ids):
+    paths = [node.path.rstrip("/") for node in cluster.nodes if node.path]
+    if len(set(paths)) != len(paths):
         raise OperatorError("cluster.nodes: two nodes have the same path")
+    for node in cluster.nodes:
+        if bool(node.path) is bool(node.address):
+            raise OperatorError(f"cluster.nodes: node {node.id} has either a path or an address")
+        if node.address:
+            parse_host_port(node.address)
     for node in cluster.nodes:
         if not node.id.isascii() or not node.id.replace("-", "").replace("_", "").isalnum():
             raise OperatorError(f"cluster.nodes: {node.id!r} is not a name of letters, digits, - and _")
@@ -232,6 +280,23 @@ def check(settings: Settings) -> None:
     host = settings.hostname
     if not host.isascii() or not host.replace(".", "").replace("-", "").isalnum() or len(host) > 255:
         raise OperatorError(f"hostname: {host!r} is not a domain name")
+
+
+def _check_directory(directory: DirectorySettings) -> None:
+    if directory.backend not in DIRECTORIES:
+        raise OperatorError(f"directory.backend: {directory.backend!r} is none of {', '.join(DIRECTORIES)}")
+    if directory.database_tls not in ("none", "required"):
+        raise OperatorError(f"directory.database_tls: {directory.database_tls!r} is neither none nor required")
+    if (directory.backend == "sqlite") == bool(directory.database):
+        raise OperatorError(
+            "directory.database is for backend postgresql or mysql, and they need it; sqlite has directory.path"
+        )
+    if directory.find and not directory.serves:
+        raise OperatorError(
+            "directory.find needs directory.serves: unknown users of your domains get another answer than others"
+        )
+    if not directory.find and (directory.serves or directory.identify or directory.listing):
+        raise OperatorError("directory.serves, identify and listing are for directory.find, which is empty")
 
 
 def _check_networks(settings: Settings) -> None:

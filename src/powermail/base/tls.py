@@ -37,6 +37,23 @@ def client_context(verify: bool, authorities: str = "") -> ssl.SSLContext:
     return context
 
 
+def peer_context(server_side: bool, certificate: str, key: str, authority: str) -> ssl.SSLContext:
+    """A context of one end between machines of a cluster: TLS 1.3, both ends show a certificate of the cluster's authority.
+
+    Who the other end is stands in its certificate and is the caller's to judge; host names say nothing. Nothing is resumed: a
+    certificate is looked at anew on each connection. Raises OSError or ssl.SSLError.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(cafile=authority)
+    context.load_cert_chain(certificate, key)
+    if server_side:
+        context.num_tickets = 0
+    return context
+
+
 def _ends_at(pem: bytes) -> float | None:
     """When the first certificate of a chain ends, in UTC; None if that cannot be read."""
     try:

@@ -90,13 +90,16 @@ def _copy(source: str, target: str) -> None:
 def _plain_files(data: str, settings: Settings) -> Iterator[tuple[str, str]]:
     """(name in the backup, path) of what is no database. What lies outside of the data directory is not ours to copy."""
     names = [SETTINGS_NAME, "srs.keys", settings.tls.certificate, settings.tls.key, settings.outbound.smarthost_password_file]
+    names.append(settings.directory.database_password_file)
     for name in dict.fromkeys(names):
         if name and not name.startswith("/") and os.path.exists(f"{data}/{name}"):
             yield f"files/{name}", f"{data}/{name}"
 
 
 def _databases(data: str, settings: Settings) -> dict[str, str]:
-    return {"index.db": inside(data, settings.index.path), "directory.db": inside(data, settings.directory.path)}
+    """Those that are files of ours: a directory in a database of its own, or of somebody else, has backups of its own."""
+    directory = {"directory.db": inside(data, settings.directory.path)} if settings.directory.in_file else {}
+    return {"index.db": inside(data, settings.index.path), **directory}
 
 
 async def backup(common: Common, to: str) -> BackedUp:

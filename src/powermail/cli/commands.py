@@ -180,7 +180,7 @@ async def status(common: Common, request: Request) -> int:
         said = [f"no server runs on {common.data}; `powermail serve --data {shlex.quote(common.data)}` starts it"]
         for node in settings.cluster.nodes:
             path = inside(common.data, node.path)
-            if not os.path.exists(f"{path}/identity"):
+            if node.path and not os.path.exists(f"{path}/identity"):
                 said.append(f"node {node.id}: no identity in {path}: is its disk mounted?")
         return tell(common, Status(running=False, degraded=said))
     return tell(common, msgspec.json.decode(raw, type=Status))
@@ -290,12 +290,19 @@ class Serve(Request):
     """`--init` makes an installation first, if there is none."""
 
     init: Annotated[bool, option("make an installation first, if there is none")] = False
+    roles: Annotated[str, option("all, or node: only the nodes of the settings, for other machines")] = "all"
 
 
 async def serve(common: Common, request: Serve) -> int:
     """Serves until interrupted."""
     from powermail.cli.serving import serve as run
 
+    if request.roles == "node":
+        from powermail.cli.serving_nodes import serve_nodes
+
+        return await serve_nodes(common)
+    if request.roles != "all":
+        raise OperatorError(f"--roles {request.roles}: neither all nor node")
     return await run(common, request.init)
 
 
@@ -420,6 +427,37 @@ async def config(common: Common, request: Config) -> int:
     return 0
 
 
+class Initialised(Struct):
+    """The versions of our table that were reached now; none if it was there already."""
+
+    versions: list[int]
+
+
+async def directory_init(common: Common, request: Request) -> int:
+    """Makes our table in the database of the settings, or brings it on; servers may use it meanwhile."""
+    from powermail.app.directories import initialise_directory
+
+    settings = prepare(common)
+    done = await initialise_directory(system_world(NullLog()), settings, common.data)
+    if common.json:
+        print_json(Initialised(done))
+    else:
+        print(f"the table accounts is at version {done[-1]} now" if done else "the table accounts is there, as it should be")
+    return 0
+
+
+async def index_migrate(common: Common, request: Request) -> int:
+    """Makes the tables of the index in the database of the settings, or brings them on, in one transaction."""
+    from powermail.app.indexes import migrate_index
+
+    await migrate_index(system_world(NullLog()), prepare(common), common.data)
+    if common.json:
+        print_json({})
+    else:
+        print("the tables of the index are as this program needs them")
+    return 0
+
+
 class PasswordHash(Request):
     """A password and the form it is to have."""
 
@@ -502,6 +540,8 @@ def _all() -> list[Runnable]:
         Command("restore", Restore, "put a backup back", restore),
         Command("trace", Trace, "tell a message's story from the log", trace),
         Command("rebuild", Rebuild, "make a new index from the nodes alone", rebuild),
+        Command("index migrate", Request, "make the tables of the index in a database, or bring them on", index_migrate),
+        Command("directory init", Request, "make our table in a database, or bring it on", directory_init),
         Command("config", Config, "print the settings in force", config),
         Command("password hash", PasswordHash, "print a stored form for the directory", password_hash),
         Command("completion", Shell, "print a script that completes commands in a shell", completion),

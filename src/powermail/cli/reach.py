@@ -38,7 +38,8 @@ def prepare(common: Common) -> Settings:
     """Before files are opened: as their owner, and with those that are somebody else's named. Raises OperatorError."""
     ownership.become_owner(common.data)
     settings = settings_of(common)
-    ownership.check(common.data, [inside(common.data, settings.index.path), inside(common.data, settings.directory.path)])
+    files = [settings.index.path, *([settings.directory.path] if settings.directory.in_file else [])]
+    ownership.check(common.data, [inside(common.data, path) for path in files])
     return settings
 
 

@@ -127,7 +127,7 @@ class Server:
 
     def _welcome(self, world: World, first: FirstMailbox | None) -> None:
         settings = self._settings
-        paths = {node.id: inside(self._common.data, node.path) for node in settings.cluster.nodes}
+        paths = {node.id: inside(self._common.data, node.path) for node in settings.cluster.nodes if node.path}
         show.try_it(
             self._powermail.front.listening,
             {"smtp": reachable(settings.smtp.listen), "pop3s": reachable(settings.pop.listen_tls)},

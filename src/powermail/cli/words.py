@@ -27,6 +27,7 @@ GROUPS = {
     "forward": "forwards",
     "node": "storage nodes",
     "queue": "mail that waits to leave",
+    "index": "what each mailbox shows, in a database",
     "directory": "who exists",
     "password": "password hashes",
 }

@@ -1,6 +1,8 @@
 """Owns logins for all doors: the same answer and the same work for unknown user and wrong password (U07).
 
-Why one failed is a `Reason` in the log and the counters; the client gets the same words, after the same time.
+Why one failed is a `Reason` in the log and the counters; the client gets the same words, after the same time. While the
+directory is away a login is right by what is known within its bound, or it is trouble: what does not fit may be a password
+that was changed meanwhile, so nobody hears that his is wrong (P14).
 
 Right passwords are remembered for a short time under a salted digest of everything that went into the decision, so that
 polling clients do not cost a hash each (U14: an old password is dead everywhere within the bound).
@@ -137,6 +139,8 @@ class Authenticator:
         self._world.counters.add("auth.failures")
         self.note(client, door, reason, name)
         await asyncio.sleep(self._limiter.delay_s(source, name.lower()))
+        if self._resolver.directory.trouble:
+            raise AuthTrouble(self._resolver.directory.trouble)
 
     async def _upgrade(self, account: Account, password: str) -> Account:
         """The account as it is in the directory now."""

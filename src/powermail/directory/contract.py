@@ -82,3 +82,22 @@ class Writable(Directory, Protocol):
 
     async def ids(self, ids: Sequence[str]) -> dict[str, str]:
         """id to address, of those that exist."""
+
+
+class Backend(Writable, Protocol):
+    """What a process opens: a directory with its file or its connections.
+
+    One that cannot be changed from here (`foreign`) raises OperatorError from everything that would.
+    """
+
+    async def open(self, make: bool = True) -> None:
+        """Opens it and looks whether it can be used. A server that is away keeps nobody from starting.
+
+        With `make`, a file of our own that is missing is made; nothing else is ever made here. Raises OperatorError.
+        """
+
+    async def close(self) -> None:
+        """Closes it."""
+
+    def abandon(self) -> None:
+        """Lets go of it as it is: the process was killed (simulator)."""

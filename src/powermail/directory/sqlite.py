@@ -19,6 +19,7 @@ from powermail.base.world import World
 from powermail.directory import rows
 from powermail.directory.contract import Account, Doubt, RowTrouble
 from powermail.directory.rows import ID_MAX, Value
+from powermail.mail.address import has_control
 
 T = TypeVar("T")
 
@@ -182,11 +183,13 @@ class SqliteDirectory:
             return self._db.execute(f"SELECT {_COLUMNS.removesuffix('send_as')} '' FROM accounts {where}", values).fetchall()
 
     async def find(self, address: str) -> Account | None:
+        if has_control(address):
+            return None  # no row has it
         found = await self._run(self._select, "WHERE address = ?", (address,))
         return rows.read(found[0]) if found else None
 
     async def serves(self, domain: str) -> bool:
-        return await self._run(self._serves, domain)
+        return not has_control(domain) and await self._run(self._serves, domain)
 
     def _serves(self, domain: str) -> bool:
         assert self._db is not None
@@ -225,7 +228,12 @@ class SqliteDirectory:
         return int.from_bytes(self._world.entropy.octets(8), "big") >> 1 or 1
 
     async def update(self, account: Account) -> bool:
-        return await self._run(self._update, rows.check(account))
+        try:
+            return await self._run(self._update, rows.check(account))
+        except OperatorError as error:
+            if isinstance(error.__cause__, sqlite3.IntegrityError) and "UNIQUE" in str(error):
+                raise OperatorError(f"the directory refuses it: {account.address} exists") from error
+            raise
 
     def _update(self, account: Account) -> bool:
         assert self._db is not None

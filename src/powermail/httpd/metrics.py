@@ -189,7 +189,9 @@ class Exposition(Collector):
         yield gauge("lane_waiting_calls", "Calls that wait for a thread.", "lane", waits)
         sessions = [((door,), float(count)) for door, count in desk.connections().items()]
         yield gauge("door_sessions", "Open connections.", "door", sessions)
-        yield gauge("directory_away", "1 while look-ups are answered from memory.", "", _one(desk.resolver.directory.away))
+        yield gauge(
+            "directory_away", "1 while look-ups are answered from memory.", "", _one(bool(desk.resolver.directory.trouble))
+        )
         ends = desk.certificate_ends()
         yield gauge(
             "certificate_end_timestamp_seconds", "When the certificate ends.", "", _one(ends) if ends is not None else ()

@@ -1,8 +1,8 @@
 """Owns the contracts of the index: the one truth of all front ends about mailboxes, copies, the queue and checkpoints.
 
 Five contracts, one object: `Mailboxes` (what each mailbox shows), `Copies` (fates, copies, nodes), `Queue`, `Checkpoints`
-(what goes to the nodes so that the index can be made anew) and `Epochs` (lost commits). Implementations: `index.memory`
-and `index.sqlite`; one suite for all (`tests/index`). The protocol they keep is docs/laws.md.
+(what goes to the nodes so that the index can be made anew) and `Epochs` (lost commits). Implementations: `index.memory`,
+`index.sqlite` and `index.postgres`; one suite for all (`tests/index`). The protocol they keep is docs/laws.md.
 
 Rules: a method that changes something returns only when the change is durable, as one transaction whose last statement
 raises the writer slot's count (law 10). IndexTrouble means: try later, nothing is known about the outcome. While the index
@@ -494,7 +494,7 @@ class Queue(Protocol):
         """How many queue rows wait, all or for one domain."""
 
     async def queue_oldest(self) -> float | None:
-        """When the message came that entered the queue first, of those that are not held, nor their domain; None if none is."""
+        """When the oldest message in the queue came, of those that are not held, nor their domain; None if there is none."""
 
     async def queue_rows(self, after: int, limit: int) -> list[QueueRow]:
         """Rows by id, for the operator."""
@@ -589,8 +589,9 @@ class Epochs(Protocol):
 
     @property
     def unsettled(self) -> bool:
-        """Readers wait: the process before did not say that it stopped, or the connection to the database broke. What was
-        listed then may be missing here, without any sign, until the nodes' logs are entered to their ends (laws 6, 10).
+        """Readers wait: the process before did not say that it stopped, or, where others write too, this one has compared
+        nothing yet or found the database to be another than it was. What was listed then may be missing here, without any sign,
+        until the nodes' logs are entered to their ends (laws 6, 10).
         """
 
     def settled(self) -> None:

@@ -20,8 +20,12 @@ from powermail.base.world import World
 from powermail.index import laws
 from powermail.index.contract import Fate, Head, NodeRow, QueueRow
 from powermail.index.laws import Numbers
-from powermail.index.sqlite import migration, queue_form, schema
-from powermail.index.sqlite.rows import Placements, set_counter
+from powermail.index.sql import queue_form
+from powermail.index.sql.core import NO_NODES
+from powermail.index.sql.engine import NODE_COLUMNS
+from powermail.index.sqlite import migration
+from powermail.index.sqlite.rows import Sets, insert_many, set_counter
+from powermail.index.sqlite.statements import text_of
 from powermail.index.view import Entry
 from powermail.mail.envelope import Commit, Target
 from powermail.storage.contract import Mark
@@ -207,7 +211,7 @@ class SqliteRebuilding:
         migration.prepare(db, self._path, cluster, self._world.clock.now())
         for statement in _SCRATCH:
             db.execute(statement)
-        self._placements = Placements(db)
+        self._placements = Sets(db)
 
     async def _run(self, call: Callable[..., T], *args: Any) -> T:
         try:
@@ -471,10 +475,11 @@ class SqliteRebuilding:
                 (key,),
             )
             db.execute("DELETE FROM rebuild_entries WHERE key = ?", (key,))
-            queue_form.insert(db, [QueueRow.of(0, key, commit, to, True, HELD_BY_REBUILD) for to in verdict.hold])
+            rows = [QueueRow.of(0, key, commit, to, True, HELD_BY_REBUILD) for to in verdict.hold]
+            insert_many(db, queue_form.INSERT, queue_form.WIDTH, [queue_form.values(row, None) for row in rows])
             until = commit.received_at + limits.RETURN_S
             returns = [(to.reverse_path.lower(), to.original, until) for to in commit.targets if to.original]
-            db.executemany(schema.ADD_RETURN, returns)
+            db.executemany(text_of(queue_form.ADD_RETURN), returns)
             new += [(target, verdict) for target in verdict.enter]
             refs = kept + len(verdict.enter) + len(verdict.hold)
             octets, sha256, placement = commit.shown_octets, bytes.fromhex(commit.sha256), self._placements.id(verdict.nodes)
@@ -512,7 +517,7 @@ class SqliteRebuilding:
         db.execute(
             "INSERT INTO messages (key, octets, sha256, placement, refs, fate, round) VALUES (?, 0, x'', ?, 0, ?,"
             " (SELECT value FROM counters WHERE name = 'round'))",
-            (key, schema.NO_NODES, int(Fate.DEAD)),
+            (key, NO_NODES, int(Fate.DEAD)),
         )
         db.executemany("INSERT OR IGNORE INTO orders (node, key) VALUES (?, ?)", [(node, key) for node in nodes])
 
@@ -521,7 +526,7 @@ class SqliteRebuilding:
             db.execute(
                 "INSERT OR IGNORE INTO messages (key, octets, sha256, placement, refs, fate, round)"
                 " SELECT key, 0, x'', ?, 0, ?, (SELECT value FROM counters WHERE name = 'round') FROM rebuild_tombstones",
-                (schema.NO_NODES, int(Fate.DEAD)),
+                (NO_NODES, int(Fate.DEAD)),
             )
             for node in nodes:
                 dead = f"SELECT ?, key FROM messages WHERE fate = {int(Fate.DEAD)}"
@@ -558,7 +563,7 @@ class SqliteRebuilding:
             place = (*row.watermark, *row.end_seen)
             flags = (row.boot, row.scan_round, int(row.owes_walk), int(row.blocked), row.missing_since, int(row.owes_compare))
             db.execute(
-                f"INSERT INTO nodes ({schema.NODE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                f"INSERT INTO nodes ({NODE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (row.id, row.group, row.incarnation, *place, *flags),
             )
         for name, value in (("epoch", self._epoch), ("uidvalidity", self._uidvalidity), ("sequence", sequence)):

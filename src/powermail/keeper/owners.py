@@ -8,6 +8,7 @@ an index that does not answer keeps nobody from receiving (P14).
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from powermail.base import limits
@@ -39,8 +40,9 @@ class Owners:
         if account is None or self._known.get(account.id) == one_form(account.address):
             return account
         try:
-            found = await self.mismatches([account])
-        except IndexTrouble:
+            async with asyncio.timeout(limits.DIRECTORY_OWNERS_S):
+                found = await self.mismatches([account])
+        except (IndexTrouble, TimeoutError):
             return account
         if found:
             raise RowTrouble(f"directory, row {account.address}: id {account.id} belonged to {found[0][1]}")

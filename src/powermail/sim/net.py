@@ -21,7 +21,7 @@ _HIGH_WATER_OCTETS = 65_536
 class SimTransport:
     """One end of a connection."""
 
-    def __init__(self, net: SimNetwork, protocol: asyncio.Protocol, peer_name: tuple[str, int]) -> None:
+    def __init__(self, net: SimNetwork, protocol: asyncio.BaseProtocol, peer_name: tuple[str, int]) -> None:
         self.peer: SimTransport
         self.owner = ""
         self._net = net
@@ -205,7 +205,7 @@ class NamedNetwork:
     async def start_tls(
         self,
         transport: asyncio.Transport,
-        protocol: asyncio.Protocol,
+        protocol: asyncio.BaseProtocol,
         context: ssl.SSLContext,
         server_side: bool,
         name: str | None = None,

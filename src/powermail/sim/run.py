@@ -111,7 +111,7 @@ class Simulation:
                 reserve_octets=100_000,
                 repair_after_s=5.0,
                 tombstone_days=self._tombstone_days,
-                nodes=[NodeSettings(name, f"nodes/{name}", group) for name, group in NODES.items()],
+                nodes=[NodeSettings(id=name, path=f"nodes/{name}", group=group) for name, group in NODES.items()],
             ),
             index=IndexSettings(path=f"{real}/index.db"),
             directory=DirectorySettings(path=f"{real}/directory.db", upgrade_passwords=False),

@@ -113,7 +113,7 @@ class QueuePart(Transactions):
 
     async def queue_oldest(self) -> float | None:
         free = [row for row in self.state.queue.values() if not row.held and row.domain not in self.state.held_domains]
-        return min(free, key=lambda row: row.id).created_at if free else None
+        return min((row.created_at for row in free), default=None)
 
     async def queue_rows(self, after: int, limit: int) -> list[QueueRow]:
         return [replace(row) for number, row in sorted(self.state.queue.items()) if number > after][:limit]

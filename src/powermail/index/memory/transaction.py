@@ -35,8 +35,10 @@ class Undo(Exception):
 class Transactions:
     """What all parts of the index in memory stand on."""
 
-    def __init__(self, world: World, store: MemoryStore | None = None) -> None:
+    def __init__(self, world: World, store: MemoryStore | None = None, alone: bool = True) -> None:
+        """`alone`: it answers as where one process writes (SQLite); else as where others may, on other machines."""
         self._world = world
+        self._alone = alone
         self.backing = store or MemoryStore()
         self._failures: deque[bool] = deque()
         self._why_lost = ""
@@ -63,6 +65,9 @@ class Transactions:
             s = self.state
             s.cluster = s.cluster or cluster
             s.uidvalidity = s.uidvalidity or laws.fresh_uidvalidity(0, self._world.clock.now())
+            if not self._alone:
+                self._unsettled = True  # law 10: nothing was compared yet
+                return
             last = s.slots.get(s.sequence)
             self._unsettled = last is not None and not last.stopped
             if self._unsettled:

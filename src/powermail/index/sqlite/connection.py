@@ -11,36 +11,22 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import Awaitable, Callable
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 from powermail.base import limits
 from powermail.base.errors import IndexLost, IndexTrouble, OperatorError
 from powermail.base.lane import Lane
 from powermail.base.world import World
-from powermail.index.contract import NodeRow
 from powermail.index.laws import NumbersSpent
+from powermail.index.sql.core import LEFT_OUT, STARTS_BEHIND, Change, Look
+from powermail.index.sql.engine import NODE_COLUMNS, Slot, Transaction, Untouched, node_row
+from powermail.index.sql.gathering import Gathering
 from powermail.index.sqlite import migration, schema
-from powermail.index.sqlite.rows import Placements
-from powermail.storage.contract import Mark, Position
+from powermail.index.sqlite.statements import Reader, Writer, drive
+from powermail.storage.contract import Mark
 
 T = TypeVar("T")
-STARTS_BEHIND = limits.EPOCH_JUMP // limits.UNCLEAN_JUMP // 2  # unclean starts that use up half of a mailbox's numbers
-
-
-class Untouched(Generic[T]):
-    """What a call returns that turned out to change nothing: its transaction is rolled back, no number is used."""
-
-    def __init__(self, value: T) -> None:
-        self.value = value
-
-
-class Slot(NamedTuple):
-    """The writer slot of this opening: its number, its random tag, the count of its transactions (law 10)."""
-
-    number: int
-    tag: str
-    commits: int
 
 
 class Shared(NamedTuple):
@@ -119,45 +105,26 @@ def cluster_of(path: str) -> str:
         return ""
 
 
-def read_nodes(db: sqlite3.Connection) -> list[NodeRow]:
-    """All member nodes, by id."""
-    rows = db.execute(f"SELECT {schema.NODE_COLUMNS} FROM nodes ORDER BY id")
-    return [
-        NodeRow(r[0], r[1], r[2], Position(r[3], r[4]), Position(r[5], r[6]), r[7], r[8], bool(r[9]), bool(r[10]), r[11],
-                bool(r[12]))
-        for r in rows
-    ]  # fmt: skip
+class SqliteCore(Gathering):
+    """The file and its lanes. Methods whose names begin with `_in_` run in the writing lane."""
 
-
-class Core:
-    """What all parts of the index on SQLite stand on. Methods whose names begin with `_in_` run in the writing lane."""
+    alone = True
 
     def __init__(self, world: World, path: str) -> None:
-        self._world = world
+        super().__init__(world)
         self._path = path
         self._write_lane: Lane = world.lane("index-write")
         self._read_lane: Lane = world.lane("index-read")
         self._db_open: sqlite3.Connection | None = None
         self._reader_open: sqlite3.Connection | None = None
+        self._writer_open: Writer | None = None
         self._slot = Slot(0, "", 0)
         self._shared = Shared(0, 0, 0, 0, 0, {}, (), {})
         self._published = self._slot, self._shared  # as the last transaction left both; what other threads read
-        self._members: dict[str, NodeRow] = {}
-        self._sets: dict[tuple[str, ...], int] = {}  # numbers of placements by nodes in the order of receipts
-        self._fresh = 0  # the UIDVALIDITY given in this transaction
-        self._passed: dict[str, tuple[str, Position]] = {}  # incarnation and watermark of each member (law 7)
-        self._stale = False  # this transaction changed nodes or counters
-        self._resting = False  # this transaction is the last one
-        self._why_lost = ""  # this process met the proof itself: until a new epoch, nothing is numbered or listed
         self._under_way = 0  # transactions on their way to the lane, or in it
         self._changes = 0
+        self._begin_gathering()
         self._used: dict[str, int] = {}  # octets of accounts asked for lately
-        self.numbered = 0  # by this process, of all mailboxes
-        self.unsettled = False  # the process before did not stop in good order, and not all logs that must be are entered
-        self.connection = 1  # a file is opened once in the life of this object, and stays that file whatever has its name
-        self.catching_up = False
-        self.numbering = True
-        self.cluster = ""
 
     @property
     def _db(self) -> sqlite3.Connection:
@@ -172,6 +139,18 @@ class Core:
         if self._reader_open is None:
             raise IndexTrouble("the index is not open")
         return self._reader_open
+
+    @property
+    def _writer(self) -> Writer:
+        """The writing lane's transactions, one after the other, with what they remember."""
+        if self._writer_open is None:
+            raise IndexTrouble("the index is not open")
+        return self._writer_open
+
+    @property
+    def connection(self) -> int:
+        """A file is opened once in the life of this object, and stays that file whatever has its name."""
+        return 1
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -208,6 +187,7 @@ class Core:
             if db.in_transaction:
                 db.execute("ROLLBACK")
             raise
+        self._writer_open = Writer(db, self)
         self._in_forget_caches()
         self.cluster = str(db.execute("SELECT value FROM meta WHERE name = 'cluster'").fetchone()[0])
 
@@ -246,7 +226,7 @@ class Core:
             await self._read_lane.run(self._reader_open.close)
         if self._db_open is not None:
             await self._write_lane.run(self._db_open.close)
-        self._reader_open = self._db_open = None
+        self._reader_open = self._db_open = self._writer_open = None
         self._write_lane.close()
         self._read_lane.close()
 
@@ -258,8 +238,8 @@ class Core:
 
     # -- transactions --------------------------------------------------------------------------------------------------
 
-    async def _write(self, call: Callable[..., T | Untouched[T]], *args: Any) -> T:
-        """Runs `call(*args)` in one transaction on the writing lane. Raises IndexTrouble."""
+    async def _write(self, call: Change[T], *args: Any) -> T:
+        """Runs `call` in one transaction on the writing lane. Raises IndexTrouble."""
         self._begin_change()
         done = self._write_lane.run(self._in_transaction, call, args)
         done.add_done_callback(self._end_change)
@@ -279,13 +259,24 @@ class Core:
         if done is not None and not done.cancelled():
             done.exception()  # who waited has seen it, or has gone: then what it was about is asked for again
 
-    async def _ask(self, call: Callable[..., T], *args: Any) -> T:
-        """Runs `call(*args)`, which reads by one statement, on the reading lane. Raises IndexTrouble."""
-        return await self._guard(self._read_lane.run(call, *args))
+    async def _ask(self, call: Look[T], *args: Any) -> T:
+        """Runs `call`, which reads by one statement, on the reading lane. Raises IndexTrouble."""
+        return await self._guard(self._read_lane.run(self._in_one, call, args))
 
-    async def _read(self, call: Callable[..., T], *args: Any) -> T:
-        """Runs `call(*args)` on the reading lane, in one snapshot. Raises IndexTrouble."""
+    async def _read(self, call: Look[T], *args: Any) -> T:
+        """Runs `call` on the reading lane, in one snapshot. Raises IndexTrouble."""
         return await self._guard(self._read_lane.run(self._in_snapshot, call, args))
+
+    async def _show(self, call: Look[T], *args: Any) -> T:
+        self._complete()
+        return await self._read(call, *args)
+
+    async def _show_one(self, call: Look[T], *args: Any) -> T:
+        self._complete()
+        return await self._ask(call, *args)
+
+    async def _aside(self, call: Callable[..., T], *args: Any) -> T:
+        return await self._read_lane.run(call, *args)
 
     @staticmethod
     async def _guard(future: Awaitable[T]) -> T:
@@ -294,21 +285,24 @@ class Core:
         except (sqlite3.Error, NumbersSpent) as error:
             raise IndexTrouble(f"index: {error}") from error
 
-    def _in_snapshot(self, call: Callable[..., T], args: tuple[Any, ...]) -> T:
+    def _in_one(self, call: Look[T], args: tuple[Any, ...]) -> T:
+        return drive(call(Reader(self._reader), *args))
+
+    def _in_snapshot(self, call: Look[T], args: tuple[Any, ...]) -> T:
         reader = self._reader
         reader.execute("BEGIN")
         try:
-            return call(*args)
+            return drive(call(Reader(reader), *args))
         finally:
             if reader.in_transaction:
                 reader.execute("ROLLBACK")
 
-    def _in_transaction(self, call: Callable[..., T | Untouched[T]], args: tuple[Any, ...]) -> T:
-        db = self._db
+    def _in_transaction(self, call: Change[T], args: tuple[Any, ...]) -> T:
+        db, writer = self._db, self._writer
         before, slot = db.total_changes, self._slot
         db.execute("BEGIN IMMEDIATE")
         try:
-            result = call(*args)
+            result = drive(call(writer, *args))
             if isinstance(result, Untouched):
                 db.execute("ROLLBACK")
                 if db.total_changes != before:
@@ -316,7 +310,7 @@ class Core:
                 return result.value
             self._in_raise_count()
             db.execute("COMMIT")
-            self._resting = False
+            writer.resting = False
         except BaseException:
             if db.in_transaction:
                 db.execute("ROLLBACK")
@@ -324,11 +318,11 @@ class Core:
             self._in_forget_caches()
             raise
         self._slot = self._slot._replace(commits=self._slot.commits + 1)
-        if self._stale:
+        if writer.stale:
             self._in_load()
-        elif self._fresh:
-            self._shared = self._shared._replace(uidvalidity=self._fresh)
-        self._fresh = 0
+        elif writer.fresh:
+            self._shared = self._shared._replace(uidvalidity=writer.fresh)
+        writer.fresh = 0
         self._published = self._slot, self._shared
         return result
 
@@ -338,7 +332,7 @@ class Core:
         raised = self._db.execute(
             "UPDATE writers SET count = count + 1, stopped = ?, round = (SELECT value FROM counters WHERE name = 'round')"
             " WHERE id = ? AND tag = ? AND count = ?",
-            (int(self._resting), slot.number, slot.tag, slot.commits),
+            (int(self._writer.resting), slot.number, slot.tag, slot.commits),
         )
         if raised.rowcount != 1:
             self._why_lost = f"writer slot {slot.number} is not where this process left it"
@@ -349,20 +343,19 @@ class Core:
     def _in_forget_caches(self) -> None:
         """What is in memory may be wrong after a transaction that was rolled back. Parts add theirs."""
         self._in_load()
-        self._placements = Placements(self._db)
-        self._sets.clear()
+        self._writer.forget()
 
     def _in_load(self) -> None:
         """Reads node rows and counters again."""
-        self._fresh, self._resting = 0, False
-        db = self._db
+        db, writer = self._db, self._writer
+        writer.fresh, writer.resting, writer.stale = 0, False, False
         before = self._shared
         counters = dict(db.execute("SELECT name, value FROM counters").fetchall())
-        self._members = {row.id: row for row in read_nodes(db)}
-        self._passed = {row.id: (row.incarnation, row.watermark) for row in self._members.values()}
+        writer.counters = counters
+        writer.know([node_row(row) for row in db.execute(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id")])
         writers: dict[bool, dict[int, tuple[str, int]]] = {False: {}, True: {}}  # left out or not
         for number, tag, count, stopped in db.execute("SELECT id, tag, count, stopped FROM writers ORDER BY id"):
-            writers[stopped == schema.LEFT_OUT][number] = tag, count
+            writers[stopped == LEFT_OUT][number] = tag, count
         writers[False].pop(self._slot.number, None)
         self._shared = Shared(
             counters["epoch"],
@@ -376,7 +369,6 @@ class Core:
         )
         self.catching_up = bool(counters["catching_up"])
         self.numbering = not counters["waiting"]
-        self._stale = False
         self._published = self._slot, self._shared
         if (before.epoch, before.starts) != (self._shared.epoch, self._shared.starts):
             self._in_renumber_all()
@@ -385,22 +377,13 @@ class Core:
         """Another epoch, or another start: what deliveries know of numbers is made anew."""
         for statement in schema.arrivals(self._shared.epoch, self._shared.starts, self._slot.number, self._slot.tag):
             self._db.execute(statement)
+        self._writer.boxes.clear()
 
-    def _in_set(self, name: str, value: int) -> None:
-        """Sets a counter; copies in memory follow at the commit."""
-        self._db.execute("UPDATE counters SET value = ? WHERE name = ?", (value, name))
-        self._stale = True
+    async def _in_find_by_key(self, db: Transaction) -> None:
+        await db.change(schema.ENTRIES_BY_KEY)
 
-    def _complete(self) -> None:
-        """Raises IndexTrouble while a listing might be short (P7)."""
-        if self._why_lost:
-            raise IndexLost(self._why_lost)
-        if self.catching_up or self.unsettled:
-            raise IndexTrouble("the index is catching up with the storage nodes")
-
-    def settled(self) -> None:
-        """Listings are complete again after an unclean start."""
-        self.unsettled = False
+    async def _in_find_by_key_no_more(self, db: Transaction) -> None:
+        await db.change(schema.DROP_ENTRIES_BY_KEY)
 
     # -- what was committed --------------------------------------------------------------------------------------------
 
@@ -418,6 +401,15 @@ class Core:
         slots: dict[int, tuple[str, int]] = {**shared.slots, slot.number: (slot.tag, slot.commits)}
         return Mark(shared.sequence, slots, shared.epoch, shared.uidvalidity, shared.retired)
 
-    def _round(self) -> int:
-        """The round of law 9, read in the transaction that decides."""
-        return int(self._db.execute("SELECT value FROM counters WHERE name = 'round'").fetchone()[0])
+    async def _in_stop_silent(self, db: Transaction) -> None:
+        """A start has noted all others as stopped."""
+
+    async def _in_epoch_raised(self, db: Transaction) -> None:
+        """A file says nothing of itself."""
+
+    def _mine(self) -> tuple[int, tuple[Slot, ...]]:
+        slot, shared = self._published
+        return shared.epoch, (slot,)
+
+    def _left_out(self) -> dict[int, tuple[str, int]]:
+        return self._shared.left_out

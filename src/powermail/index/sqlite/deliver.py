@@ -1,4 +1,4 @@
-"""Owns entering messages, on SQLite: group commit of deliveries, and abort, which meets them on one row (laws 3, 4, 7).
+"""Owns entering messages, on SQLite: what group commit of deliveries runs in the writing lane (laws 3, 4, 7).
 
 Deliveries that wait share one transaction; where nothing is new but messages it is one statement over the view `arrivals`,
 a transaction by itself, which is most of the index's speed. The law says: insert first, then look at watermarks in a later
@@ -10,27 +10,27 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from typing import Any
 
 from powermail.base import limits
 from powermail.base.errors import IndexTrouble
-from powermail.base.world import World
 from powermail.index.contract import Delivery, Fate, Outcome, QueueRow
 from powermail.index.laws import NumbersSpent
-from powermail.index.sqlite import queue_form, schema
-from powermail.index.sqlite.connection import Untouched
-from powermail.index.sqlite.references import References
+from powermail.index.sql import queue_form
+from powermail.index.sql.core import NO_NODES
+from powermail.index.sql.engine import Transaction, Untouched
+from powermail.index.sql.mailboxes import MailboxPart
+from powermail.index.sqlite.connection import SqliteCore
 from powermail.index.sqlite.rows import ROWS_MAX, in_list, insert_many
-from powermail.index.sqlite.schema import NO_NODES
+from powermail.index.sqlite.statements import Writer, drive, text_of
 from powermail.mail.envelope import Commit
 from powermail.storage.contract import Receipt
 
 _NODE = itemgetter(0)  # of a receipt
 _ENTERED, _KNOWN, _ABORTED, _SETTLED = Outcome.ENTERED, Outcome.KNOWN, Outcome.ABORTED, Outcome.SETTLED
 _LIVE = int(Fate.LIVE)
-_Waiting = tuple[Delivery, "asyncio.Future[Outcome]"]
 
 
 class Arrivals:
@@ -44,85 +44,35 @@ class Arrivals:
         self.returns: list[tuple[str, str, float]] = []
 
 
-class DeliverPart(References):
-    """`deliver`, `abort` and `expect` of `index.contract.Copies` on SQLite."""
-
-    def __init__(self, world: World, path: str) -> None:
-        super().__init__(world, path)
-        self._waiting: list[_Waiting] = []
-        self._busy = False
-        self._expected = 0  # deliveries on their way, those that wait here included
-        self._timer: asyncio.TimerHandle | None = None
-        self._idle: asyncio.Event = asyncio.Event()
+class DeliverPart(MailboxPart, SqliteCore):
+    """`deliver`, `expect` and `usage` of `index.contract.Copies` on SQLite."""
 
     async def close(self) -> None:
         """Finishes what waits and closes."""
-        while self._busy or self._waiting:
-            self._idle.clear()
-            await self._idle.wait()
+        await self._gathered()
         await super().close()
 
-    # -- gathering -----------------------------------------------------------------------------------------------------
-
-    def deliver(self, delivery: Delivery) -> asyncio.Future[Outcome]:
-        """As the contract says. Raises IndexTrouble at once when too many wait."""
-        if len(self._waiting) >= limits.INDEX_WAITING_MAX:
-            raise IndexTrouble(f"{limits.INDEX_WAITING_MAX} deliveries wait for the index")
-        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._waiting.append((delivery, future))
-        if not self._busy:
-            self._gather()
-        return future
-
-    def expect(self, count: int) -> None:
-        self._expected += count
-        if self._waiting and not self._busy:
-            self._gather()
-
-    def _gather(self) -> None:
-        """Starts a transaction when all who are on their way have come, or after a moment."""
-        loop = asyncio.get_running_loop()
-        if len(self._waiting) >= self._expected:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._busy = True
-            self._timer = loop.call_later(0, self._deliver_next)
-        elif self._timer is None:
-            self._timer = loop.call_later(limits.INDEX_GATHER_S, self._deliver_next)
-
-    def _deliver_next(self) -> None:
-        self._timer = None
-        batch = self._waiting[: limits.INDEX_BATCH_MAX]
-        del self._waiting[: limits.INDEX_BATCH_MAX]
-        self._busy = True
+    def _enter_batch(self, batch: list[Delivery]) -> asyncio.Future[list[Outcome | Exception]]:
         self._begin_change(clear=False)
-        done = self._write_lane.run(self._in_deliver, [delivery for delivery, _ in batch])
-        done.add_done_callback(lambda result: self._delivered(batch, result))
+        return self._write_lane.run(self._in_deliver, batch)
 
-    def _delivered(self, batch: list[_Waiting], result: asyncio.Future[list[Outcome | Exception]]) -> None:
-        self._busy = False
+    def _entered(self, deliveries: Iterable[Delivery]) -> None:
         self._end_change()
-        if result.cancelled():
-            error: BaseException | None = IndexTrouble("the index was closed")
-        else:
-            error = result.exception()
-        outcomes: Sequence[Outcome | BaseException] = [error] * len(batch) if error is not None else result.result()
-        for (delivery, future), outcome in zip(batch, outcomes, strict=True):
-            if outcome is _ENTERED:
-                self._count_used(delivery.commit)
-            if future.done():  # nobody waits any more
-                continue
-            if isinstance(outcome, Outcome):
-                future.set_result(outcome)
-            else:
-                trouble = outcome if isinstance(outcome, IndexTrouble) else IndexTrouble(f"index: {outcome}")
-                if trouble is not outcome:
-                    trouble.__cause__ = outcome
-                future.set_exception(trouble)
-        if self._waiting:
-            self._gather()
-        else:
-            self._idle.set()
+        for delivery in deliveries:
+            self._count_used(delivery.commit)
+
+    async def usage(self, account: str) -> int:
+        """Octets, from memory where nothing changed since: exact, because only this process writes."""
+        used = self._used.get(account)
+        if used is not None:
+            return used
+        changes, quiet = self._changes, not self._under_way
+        used = await self._ask(self._usage, account)
+        if quiet and changes == self._changes:  # else a change came between, and the figure may be old
+            if len(self._used) >= limits.DIRECTORY_CACHE_MAX:
+                self._used.clear()
+            self._used[account] = used
+        return used
 
     def _count_used(self, commit: Commit) -> None:
         """Usage stays exact, because only this process writes; targets of purged accounts are counted by nobody."""
@@ -159,7 +109,7 @@ class DeliverPart(References):
         if len(batch) > ROWS_MAX or self._why_lost or not self.numbering:
             return False
         rows = 0
-        boxes, sets = self._boxes, self._sets
+        boxes, sets = self._writer.boxes, self._writer.sets.of_receipts
         for _, commit, receipts in batch:
             if tuple(map(_NODE, receipts)) not in sets:
                 return False
@@ -172,7 +122,7 @@ class DeliverPart(References):
 
     def _in_deliver_plain(self, batch: list[Delivery]) -> list[Outcome]:
         arrivals = Arrivals()
-        outcomes = self._in_enter(batch, arrivals)
+        outcomes = drive(self._in_enter(self._writer, batch, arrivals))
         if arrivals.copies:
             count = self._slot.commits + 1
             arrivals.copies[-1] = (*arrivals.copies[-1][:-1], count)  # law 10
@@ -181,24 +131,35 @@ class DeliverPart(References):
             self._published = self._slot, self._shared
         return outcomes
 
-    def _in_enter_batch(self, batch: list[Delivery]) -> list[Outcome] | Untouched[list[Outcome]]:
+    async def _in_enter_batch(self, db: Writer, batch: list[Delivery]) -> list[Outcome] | Untouched[list[Outcome]]:
         arrivals = Arrivals()
-        before = self._db.total_changes
-        outcomes = self._in_enter(batch, arrivals)
+        before = db.changes
+        outcomes = await self._in_enter(db, batch, arrivals)
         self._in_put(arrivals)
-        return outcomes if self._db.total_changes != before else Untouched(outcomes)
+        return outcomes if db.changes != before else Untouched(outcomes)
+
+    async def _in_enter_found(self, db: Transaction, node: str, found: Sequence[tuple[bytes, Commit]]) -> int:
+        arrivals, entered = Arrivals(), 0
+        placement = await db.placements.id([node])
+        due_at = self._world.clock.now() + limits.CHECKPOINT_INTERVAL_S
+        for key, commit in found:
+            entered += await self._in_rows(db, key, commit, placement, due_at, arrivals)
+        self._in_put(arrivals)
+        return entered
 
     def _in_put(self, arrivals: Arrivals) -> None:
         self.numbered += len(arrivals.copies)
         insert_many(self._db, "INSERT INTO arrivals", 10, arrivals.copies)
         if arrivals.queue:
-            queue_form.insert(self._db, arrivals.queue)
+            rows = [queue_form.values(row, None) for row in arrivals.queue]
+            insert_many(self._db, queue_form.INSERT, queue_form.WIDTH, rows)
         if arrivals.returns:
-            self._db.executemany(schema.ADD_RETURN, arrivals.returns)
+            self._db.executemany(text_of(queue_form.ADD_RETURN), arrivals.returns)
 
-    def _in_enter(self, batch: list[Delivery], arrivals: Arrivals) -> list[Outcome]:
+    async def _in_enter(self, db: Writer, batch: list[Delivery], arrivals: Arrivals) -> list[Outcome]:
         known = self._in_known([delivery.key for delivery in batch])
         outcomes: list[Outcome] = []
+        numbers = db.sets.of_receipts
         due_at = self._world.clock.now() + limits.CHECKPOINT_INTERVAL_S
         for key, commit, receipts in batch:
             fate = known.get(key)
@@ -206,16 +167,16 @@ class DeliverPart(References):
                 outcomes.append(_ABORTED if fate == Fate.ABORTED else _KNOWN)
                 continue
             if self._why_lost or not self.numbering:
-                self._may_number()
+                await self._in_may_number(db)
             if self._settled(receipts):  # law 7
                 outcomes.append(_SETTLED)
                 continue
             known[key] = _LIVE
             nodes = tuple(map(_NODE, receipts))
-            placement = self._sets.get(nodes)
+            placement = numbers.get(nodes)
             if placement is None:
-                placement = self._sets[nodes] = self._placements.id(nodes)
-            outcomes.append(_ENTERED if self._in_rows(key, commit, placement, due_at, arrivals) else _KNOWN)
+                placement = numbers[nodes] = db.sets.id(nodes)
+            outcomes.append(_ENTERED if await self._in_rows(db, key, commit, placement, due_at, arrivals) else _KNOWN)
         return outcomes
 
     def _in_known(self, keys: Sequence[bytes]) -> dict[bytes, int]:
@@ -223,19 +184,21 @@ class DeliverPart(References):
 
     def _settled(self, receipts: Sequence[Receipt]) -> bool:
         """Law 7: reconcile has passed that place, or it is not a place of a node as the index knows it."""
-        passed = self._passed
+        passed = self._writer.passed
         for node, incarnation, position in receipts:
             row = passed.get(node)
             if row is None or row[0] != incarnation or position < row[1]:
                 return True
         return False
 
-    def _in_rows(self, key: bytes, commit: Commit, placement: int, due_at: float, arrivals: Arrivals) -> bool:
+    async def _in_rows(
+        self, db: Transaction, key: bytes, commit: Commit, placement: int, due_at: float, arrivals: Arrivals
+    ) -> bool:
         """Adds the rows of a new key, live with a reference for each target; False if no target is left, and it is dead at
         once (law 13): the caller then has nothing more to do.
         """
         at, octets, sha256 = commit.received_at, commit.shown_octets, bytes.fromhex(commit.sha256)
-        copies, boxes = arrivals.copies, self._boxes
+        copies, boxes = arrivals.copies, db.boxes
         first, refs, skipped = len(copies), len(commit.targets), 0
         for target in commit.targets:
             if target.destination:
@@ -248,7 +211,7 @@ class DeliverPart(References):
                 continue
             box = boxes.get((target.account, target.mailbox))
             if box is None or box.left <= 0:
-                box = self._in_box(target.account, target.mailbox)
+                box = await self._in_box(db, target.account, target.mailbox)
                 if box is None:
                     skipped += 1
                     continue
@@ -259,34 +222,16 @@ class DeliverPart(References):
             copies.append((key, octets, sha256, placement, refs, box.id, target.flags, at, due, None))
             refs = 0
         if len(copies) == first:  # no target is left
-            self._in_enter_dead(key, octets, sha256, placement)
+            await self._in_enter_dead(db, key, octets, sha256, placement)
             return False
         if skipped:
             copies[first] = (*copies[first][:4], copies[first][4] - skipped, *copies[first][5:])
         return True
 
-    def _in_enter_dead(self, key: bytes, octets: int, sha256: bytes, placement: int) -> None:
+    async def _in_enter_dead(self, db: Transaction, key: bytes, octets: int, sha256: bytes, placement: int) -> None:
         """All its targets were purged: a row that is dead, with orders for its nodes (laws 8, 13)."""
-        self._db.execute(
+        await db.change(
             "INSERT INTO messages VALUES (?, ?, ?, ?, 0, ?, (SELECT value FROM counters WHERE name = 'round'))",
             (key, octets, sha256, NO_NODES, int(Fate.DEAD)),
         )
-        self._in_order([(node, key) for node in self._placements.nodes(placement)])
-
-    # -- deciding against ----------------------------------------------------------------------------------------------
-
-    async def abort(self, key: bytes, asked: Sequence[str]) -> Fate:
-        return await self._write(self._in_abort, key, asked)
-
-    def _in_abort(self, key: bytes, asked: Sequence[str]) -> Fate | Untouched[Fate]:
-        db = self._db
-        db.execute(
-            "INSERT INTO messages VALUES (?, 0, ?, ?, 0, ?, (SELECT value FROM counters WHERE name = 'round'))"
-            " ON CONFLICT (key) DO NOTHING",
-            (key, b"", NO_NODES, int(Fate.ABORTED)),
-        )
-        fate = Fate(db.execute("SELECT fate FROM messages WHERE key = ?", (key,)).fetchone()[0])
-        if fate is not Fate.ABORTED:
-            return Untouched(fate)
-        self._in_order([(node, key) for node in asked])  # law 5: nodes are told only after this was decided
-        return fate
+        await self._in_order(db, [(node, key) for node in await db.placements.nodes(placement)])

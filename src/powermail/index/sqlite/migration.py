@@ -12,6 +12,8 @@ import sqlite3
 from powermail.base.errors import OperatorError
 from powermail.index import laws
 from powermail.index.contract import Fate
+from powermail.index.sql.core import NO_NODES
+from powermail.index.sql.engine import NODE_COLUMNS
 from powermail.index.sqlite import schema
 from powermail.index.sqlite.rows import make_empty_placement
 
@@ -72,7 +74,7 @@ def _from_first(db: sqlite3.Connection, meta: dict[str, str], now: float) -> Non
     )
     db.execute("INSERT INTO suspects SELECT node, key, why FROM first_suspects")
     db.execute(
-        f"INSERT INTO nodes ({schema.NODE_COLUMNS}) SELECT id, '', incarnation, segment, place, segment, place, '', 0, ?,"
+        f"INSERT INTO nodes ({NODE_COLUMNS}) SELECT id, '', incarnation, segment, place, segment, place, '', 0, ?,"
         " blocked, missing_since, 1 FROM first_nodes",
         (catching_up,),
     )
@@ -86,7 +88,7 @@ def _keys(db: sqlite3.Connection) -> None:
     """Every key that the first release knew anything of gets its row: live, dead, or aborted with orders for all nodes."""
     live, dead, aborted = int(Fate.LIVE), int(Fate.DEAD), int(Fate.ABORTED)
     db.execute("INSERT INTO messages SELECT key, octets, sha256, placement, refs, ?, 0 FROM first_messages", (live,))
-    head = f"INSERT INTO messages SELECT DISTINCT key, 0, x'', {schema.NO_NODES}, 0, ?, 1 FROM"
+    head = f"INSERT INTO messages SELECT DISTINCT key, 0, x'', {NO_NODES}, 0, ?, 1 FROM"
     db.execute(f"{head} deletions WHERE true ON CONFLICT DO NOTHING", (dead,))
     db.execute(f"{head} aborted WHERE true ON CONFLICT DO NOTHING", (aborted,))
     # A tombstone for a live key would be proof of lost commits (law 6): what was ordered against one copy is compared instead.

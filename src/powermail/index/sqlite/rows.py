@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from powermail.index.sqlite.schema import NO_NODES
+from powermail.index.sql.core import NO_NODES
+from powermail.index.sql.engine import parts, split
 
-T = TypeVar("T")
 ROWS_MAX = 64  # rows of one statement
-PART = 500  # values of one IN list
 
 
 def in_list(values: Sequence[Any] | range) -> str:
     """Placeholders for an IN list; the values themselves are always bound."""
     return ", ".join("?" * len(values))
-
-
-def parts(values: Sequence[T], size: int = PART) -> Iterator[list[T]]:
-    """The values in lists of at most `size`."""
-    for start in range(0, len(values), size):
-        yield list(values[start : start + size])
 
 
 def insert_many(db: sqlite3.Connection, head: str, width: int, rows: Sequence[Sequence[Any]], tail: str = "") -> None:
@@ -31,11 +24,18 @@ def insert_many(db: sqlite3.Connection, head: str, width: int, rows: Sequence[Se
         db.execute(f"{head} VALUES {', '.join([one] * len(part))}{tail}", [value for row in part for value in row])
 
 
-def select_in(db: sqlite3.Connection, head: str, keys: Sequence[Any], tail: str = "", before: Sequence[Any] = ()) -> list[Any]:
+def select_in(
+    db: sqlite3.Connection,
+    head: str,
+    keys: Sequence[Any],
+    tail: str = "",
+    before: Sequence[Any] = (),
+    after: Sequence[Any] = (),
+) -> list[Any]:
     """Rows of a statement that ends in an IN list, whatever its length; in the order of each part only."""
     found: list[Any] = []
     for part in parts(keys):
-        found += db.execute(f"{head} ({in_list(part)}) {tail}", [*before, *part]).fetchall()
+        found += db.execute(f"{head} ({in_list(part)}) {tail}", [*before, *part, *after]).fetchall()
     return found
 
 
@@ -50,25 +50,22 @@ def set_counter(db: sqlite3.Connection, name: str, value: int) -> None:
     db.execute("UPDATE counters SET value = ? WHERE name = ?", (value, name))
 
 
-def split(nodes: str) -> tuple[str, ...]:
-    """A set of nodes as it is stored."""
-    return tuple(nodes.split(" ")) if nodes else ()
+class Sets:
+    """Sets of nodes, numbered (`sql.engine.Placements`): a copy in memory of a table that only this process writes.
 
-
-class Placements:
-    """Sets of nodes, numbered. A row of `messages` names the set of nodes that are believed to hold its copies.
-
-    A copy in memory of a table that only this process writes.
+    `of_receipts`: their numbers by nodes in the order of receipts.
     """
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
+        self.of_receipts: dict[tuple[str, ...], int] = {}
         self.load()
 
     def load(self) -> None:
         """Reads the table again, after a transaction that was rolled back."""
         self._ids: dict[tuple[str, ...], int] = {}
         self._nodes: dict[int, tuple[str, ...]] = {}
+        self.of_receipts.clear()
         for number, nodes in self._db.execute("SELECT id, nodes FROM placements ORDER BY id").fetchall():
             self._nodes[number] = split(nodes)
             self._ids.setdefault(split(nodes), number)
@@ -91,16 +88,6 @@ class Placements:
     def nodes(self, number: int) -> tuple[str, ...]:
         """The set with that number."""
         return self._nodes[number]
-
-    def with_node(self, number: int, node: str) -> int:
-        """The number of that set and `node`."""
-        nodes = self._nodes[number]
-        return number if node in nodes else self.id((*nodes, node))
-
-    def without(self, number: int, node: str) -> int:
-        """The number of that set less `node`."""
-        nodes = self._nodes[number]
-        return number if node not in nodes else self.id(other for other in nodes if other != node)
 
     def expel(self, node: str) -> None:
         """Takes a node out of every set, without a look at messages; inside a transaction."""

@@ -10,8 +10,6 @@ from __future__ import annotations
 from powermail.base import limits
 
 VERSION = 2
-LEFT_OUT = 2  # `stopped` of a slot that is in no mark any more
-NO_NODES = 0  # the placement of what nobody is believed to hold
 
 # A mailbox never gets more than JUMP numbers beyond its last durable checkpoint, whoever writes the row (law 11).
 _NUMBERS_BOUND = (
@@ -76,8 +74,7 @@ TABLES = (
     "CREATE TABLE IF NOT EXISTS attempts (queue INTEGER NOT NULL, number INTEGER NOT NULL, at REAL NOT NULL,"
     " host TEXT NOT NULL, tls TEXT NOT NULL, seconds REAL NOT NULL, status TEXT NOT NULL, PRIMARY KEY (queue, number))"
     " WITHOUT ROWID",
-    "CREATE TRIGGER IF NOT EXISTS queue_gone AFTER DELETE ON queue WHEN OLD.attempts > 0"
-    " BEGIN DELETE FROM attempts WHERE queue = OLD.id; END",
+    "DROP TRIGGER IF EXISTS queue_gone",  # whoever deletes a row deletes its attempts
     "CREATE TABLE IF NOT EXISTS held_domains (domain TEXT PRIMARY KEY) WITHOUT ROWID",
     # Senders that a rewritten reverse-path of ours stands for, when it has no room to say so itself.
     "CREATE TABLE IF NOT EXISTS returns (address TEXT PRIMARY KEY, original TEXT NOT NULL, until REAL NOT NULL) WITHOUT ROWID",
@@ -100,11 +97,6 @@ TABLES = (
     " boot TEXT NOT NULL, scan_round INTEGER NOT NULL, owes_walk INTEGER NOT NULL, blocked INTEGER NOT NULL,"
     " missing_since REAL NOT NULL, owes_compare INTEGER NOT NULL) WITHOUT ROWID",
 )
-NODE_COLUMNS = (
-    "id, site, incarnation, segment, place, end_segment, end_place, boot, scan_round, owes_walk, blocked, missing_since,"
-    " owes_compare"
-)
-ADD_RETURN = "INSERT INTO returns VALUES (?, ?, ?) ON CONFLICT (address) DO UPDATE SET until = max(until, excluded.until)"
 ADDED = (("queue", "delay_told", "INTEGER NOT NULL DEFAULT 0"),)  # columns that files of version 2 may lack
 COUNTERS = (("epoch", 1), ("round", 1), ("sequence", 0), ("starts", 0), ("uidvalidity", 0), ("catching_up", 0), ("waiting", 0))
 

@@ -1,0 +1,65 @@
+"""Owns which index a process opens: a file of its own, or a database that others use too."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from powermail.app.setup import cluster_of_nodes
+from powermail.base.errors import IndexTrouble, OperatorError
+from powermail.base.settings import Settings, inside
+from powermail.base.world import World
+from powermail.index.sqlite import SqliteIndex
+
+if TYPE_CHECKING:
+    from powermail.index.postgres import PostgresIndex
+
+
+def make_index(world: World, settings: Settings, data: str) -> SqliteIndex | PostgresIndex:
+    """The index of the settings, not opened yet."""
+    if settings.index.database:
+        from powermail.index.postgres import PostgresIndex
+
+        return PostgresIndex(world, settings.index.database)
+    return SqliteIndex(world, inside(data, settings.index.path))
+
+
+async def migrate_index(world: World, settings: Settings, data: str) -> None:
+    """Makes the tables of the index in the database of the settings, or brings them on; a new index belongs to the cluster of
+    the nodes. Raises OperatorError, also if the file that was used before shows mail: nothing would be lost, but what was
+    deleted and is not forgotten yet would show again.
+    """
+    if not settings.index.database:
+        raise OperatorError("index.database is not set: the index is a file, and brings itself on at the start")
+    from powermail.index.postgres import PostgresIndex
+    from powermail.index.postgres.migrating import migrate
+
+    cluster = cluster_of_nodes(world, settings, data)
+    await migrate(settings.index.database)
+    index = PostgresIndex(world, settings.index.database)
+    try:
+        try:
+            await index.open()
+        except OperatorError:
+            await _refuse_used(world, inside(data, settings.index.path))
+            await index.open(cluster)
+        if index.cluster != cluster:
+            raise OperatorError(f"the index in the database belongs to cluster {index.cluster}, the nodes to {cluster}")
+        await index.rest()
+    except IndexTrouble as error:
+        raise OperatorError(f"the database of the index cannot be used: {error}") from error
+    finally:
+        await index.close()
+
+
+async def _refuse_used(world: World, path: str) -> None:
+    if not world.disk.exists(path):
+        return
+    file = SqliteIndex(world, path)
+    try:
+        await file.open()
+        totals = await file.totals()
+        await file.rest()
+    finally:
+        await file.close()
+    if totals["mailboxes"] or totals["messages"] or totals["queue"]:
+        raise OperatorError(f"the index {path} shows mail already: an installation in use cannot be moved to a database yet")

@@ -1,0 +1,84 @@
+"""Owns the process of the role `node`: the nodes of its settings, their health, and the service for other machines."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+
+from powermail.app.core import MakeKeys, make_local_nodes, peers_context
+from powermail.app.setup import cluster_of_nodes
+from powermail.base import limits
+from powermail.base.errors import OperatorError
+from powermail.base.net import parse_host_port
+from powermail.base.settings import Settings, inside
+from powermail.base.tasks import Tasks, Worker
+from powermail.base.world import World
+from powermail.cluster.cluster import Cluster
+from powermail.noded.service import NodeService
+from powermail.storage.contract import StorageNode
+from powermail.storage.log.keys import SqliteKeyIndex
+
+
+class NodeProcess:
+    """One process that serves nodes. It knows no directory and no index."""
+
+    def __init__(
+        self,
+        world: World,
+        settings: Settings,
+        data: str,
+        broken: Callable[[BaseException], None],
+        make_keys: MakeKeys = SqliteKeyIndex,
+    ) -> None:
+        """`broken` is called when a storage invariant broke: the process must stop."""
+        self._world = world
+        self._settings = settings
+        self._data = data
+        self._broken = broken
+        self._make_keys = make_keys
+        self._stack = AsyncExitStack()
+        self._tasks = Tasks(world.log, broken)
+        self._service: NodeService | None = None
+
+    async def start(self) -> None:
+        """Opens the nodes and listens. Raises OperatorError; then `stop` clears away what was opened."""
+        world, settings, data = self._world, self._settings, self._data
+        try:
+            lock = world.disk.lock(f"{data}/lock")
+        except BlockingIOError as error:
+            raise OperatorError(f"another process serves {data}") from error
+        except OSError as error:
+            raise OperatorError(f"cannot write in {data}: {error.strerror}") from error
+        self._stack.callback(lock.release)
+        key = inside(data, settings.peers.key)
+        if world.disk.exists(key) and world.disk.mode(key) & 0o007:  # X07
+            raise OperatorError(f"{key} holds a secret and everybody may read it; run `chmod o-rwx {key}`")
+        cluster_id = cluster_of_nodes(world, settings, data)
+        nodes = make_local_nodes(world, settings, data, cluster_id, self._make_keys)
+        cluster = Cluster(world, nodes, 1, settings.cluster.policy)
+        self._stack.push_async_callback(cluster.close)
+        context = peers_context(settings, data, server_side=True)
+        await cluster.start(_admitted)
+        for node in nodes:
+            worker = Worker(f"health {node.id}", _bound(cluster.watch, node), world.clock, world.log, self._broken)
+            self._tasks.start(worker.run(), worker.name)
+        served: dict[str, StorageNode] = {node.id: node for node in nodes}
+        self._service = NodeService(world, cluster_id, served, self._tasks, context, self._broken)
+        for address in settings.peers.listen:
+            await self._service.listen(*parse_host_port(address))
+
+    async def stop(self) -> None:
+        """Answers what was asked, and closes the nodes. Idempotent."""
+        if self._service is not None:
+            await self._service.close(limits.NODE_CLOSE_WAIT_S)
+            self._service = None
+        await self._tasks.cancel()
+        await self._stack.aclose()
+
+
+async def _admitted(node: StorageNode) -> None:
+    """Who compares it with the index is on another machine."""
+
+
+def _bound(step: Callable[[StorageNode], Awaitable[float]], node: StorageNode) -> Callable[[], Awaitable[float]]:
+    return lambda: step(node)

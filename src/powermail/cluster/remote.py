@@ -1,0 +1,423 @@
+"""Owns a storage node on another machine: the contract of storage over the node protocol (docs/peer-protocol.md).
+
+What `state`, `stat` and `stamp` say is what was last pushed or heard: nothing here waits for that. A call on a node that is
+not connected is NodeTrouble at once; one whose connection is lost meanwhile has an unknown outcome, and is never a definite
+refusal (law 5). The link is made again by itself, with growing pauses, until the node is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from powermail.base import limits
+from powermail.base.errors import NodeTrouble, OperatorError
+from powermail.base.log import Event
+from powermail.base.world import World
+from powermail.cluster import node_values as values
+from powermail.cluster.node_link import NodeLink, Where
+from powermail.storage.contract import (
+    NO_RANK,
+    Chunk,
+    Dropped,
+    End,
+    Held,
+    Item,
+    Mark,
+    NodeFacts,
+    NodeStat,
+    NodeState,
+    Origin,
+    Position,
+    Rank,
+    Receipt,
+    Scan,
+    Stamp,
+    Unread,
+    Whole,
+)
+from powermail.wire import node_forms as forms
+from powermail.wire.node_client import Answer
+from powermail.wire.node_frames import NO_BODY, Pieces, pieces_of
+from powermail.wire.node_verbs import VERBS
+
+_COMMIT: Final = VERBS["COMMIT"]
+_APPEND: Final = VERBS["APPEND"]
+_encode: Final = forms.encode
+_STATES: Final = {state.value: state for state in NodeState}
+_SERVES: Final = (NodeState.READ_WRITE, NodeState.BLOCKED, NodeState.FULL)
+_NO_FIGURES: Final = NodeStat("opening", "", 0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0)
+
+
+_ChunkForm = tuple[int, int, int, int]  # a `forms.ChunkForm`, as it is made most cheaply
+
+
+class Bodies:
+    """What goes to R nodes is put together and summed up once: the last body is kept until another is asked for."""
+
+    def __init__(self) -> None:
+        self._record: bytes | None = None
+        self._chunks: Sequence[Chunk] = ()
+        self._forms: list[_ChunkForm] = []
+        self._pieces: Pieces = NO_BODY
+        self._octets = 0
+
+    def of(self, chunks: Sequence[Chunk], record: bytes = b"") -> tuple[list[_ChunkForm], Pieces, int]:
+        """Chunks without their octets, the body in pieces, and its octets."""
+        if record is not self._record or not _same(chunks, self._chunks):
+            body = b"".join([record, *[stored for _, _, stored, _ in chunks]])
+            self._forms = [(number, flags, len(stored), octets) for number, flags, stored, octets in chunks]
+            self._pieces, self._octets = pieces_of(body), len(body)
+            self._record, self._chunks = record, chunks
+        return self._forms, self._pieces, self._octets
+
+
+def _same(some: Sequence[Chunk], others: Sequence[Chunk]) -> bool:
+    """True for the same chunks, not for equal ones."""
+    return some is others or (len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True)))
+
+
+class RemoteNode:
+    """A node over the network. Implements `StorageNode`."""
+
+    def __init__(self, world: World, node: str, group: str, priority: int, where: Where, bodies: Bodies | None = None) -> None:
+        """`bodies` is shared by the nodes of a process."""
+        self.id = node
+        self.group = group
+        self.priority = priority
+        self._world = world
+        self._monotonic = world.clock.monotonic
+        self._bodies = bodies or Bodies()
+        self._link = NodeLink(world, node, where, self._pushed, self._lost)
+        self._state = NodeState.OPENING
+        self._reason = "not connected yet"
+        self._figures = _NO_FIGURES
+        self._latest: forms.StatForm | None = None  # what this link was last told
+        self._incarnation = ""
+        self._shut = False
+        self._connecting: asyncio.Task[None] | None = None
+        self._keeping: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+        self._switch: bool | None = None  # as the operator set it here; None: never
+        self._switching = 0  # settings of it that the node has not confirmed
+
+    # -- what it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> NodeState:
+        state = self._state
+        if self._switching and state in (NodeState.READ_WRITE, NodeState.BLOCKED):
+            return NodeState.BLOCKED if self._switch else NodeState.READ_WRITE
+        return state
+
+    @property
+    def incarnation(self) -> str:
+        return self._incarnation
+
+    def stat(self) -> NodeStat:
+        return self._figures
+
+    def stamp(self) -> Stamp | None:
+        link = self._link
+        if not link.up or self._monotonic() - link.stamp_at > limits.STAMP_AGE_MAX_S:
+            return None  # law 2
+        return link.stamp
+
+    async def hear(self) -> None:
+        """Asks for stamp and figures now, beside the pings that do so all the time. Raises NodeTrouble."""
+        await self._link.hear()
+
+    def cut(self) -> None:
+        """Cuts the connections, as a pulled cable does."""
+        self._link.cut("the cable was pulled")
+
+    def _pushed(self, form: forms.StatForm) -> None:
+        self._latest = form
+        if self._link.up:  # before, nothing can be asked yet
+            self._show(form)
+
+    def _show(self, form: forms.StatForm) -> None:
+        state = _STATES.get(form.state, NodeState.FAILED)  # a state of a newer version takes no mail of ours
+        self._incarnation = form.incarnation
+        self._figures = values.stat_of(form)
+        self._set(state, form.reason)
+
+    def _set(self, state: NodeState, reason: str) -> None:
+        if state is self._state and reason == self._reason:
+            return
+        if self._state is not NodeState.OPENING and state is not NodeState.CLOSED:
+            self._world.log.event(Event.NODE_STATE, node=self.id, state=state.value, reason=reason or None)
+        self._state, self._reason = state, reason
+
+    def _lost(self, why: str) -> None:
+        self._world.counters.add("cluster.links_lost")
+        self._away(NodeState.CLOSED if self._shut else NodeState.MISSING, why)
+        self._wake.set()
+
+    def _away(self, state: NodeState, why: str) -> None:
+        self._incarnation, self._latest = "", None
+        self._figures = msgspec.structs.replace(self._figures, state=state.value, reason=why)
+        self._set(state, why)
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        await self._connected()
+        if self._state in _SERVES:
+            return
+        await self._ask("OPEN", within_s=limits.NODE_OPEN_TIMEOUT_S)
+        await self.hear()
+        if self._state in (NodeState.OPENING, NodeState.MISSING, NodeState.CLOSED):
+            raise NodeTrouble(f"node {self.id} is {self._state.value}: {self._reason}")
+
+    async def initialise(self) -> None:
+        await self._connected()
+        await self._ask("INITIALISE")
+
+    async def _connected(self) -> None:
+        """Connects, joined by whoever asks meanwhile. Raises OperatorError, NodeTrouble."""
+        self._shut = False
+        if self._link.up:
+            return
+        if self._connecting is None:
+            self._connecting = asyncio.get_running_loop().create_task(self._connect(), name=f"link to {self.id}")
+            self._connecting.add_done_callback(_seen)
+        connecting = self._connecting
+        await asyncio.wait([connecting])
+        if self._connecting is connecting:
+            self._connecting = None
+        if connecting.cancelled():
+            raise NodeTrouble(f"node {self.id} was closed")
+        connecting.result()
+
+    async def _connect(self) -> None:
+        try:
+            await self._link.connect()
+            await self.hear()
+            if self._latest is not None:  # told on this link, before anything could be asked
+                self._show(self._latest)
+        except (OperatorError, NodeTrouble) as error:
+            if not self._shut:
+                self._away(NodeState.MISSING, str(error))
+            raise
+        finally:
+            if self._keeping is None and not self._shut:
+                self._keeping = asyncio.get_running_loop().create_task(self._keep(), name=f"keeps the link to {self.id}")
+        self._world.counters.add("cluster.links_made")
+        if self._switch is not None:
+            self.block(self._switch)
+
+    async def _keep(self) -> None:
+        """Makes the link again whenever it is lost, with growing pauses."""
+        pause_s = limits.NODE_RECONNECT_FIRST_S
+        while not self._shut:
+            if self._link.up:
+                pause_s = limits.NODE_RECONNECT_FIRST_S
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            await asyncio.sleep(self._world.entropy.uniform(pause_s / 2, pause_s))
+            pause_s = min(limits.NODE_RECONNECT_MAX_S, pause_s * 2)
+            try:
+                await self._connected()
+            except (OperatorError, NodeTrouble):
+                continue  # it is in the state
+
+    def block(self, blocked: bool) -> None:
+        self._switch = blocked
+        if not self._link.up:
+            return  # it is said when the link is there
+        self._switching += 1
+        asked = self._link.ask(VERBS["BLOCK"], _encode(forms.Block(blocked)))
+        asked.add_done_callback(self._switched)
+
+    def _switched(self, asked: asyncio.Future[Any]) -> None:
+        self._switching -= 1
+        if not asked.cancelled() and (error := asked.exception()) is not None:
+            self._world.log.event(Event.TROUBLE, node=self.id, error=f"it was not told to block or unblock: {error}")
+
+    async def close(self) -> None:
+        self._shut = True
+        for task in (self._keeping, self._connecting):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
+        self._keeping = self._connecting = None
+        self._link.end("this end was closed")
+        self._away(NodeState.CLOSED, "")
+
+    async def _ask(
+        self, name: str, meta: Any = forms.NOTHING, body: bytes = b"", within_s: float = limits.NODE_CALL_TIMEOUT_S
+    ) -> Answer:
+        """The answer. Raises what the node raised, NodeTrouble."""
+        pieces = pieces_of(body) if body else NO_BODY
+        answer: Answer = await self._link.ask(VERBS[name], _encode(meta), pieces, len(body), within_s)
+        return answer
+
+    # -- copies ----------------------------------------------------------------------------------------------------
+
+    async def append(self, key: bytes, chunks: Sequence[Chunk]) -> None:
+        found, pieces, octets = self._bodies.of(chunks)
+        await self._link.ask(_APPEND, _encode((key, found)), pieces, octets)  # `forms.Append`
+
+    def commit(
+        self, key: bytes, chunks: Sequence[Chunk], commit: bytes, count: int, stamp: Stamp | None, origin: Origin
+    ) -> Awaitable[Receipt]:
+        found, pieces, octets = self._bodies.of(chunks, commit)
+        boot, at = stamp if stamp is not None else ("", 0.0)
+        meta = _encode((key, count, boot, at, int(origin), len(commit), found))  # `forms.Commit`
+        return self._link.ask(_COMMIT, meta, pieces, octets)
+
+    async def cancel(self, key: bytes) -> None:
+        await self._ask("CANCEL", forms.KeyForm(key))
+
+    async def delete(self, keys: Sequence[bytes], mark: Mark, at: float, stamp: Stamp | None = None) -> End:
+        body, form = values.join_keys(keys), values.mark_form(mark)
+        if stamp is None:
+            answer = await self._ask("DELETE", forms.Delete(at, form), body)
+        else:
+            answer = await self._ask("ABORT", forms.Abort(at, form, values.stamp_form(stamp)), body)
+        return End(answer.meta.incarnation, values.position_of(answer.meta))
+
+    async def drop(self, copies: Sequence[tuple[bytes, Position]], mark: Mark) -> Dropped:
+        answer = await self._ask("DROP", values.mark_form(mark), values.join_copies(copies))
+        live = tuple(_keys(self, answer.body))
+        return Dropped(live, End(answer.meta.incarnation, values.position_of(answer.meta)))
+
+    async def discard(self, key: bytes, mark: Mark) -> Held:
+        answer = await self._ask("DISCARD", forms.Discard(key, values.mark_form(mark)))
+        return values.HELD[answer.meta.held]
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    async def read_commit(self, key: bytes) -> bytes:
+        return (await self._ask("READ_COMMIT", forms.KeyForm(key))).body
+
+    async def read_chunk(self, key: bytes, number: int) -> Chunk:
+        answer = await self._ask("READ_CHUNK", forms.ReadChunk(key, number))
+        try:
+            (chunk,) = values.chunks_of([answer.meta], answer.body, 0)
+        except (values.Malformed, values.Unsupported) as error:
+            raise self._nonsense(error) from error
+        return chunk
+
+    async def read_small(self, keys: Sequence[bytes]) -> list[Whole | None]:
+        answer = await self._ask("READ_SMALL", body=values.join_keys(keys))
+        try:
+            found = [values.whole_of(form) for form in forms.decode_wholes(answer.body)]
+        except msgspec.DecodeError as error:
+            raise self._nonsense(error) from error
+        if len(found) != len(keys):
+            raise self._nonsense(f"{len(found)} messages for {len(keys)} keys")
+        return found
+
+    async def has(self, keys: Sequence[bytes]) -> list[Held]:
+        answer = await self._ask("HAS", body=values.join_keys(keys))
+        try:
+            return values.split_held(answer.body, len(keys))
+        except values.Malformed as error:
+            raise self._nonsense(error) from error
+
+    async def verify(self, key: bytes) -> Position:
+        return values.position_of((await self._ask("VERIFY", forms.KeyForm(key))).meta)
+
+    # -- keeping ---------------------------------------------------------------------------------------------------
+
+    async def facts(self) -> NodeFacts:
+        answer = await self._ask("END")
+        try:
+            return values.facts_of(forms.decode_facts(answer.body))
+        except msgspec.DecodeError as error:
+            raise self._nonsense(error) from error
+
+    async def probe(self) -> None:
+        await self._ask("PROBE", within_s=limits.NODE_PROBE_TIMEOUT_S)
+
+    async def fence(self, stamp: Stamp) -> Position:
+        return values.position_of((await self._ask("FENCE", values.stamp_form(stamp))).meta)
+
+    async def scan(self, after: Position, limit: int, age_s: float) -> Scan:
+        limit = min(limit, limits.NODE_PAGE_ITEMS_MAX)
+        return self._scan(await self._ask("SCAN", forms.ScanAsk(*after, limit, age_s)))
+
+    async def reread(self, unread: Unread) -> Scan | None:
+        answer = await self._ask("REREAD", forms.UnreadForm(*unread.position, unread.octets))
+        return None if answer.meta.gone else self._scan(answer)
+
+    def _scan(self, answer: Answer) -> Scan:
+        try:
+            return values.scan_of(answer.meta, answer.body)
+        except (msgspec.DecodeError, ValueError) as error:
+            raise self._nonsense(error) from error
+
+    async def inventory(self, after: bytes, limit: int) -> list[Item]:
+        answer = await self._ask("LIVE_KEYS", forms.Page(after, min(limit, limits.NODE_PAGE_ITEMS_MAX)))
+        try:
+            return values.items_of(answer.body)
+        except (msgspec.DecodeError, ValueError) as error:
+            raise self._nonsense(error) from error
+
+    async def put_mark(self, mark: Mark) -> None:
+        await self._ask("MARK", values.mark_form(mark))
+
+    async def rebirth(self) -> Position:
+        answer = await self._ask("REBIRTH")
+        self._incarnation = answer.meta.incarnation
+        return values.position_of(answer.meta)
+
+    async def lift_birth(self) -> None:
+        await self._ask("LIFT_BIRTH")
+
+    async def put_checkpoint(self, name: bytes, number: int, octets: bytes, mark: Mark, rank: Rank = NO_RANK) -> None:
+        await self._ask("PUT_CHECKPOINT", forms.PutCheckpoint(name, number, values.mark_form(mark), *rank), octets)
+
+    async def checkpoints(self, after: bytes, limit: int) -> list[tuple[bytes, int, bytes]]:
+        found: list[tuple[bytes, int, bytes]] = []
+        left, skip = limit, 0
+        while left > 0:
+            names = min(left, limits.NODE_PAGE_NAMES)
+            answer = await self._ask("CHECKPOINTS", forms.CheckpointsAsk(after, names, skip))
+            try:
+                part = [(form.name, form.number, form.octets) for form in forms.decode_checkpoints(answer.body)]
+            except msgspec.DecodeError as error:
+                raise self._nonsense(error) from error
+            found += part
+            skip += len(part)
+            if answer.meta.more and part:
+                continue
+            page = {name for name, _, _ in found[-skip:]} if skip else set()
+            if len(page) < names:
+                break
+            left -= len(page)
+            after, skip = found[-1][0], 0
+        return found
+
+    async def compactable(self, below: Position, at: float) -> list[bytes] | None:
+        answer = await self._ask("COMPACTABLE", forms.Compactable(*below, at), within_s=limits.NODE_COMPACT_TIMEOUT_S)
+        return _keys(self, answer.body) if answer.meta.worth else None
+
+    async def compact(self, below: Position, forgotten: Sequence[bytes], mark: Mark) -> int:
+        meta = forms.Compact(*below, values.mark_form(mark))
+        answer = await self._ask("COMPACT", meta, values.join_keys(forgotten), limits.NODE_COMPACT_TIMEOUT_S)
+        return int(answer.meta.octets)
+
+    def _nonsense(self, why: object) -> NodeTrouble:
+        """An answer that makes no sense: the node is not to be believed in this."""
+        self._world.counters.add("cluster.nonsense")
+        return NodeTrouble(f"node {self.id}: its answer makes no sense: {why}")
+
+
+def _keys(node: RemoteNode, body: bytes) -> list[bytes]:
+    try:
+        return values.split_keys(body)
+    except values.Malformed as error:
+        raise node._nonsense(error) from error
+
+
+def _seen(task: asyncio.Task[None]) -> None:
+    """Whoever waits for it hears of its end; nobody need."""
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,120 @@
+"""Owns the way to a server that takes writes: all addresses are tried at once, each with its own time.
+
+A driver that tries one address after the other within one time never reaches the second when the first is silent. What a server
+says of itself is looked at before anything is asked of it: that it is no standby, that no transaction sees a snapshot older
+than its statements (law 7), that a commit is durable when it says so (P10).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import asyncpg
+
+from powermail.base import limits
+from powermail.base.errors import IndexTrouble, OperatorError
+from powermail.index.postgres.statements import Connection, History
+
+_ISOLATION = {"read committed", "serializable"}  # what law 7 holds at; a snapshot of the whole transaction brings mail back
+_SETTINGS = {"application_name": "powermail", "default_transaction_isolation": "read committed"}
+_LOOK = (
+    "SELECT current_setting('transaction_isolation'), current_setting('transaction_read_only'),"
+    " current_setting('synchronous_commit'), current_setting('server_encoding')"
+)
+# The history that a server is on: who restores it or promotes a standby begins a new timeline (law 10).
+_HISTORY = (
+    "SELECT system_identifier::text, ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int::text"
+    " FROM pg_control_system()"
+)
+OUT_OF_REACH = (
+    OSError,
+    TimeoutError,
+    asyncio.TimeoutError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.TooManyConnectionsError,
+    asyncpg.InterfaceError,
+)  # of a connection: nothing more is to be had from it; DataError, which is an InterfaceError too, is looked for first
+
+
+def addresses(url: str) -> list[str]:
+    """The URL for each host of one with several. Raises OperatorError."""
+    parsed = urlsplit(url)
+    if parsed.scheme not in ("postgresql", "postgres"):
+        raise OperatorError("the database of the index is an address like postgresql://user@host/name")
+    user, at, hosts = parsed.netloc.rpartition("@")
+    query = urlencode([(name, value) for name, value in parse_qsl(parsed.query) if name != "target_session_attrs"])
+    return [urlunsplit((parsed.scheme, f"{user}{at}{host}", parsed.path, query, "")) for host in hosts.split(",")]
+
+
+async def connect(url: str) -> tuple[Connection, History]:
+    """A connection to the first address that takes writes. Raises IndexTrouble, OperatorError (its settings)."""
+    tries = [asyncio.ensure_future(_try(each)) for each in addresses(url)]
+    reasons: list[str] = []
+    refused: OperatorError | None = None
+    found: tuple[Connection, History] | None = None
+    try:
+        for done in asyncio.as_completed(tries):
+            try:
+                found = await done
+                break
+            except OperatorError as error:
+                refused = error
+            except IndexTrouble as error:
+                reasons.append(str(error))
+    finally:
+        for task in tries:
+            task.cancel()
+        for result in await asyncio.gather(*tries, return_exceptions=True):
+            if isinstance(result, tuple) and result is not found:
+                result[0].terminate()
+    if found is not None:
+        return found
+    if refused is not None:
+        raise refused
+    raise IndexTrouble(f"the database does not answer: {'; '.join(sorted(set(reasons)))}")
+
+
+async def _try(url: str) -> tuple[Connection, History]:
+    where = urlsplit(url).netloc.rpartition("@")[2]
+    connection: Connection | None = None
+    try:
+        async with asyncio.timeout(limits.INDEX_CONNECT_S):
+            connection = await asyncpg.connect(
+                url,
+                timeout=limits.INDEX_CONNECT_S,
+                command_timeout=limits.INDEX_COMMAND_S,
+                server_settings=_SETTINGS,
+                statement_cache_size=512,
+                max_cached_statement_lifetime=0,
+            )
+            return connection, await _look(connection, where)
+    except BaseException as error:
+        if connection is not None:
+            connection.terminate()
+        if isinstance(error, (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError)):
+            raise OperatorError(f"the database of the index at {where}: {error}") from error
+        if isinstance(error, (*OUT_OF_REACH, asyncpg.PostgresError)):
+            raise IndexTrouble(f"{where}: {error or type(error).__name__}") from error
+        raise
+
+
+async def _look(connection: Connection, where: str) -> History:
+    isolation, read_only, commit, encoding = await connection.fetchrow(_LOOK) or ("", "", "", "")
+    if read_only == "on":
+        raise IndexTrouble(f"{where} takes no writes")
+    if isolation not in _ISOLATION:
+        raise OperatorError(
+            f"{where} runs transactions as {isolation}: PowerMail needs READ COMMITTED, or SERIALIZABLE (law 7)"
+        )
+    if commit == "off":
+        raise OperatorError(f"{where}: synchronous_commit is off, so that what was answered may be lost; set it to on")
+    if encoding not in ("UTF8", "SQL_ASCII"):
+        raise OperatorError(f"{where}: the database stores text as {encoding}; make one with ENCODING 'UTF8'")
+    try:
+        row = await connection.fetchrow(_HISTORY)
+    except (asyncpg.UndefinedFunctionError, asyncpg.FeatureNotSupportedError, asyncpg.InsufficientPrivilegeError):
+        return History("", "")
+    return History(row[0], row[1]) if row else History("", "")

@@ -1,0 +1,527 @@
+"""Owns the connections to PostgreSQL, and the transaction in which everything is changed there.
+
+Two connections write, each with a writer slot of its own (law 10); a few read. A transaction is a body that may run again: it
+does when others stood in its way, and when its connection broke before COMMIT was sent. When it broke in COMMIT, the slot's
+count says what became of it. Nothing waits without a bound: what is away is IndexTrouble.
+
+Other processes write too, on other machines: nothing that was read is kept for the next transaction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import asyncpg
+
+from powermail.base import limits
+from powermail.base.errors import IndexLost, IndexTrouble, OperatorError
+from powermail.base.lane import Lane
+from powermail.base.world import World
+from powermail.index import laws
+from powermail.index.laws import NumbersSpent
+from powermail.index.postgres import schema
+from powermail.index.postgres.addresses import OUT_OF_REACH, connect
+from powermail.index.postgres.statements import Connection, History, Ids, RandomIds, Reader, Writer, read_known
+from powermail.index.sql.core import Change, Look
+from powermail.index.sql.engine import Again, Slot, Transaction, Untouched
+from powermail.index.sql.epochs import EpochPart
+from powermail.index.sql.gathering import Gathering
+from powermail.storage.contract import Mark
+
+T = TypeVar("T")
+IN_THE_WAY = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError, asyncpg.UniqueViolationError, Again)
+_SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+_KNOWN = (
+    "SELECT (SELECT value FROM counters WHERE name = 'epoch'), (SELECT value FROM counters WHERE name = 'sequence'),"
+    " (SELECT value FROM meta WHERE name = 'system'), (SELECT value FROM meta WHERE name = 'timeline')"
+)
+
+
+class Broken(Exception):
+    """A connection is of no use any more; what was not committed over it did not happen."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error) or type(error).__name__)
+
+
+class Link:
+    """A connection that is made when it is needed, and its writer slot if it writes."""
+
+    def __init__(self) -> None:
+        self.connection: Connection | None = None
+        self.history = History("", "")
+        self.slot: Slot | None = None
+        self.old: Slot | None = None  # of the connection before: it must be looked at first (law 10)
+
+    def drop(self) -> None:
+        """Lets go of the connection as it is; the slot is looked at over the next one."""
+        if self.connection is not None:
+            self.connection.terminate()
+        self.connection = None
+        if self.slot is not None:
+            self.old, self.slot = self.slot, None
+
+
+class Links:
+    """A bounded number of connections, taken in turn."""
+
+    def __init__(self, count: int) -> None:
+        self.all = [Link() for _ in range(count)]
+        self._free = deque(self.all)
+        self._turn = asyncio.Semaphore(count)
+
+    async def take(self) -> Link:
+        """One that nobody uses, the one used last if it can be. Raises IndexTrouble."""
+        try:
+            await asyncio.wait_for(self._turn.acquire(), limits.INDEX_TURN_S)
+        except TimeoutError as error:
+            raise IndexTrouble("index: all connections to the database are busy") from error
+        return self._free.popleft()
+
+    def give(self, link: Link) -> None:
+        """It is free again."""
+        self._free.appendleft(link)
+        self._turn.release()
+
+
+class PostgresCore(EpochPart, Gathering):
+    """The connections. Methods whose names begin with `_in_` run inside a transaction."""
+
+    alone = False
+    SPOILT = (asyncpg.PostgresError, asyncpg.exceptions.DataError, NumbersSpent, OverflowError)  # a body that cannot be run
+    _batches_max = limits.INDEX_WRITERS
+    _batch_max = limits.INDEX_SHARED_BATCH_MAX
+    _enough = limits.INDEX_SHARED_ENOUGH
+
+    def __init__(self, world: World, url: str, ids: Ids | None = None) -> None:
+        super().__init__(world)
+        self._url = url
+        self._ids = ids or RandomIds(world.entropy)
+        self._writers = Links(limits.INDEX_WRITERS)
+        self._readers = Links(limits.INDEX_READERS_MAX)
+        self._lane: Lane = world.lane("index-pack")
+        self._known = Mark()  # as the last transaction that changed it left it, with this process's counts
+        self._out: dict[int, tuple[str, int]] = {}
+        self._connection = 1
+        self._lost_in = 0  # the epoch in which `_why_lost` was found
+        self._new_timeline = False  # it is all that `_why_lost` says
+        self._slot_lost = False  # a writer slot says it: nothing at all is changed but by a new epoch
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
+        self.unsettled = True  # this process has compared nothing yet (law 10)
+        self._begin_gathering()
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    async def open(self, cluster: str = "") -> None:
+        """Looks at the tables; with `cluster`, an index that is new gets that name. Raises OperatorError, IndexTrouble."""
+        link = await self._writers.take()
+        link.connection, link.history = await connect(self._url)
+        try:
+            await schema.check(link.connection)
+            row = await link.connection.fetchrow("SELECT value FROM meta WHERE name = 'cluster'")
+            if row is None and not cluster:
+                raise OperatorError("the database has an index that belongs to no cluster yet")
+            if row is None:
+                await self._begin(link.connection, link.history, cluster)
+            self.cluster = row[0] if row else cluster
+            await self._compare(link)
+        except BaseException as error:
+            link.drop()
+            if isinstance(error, (*OUT_OF_REACH, asyncpg.PostgresError)):
+                raise IndexTrouble(f"index: {error}") from error
+            raise
+        finally:
+            self._writers.give(link)
+        await self._write(self._in_look_round)
+
+    async def _begin(self, connection: Connection, history: History, cluster: str) -> None:
+        """What leaps leaps from where numbers were given before, also when nothing was given yet (laws 10, 11)."""
+        first = laws.fresh_uidvalidity(0, self._world.clock.now())
+        async with connection.transaction():
+            await connection.execute("UPDATE counters SET value = $1 WHERE name = 'uidvalidity' AND value = 0", first)
+            for name, value in (("cluster", cluster), ("system", history.system), ("timeline", history.timeline)):
+                await connection.execute("INSERT INTO meta VALUES ($1, $2) ON CONFLICT (name) DO NOTHING", name, value)
+
+    async def _in_look_round(self, db: Transaction) -> bool | Untouched[bool]:
+        """The first transaction takes the process's slot and learns what is there."""
+        return Untouched(True)
+
+    async def close(self) -> None:
+        """Finishes what waits and closes."""
+        await self._gathered()
+        while self._tasks:
+            await asyncio.wait(list(self._tasks))
+        self._closed = True
+        for link in (*self._writers.all, *self._readers.all):
+            link.drop()
+        self._lane.close()
+
+    def abandon(self) -> None:
+        """Lets go of the connections as they are."""
+        for link in (*self._writers.all, *self._readers.all):
+            link.drop()
+
+    # -- connections -----------------------------------------------------------------------------------------------------
+
+    @property
+    def connection(self) -> int:
+        return self._connection
+
+    def _break(self, link: Link) -> None:
+        """What was read over the connections there were may be of another database than what comes (law 10)."""
+        if link.connection is not None:
+            link.drop()
+            self._connection += 1
+
+    async def _ready(self, link: Link) -> Connection:
+        """Its connection, made if there is none, and compared (law 10). Raises IndexTrouble."""
+        if self._closed:
+            raise IndexTrouble("the index is not open")
+        if link.connection is None or link.connection.is_closed():
+            self._break(link)
+            try:
+                link.connection, link.history = await connect(self._url)
+            except OperatorError as error:
+                raise IndexTrouble(str(error)) from error
+            await self._compare(link)
+        elif self._why_lost:
+            await self._compare(link)
+        return link.connection
+
+    async def _compare(self, link: Link) -> None:
+        """A history other than the one the index knows: commits may be lost until a new epoch says otherwise (law 10)."""
+        assert link.connection is not None
+        row = await link.connection.fetchrow(_KNOWN)
+        epoch, sequence, system, timeline = row or (0, 0, "", "")
+        if self._why_lost and epoch > self._lost_in:
+            self._found_again()  # another process has dealt with it
+        if not self._why_lost:
+            await self._compare_slots(link.connection, epoch, sequence)
+        there, here = History(system or "", timeline or ""), link.history
+        if there != here and not self._why_lost:
+            self.unsettled = True
+            self._new_timeline = there.system == here.system
+            what = "timeline" if self._new_timeline else "database server"
+            self._lose(f"the index is on {what} {here[self._new_timeline]}, and was on {there[self._new_timeline]}", epoch)
+
+    async def _compare_slots(self, connection: Connection, epoch: int, sequence: int) -> None:
+        """A database that was put back by a copy of its rows says so nowhere but in the slots of who wrote to it (law 10)."""
+        mine = {slot.number: slot for link in self._writers.all for slot in (link.slot, link.old) if slot is not None}
+        rows = await connection.fetch("SELECT id, tag, count FROM writers WHERE id = ANY($1)", list(mine))
+        there = {number: (tag, count) for number, tag, count in rows}
+        for number, slot in sorted(mine.items()):
+            tag, count = there.get(number, ("", -1) if number > sequence else (slot.tag, slot.commits))  # else pruned
+            if tag != slot.tag or count < slot.commits:
+                self._lose(f"writer slot {number} is not where this process left it", epoch)
+                self._slot_lost, self.unsettled = True, True
+                return
+
+    def _lose(self, why: str, epoch: int) -> None:
+        self._why_lost, self._lost_in = why, epoch
+
+    def _found_again(self) -> None:
+        """A new epoch began: what was lost is known to all, and slots are numbered anew."""
+        self._why_lost, self._new_timeline, self._slot_lost = "", False, False
+        for link in self._writers.all:
+            link.old = None
+
+    async def raise_epoch(self, marks: Sequence[Mark], why: str) -> int:
+        epoch = await super().raise_epoch(marks, why)
+        self._found_again()
+        return epoch
+
+    async def _in_epoch_raised(self, db: Transaction) -> None:
+        """The history that the index is on now is the one that it knows."""
+        assert isinstance(db, Writer)
+        for name, value in zip(("system", "timeline"), db.history, strict=True):
+            await db.change(
+                "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (name, value)
+            )
+
+    def _needs_walk(self, marks: Sequence[Mark]) -> bool:
+        """Law 10: where only the timeline has changed, and no node remembers more than is here, nothing need be looked for."""
+        mine = self.mark()
+        slots = {**self._out, **mine.slots}
+        return not self._new_timeline or any(laws.loss(mark, mine.epoch, mine.sequence, slots) for mark in marks)
+
+    async def _in_find_by_key(self, db: Transaction) -> None:
+        """The index is always there."""
+
+    async def _in_find_by_key_no_more(self, db: Transaction) -> None:
+        """It stays."""
+
+    async def _in_stop_silent(self, db: Transaction) -> None:
+        """Law 10: a process that died says nothing. Whoever is only slow finds its slot gone, and takes another."""
+        before = self._world.clock.now() - limits.SLOT_SILENT_S
+        await db.change(
+            "UPDATE writers SET stopped = 1, round = (SELECT value FROM counters WHERE name = 'round')"
+            " WHERE stopped = 0 AND used_at < ?",
+            (before,),
+        )
+
+    async def rest(self) -> None:
+        """Each writer slot says that it stopped; a later transaction says again that it goes on (law 10)."""
+        links = [await self._writers.take() for _ in self._writers.all]
+        try:
+            for link in links:
+                if link.slot is not None:
+                    await self._attempt(link, self._in_rest, ())
+        except (Broken, asyncpg.PostgresError) as error:
+            raise IndexTrouble(f"index: {error}") from error
+        finally:
+            for link in reversed(links):
+                self._writers.give(link)
+
+    # -- reading ---------------------------------------------------------------------------------------------------------
+
+    async def _ask(self, call: Look[T], *args: Any) -> T:
+        return await self._look(call, args, snapshot=False, complete=False)
+
+    async def _read(self, call: Look[T], *args: Any) -> T:
+        return await self._look(call, args, snapshot=True, complete=False)
+
+    async def _show(self, call: Look[T], *args: Any) -> T:
+        return await self._look(call, args, snapshot=True, complete=True)
+
+    async def _show_one(self, call: Look[T], *args: Any) -> T:
+        return await self._look(call, args, snapshot=True, complete=True)
+
+    async def _aside(self, call: Callable[..., T], *args: Any) -> T:
+        return await self._lane.run(call, *args)
+
+    async def _look(self, call: Look[T], args: tuple[Any, ...], snapshot: bool, complete: bool) -> T:
+        """A read is asked again once if its connection turns out to be broken. Raises IndexTrouble."""
+        link = await self._readers.take()
+        try:
+            for attempt in (1, 2):
+                fresh = link.connection is None
+                try:
+                    return await self._look_over(link, call, args, snapshot, complete)
+                except Broken as error:
+                    self._break(link)
+                    if attempt == 2 or fresh or isinstance(error.__cause__, (TimeoutError, asyncio.TimeoutError)):
+                        raise IndexTrouble(f"index: {error}") from error
+                except BaseException as error:
+                    if link.connection is not None and link.connection.is_in_transaction():
+                        link.drop()  # given up in the middle
+                    if isinstance(error, asyncpg.PostgresError):
+                        raise IndexTrouble(f"index: {error}") from error
+                    raise
+            raise AssertionError("two attempts end in one of the ways above")
+        finally:
+            self._readers.give(link)
+
+    async def _look_over(self, link: Link, call: Look[T], args: tuple[Any, ...], snapshot: bool, complete: bool) -> T:
+        connection: Connection | None = None
+        try:
+            connection = await self._ready(link)
+            if complete and self._why_lost:
+                raise IndexLost(self._why_lost)
+            if not snapshot:
+                return await call(Reader(connection), *args)
+            await connection.execute(_SNAPSHOT)
+            try:
+                if complete:
+                    await self._complete_there(connection)
+                return await call(Reader(connection), *args)
+            finally:
+                if not connection.is_closed():
+                    await connection.execute("ROLLBACK")
+        except asyncpg.DataError as error:
+            raise IndexTrouble(f"index: {error}") from error
+        except OUT_OF_REACH as error:
+            raise Broken(error) from error
+
+    async def _complete_there(self, connection: Connection) -> None:
+        """Raises IndexTrouble while a listing in this snapshot might be short (P7)."""
+        self._note_counters(dict(await connection.fetch("SELECT name, value FROM counters")))
+        self._complete()
+
+    def _note_counters(self, counters: dict[str, int]) -> None:
+        self.catching_up = bool(counters["catching_up"])
+        self.numbering = not counters["waiting"]
+
+    # -- changing --------------------------------------------------------------------------------------------------------
+
+    async def _write(self, call: Change[T], *args: Any) -> T:
+        """Runs `call` in one transaction, whoever waits for it. Raises IndexTrouble."""
+        return await asyncio.shield(self._start(self._change(call, args, limits.INDEX_TRIES_MAX)))
+
+    def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """What has begun goes on, whoever is cancelled; `close` waits for it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._over)
+        return task
+
+    def _over(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # who waited has seen it, or has gone: then what it was about is asked for again
+
+    async def _change(self, call: Change[T], args: tuple[Any, ...], tries: int) -> T:
+        """Raises IndexTrouble; `__cause__` is in `IN_THE_WAY` when others stood in the way each time."""
+        link = await self._writers.take()
+        try:
+            for number in range(1, tries + 1):
+                try:
+                    return await self._attempt(link, call, args)
+                except IN_THE_WAY as error:
+                    if number == tries:
+                        raise IndexTrouble(f"index: {error}") from error
+                except Broken as error:
+                    self._break(link)
+                    if number == tries or isinstance(error.__cause__, (TimeoutError, asyncio.TimeoutError)):
+                        raise IndexTrouble(f"index: {error}") from error
+            raise AssertionError("the last try ends in one of the ways above")
+        except self.SPOILT as error:
+            raise IndexTrouble(f"index: {error}") from error
+        finally:
+            self._writers.give(link)
+
+    async def _attempt(self, link: Link, call: Change[T], args: tuple[Any, ...]) -> T:
+        """Runs it once. Raises Broken, what is in `IN_THE_WAY`, or what the body raises."""
+        committing = False
+        try:
+            connection = await self._ready(link)
+            anew = call == self._in_raise_epoch
+            if self._slot_lost and not anew:
+                raise IndexLost(self._why_lost)
+            if link.slot is None and not anew:
+                await self._take_slot(link)
+            db = self._writer(link)
+            await connection.execute("BEGIN")
+            try:
+                result = await call(db, *args)
+                if isinstance(result, Untouched):
+                    await connection.execute("ROLLBACK")
+                    self._ids.give_back(db.ids)
+                    return result.value
+                await self._raise_count(link, db)
+                if db.stale:
+                    db.known = await read_known(db)
+                committing = True
+                await connection.execute("COMMIT")
+            except BaseException as error:
+                broken = isinstance(error, OUT_OF_REACH) and not isinstance(error, asyncpg.DataError)
+                if not committing and not broken and not connection.is_closed():
+                    await connection.execute("ROLLBACK")
+                if not committing or not broken:
+                    self._ids.give_back(db.ids)
+                raise
+        except asyncpg.DataError:
+            raise
+        except OUT_OF_REACH as error:
+            if not committing:
+                raise Broken(error) from error
+            if not await self._was_committed(link):
+                self._ids.give_back(db.ids)
+                raise Again("the connection broke in COMMIT, and it did not happen") from error
+        else:
+            link.slot = db.slot
+        self._committed(db)
+        assert not isinstance(result, Untouched), "nothing of it was committed"
+        return result
+
+    def _writer(self, link: Link) -> Writer:
+        assert link.connection is not None
+        slot = link.slot or Slot(0, "", 0)
+        return Writer(link.connection, link.history, slot, self._tag, self._ids.take, self._world.clock.now())
+
+    async def _raise_count(self, link: Link, db: Writer) -> None:
+        """Law 10. A slot that is not where it was left: it was pruned, and another is taken; or commits were lost."""
+        if await db.raise_count():
+            return
+        connection, slot = db.connection, db.slot
+        row = await connection.fetchrow("SELECT tag, count FROM writers WHERE id = $1", slot.number)
+        epoch, sequence, _, _ = await connection.fetchrow(_KNOWN) or (0, 0, "", "")
+        link.slot = None
+        if row is None and slot.number <= sequence:
+            raise Again("the writer slot was pruned")
+        self._lose_slot(slot, epoch)
+
+    def _lose_slot(self, slot: Slot, epoch: int) -> NoReturn:
+        self._lose(f"writer slot {slot.number} is not where this process left it", epoch)
+        self._slot_lost, self._new_timeline = True, False
+        raise IndexLost(self._why_lost)
+
+    def _committed(self, db: Writer) -> None:
+        """What the transaction has found and done is known to be committed."""
+        known = self._known
+        if db.known is not None:
+            known, self._out, counters = db.known
+            self._note_counters(counters)
+        slots = {**known.slots, db.slot.number: (db.slot.tag, db.slot.commits)}
+        uidvalidity = max(known.uidvalidity, db.fresh)
+        self._known = Mark(known.sequence, slots, known.epoch, uidvalidity, known.retired)
+
+    # -- writer slots ----------------------------------------------------------------------------------------------------
+
+    def _tag(self) -> str:
+        return self._world.entropy.octets(8).hex()
+
+    async def _take_slot(self, link: Link) -> bool | None:
+        """A slot for a connection that has none, behind a look at the one before (law 10). True if that one counts a
+        transaction more than was known: it was committed; None if it was pruned, or there was none. Raises IndexLost.
+        """
+        db, committed = self._writer(link), None
+        await db.connection.execute("BEGIN")
+        try:
+            if link.old is not None:
+                committed = await self._look_at_old(db, link.old)
+            await db.new_slot()
+            db.known = await read_known(db)
+            await db.connection.execute("COMMIT")
+        except IndexLost:
+            await db.connection.execute("ROLLBACK")
+            raise
+        link.slot, link.old = db.slot, None
+        self._committed(db)
+        return committed
+
+    async def _look_at_old(self, db: Writer, old: Slot) -> bool | None:
+        """Waits for what may still be on its way to a commit there: that holds the row. Then the slot is over."""
+        row = await db.one("SELECT tag, count FROM writers WHERE id = ? FOR UPDATE", (old.number,))
+        if row is None and old.number <= await db.counter("sequence"):
+            return None
+        if row is None or row[0] != old.tag or not old.commits <= row[1] <= old.commits + 1:
+            self._lose_slot(old, await db.counter("epoch"))
+        await db.change(
+            "UPDATE writers SET stopped = 1, round = (SELECT value FROM counters WHERE name = 'round') WHERE id = ?",
+            (old.number,),
+        )
+        return bool(row[1] > old.commits)
+
+    async def _was_committed(self, link: Link) -> bool:
+        """What became of a transaction whose connection broke in COMMIT, as its slot says (law 10). Raises IndexTrouble if that
+        is not to be learned now.
+        """
+        self._break(link)
+        try:
+            await self._ready(link)
+            committed = await self._take_slot(link)
+        except OUT_OF_REACH as error:
+            self._break(link)
+            raise IndexTrouble(f"index: the connection broke in COMMIT, and its outcome is unknown: {error}") from error
+        if committed is None:
+            raise IndexTrouble("index: the connection broke in COMMIT, and its writer slot is gone")
+        return committed
+
+    def _mine(self) -> tuple[int, tuple[Slot, ...]]:
+        return self._known.epoch, tuple(link.slot for link in self._writers.all if link.slot is not None)
+
+    def _left_out(self) -> dict[int, tuple[str, int]]:
+        return self._out
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch."""
+        return self._known.epoch
+
+    def mark(self) -> Mark:
+        """What this process knows to be committed (law 10)."""
+        return self._known

@@ -1,0 +1,37 @@
+"""Owns how the tables are made and brought to this version: by alembic, when the operator says so and never at a start.
+
+Alembic and what it stands on take half a second to load: nobody imports this but the command.
+"""
+
+from __future__ import annotations
+
+import re
+
+import asyncpg
+import sqlalchemy
+from alembic import command
+from alembic.config import Config
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+
+from powermail.base.errors import OperatorError
+
+
+async def migrate(url: str) -> None:
+    """Makes the tables, or brings them to this version, in one transaction. Raises OperatorError."""
+    engine = create_async_engine(re.sub(r"^postgres(ql)?://", "postgresql+asyncpg://", url), poolclass=NullPool)
+    try:
+        async with engine.connect() as connection:
+            await connection.run_sync(_upgrade)
+            await connection.commit()
+    except (OSError, asyncpg.PostgresError) as error:
+        raise OperatorError(f"the database of the index cannot be used: {error}") from error
+    finally:
+        await engine.dispose()
+
+
+def _upgrade(connection: sqlalchemy.Connection) -> None:
+    config = Config(attributes={"connection": connection})
+    config.set_main_option("script_location", "powermail.index.postgres:migrations")
+    config.set_main_option("path_separator", "os")
+    command.upgrade(config, "head")

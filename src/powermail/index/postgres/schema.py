@@ -1,0 +1,27 @@
+"""Owns which version of the tables this program needs, and how a start looks whether they are of it; it changes nothing."""
+
+from __future__ import annotations
+
+import asyncpg
+
+from powermail.base.errors import OperatorError
+from powermail.index.postgres.statements import Connection
+
+VERSION = "1"
+VERSION_TABLE = "index_version"
+COMMAND = "powermail index migrate"
+
+
+async def check(connection: Connection) -> None:
+    """Raises OperatorError if the tables are missing, or of another version."""
+    try:
+        found = await connection.fetchval(f"SELECT version_num FROM {VERSION_TABLE}")
+    except asyncpg.UndefinedTableError:
+        found = None
+    if found is None:
+        raise OperatorError(f"the database has no tables of the index yet: run `{COMMAND}`")
+    if found != VERSION:
+        raise OperatorError(
+            f"the tables of the index are of version {found}, this program needs {VERSION}:"
+            f" run `{COMMAND}` of the newer program"
+        )

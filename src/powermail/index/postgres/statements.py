@@ -1,0 +1,252 @@
+"""Owns how PostgreSQL runs the shared text, and what one transaction there knows: only what it has read itself.
+
+Each text is translated once (`?` becomes `$1` …) and prepared once a connection. A list is one array.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from hashlib import blake2b
+from itertools import count
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import asyncpg
+
+from powermail.base.entropy import Entropy
+from powermail.index.contract import NodeRow
+from powermail.index.sql.core import LEFT_OUT
+from powermail.index.sql.engine import NODE_COLUMNS, Placements, Reading, Slot, Transaction, node_row, read_nodes, split
+from powermail.index.sql.epochs import read_mark
+from powermail.storage.contract import Mark
+
+Connection: TypeAlias = asyncpg.Connection
+_texts: dict[str, str] = {}
+_lists: dict[tuple[str, str], str] = {}
+
+
+def text_of(shared: str) -> str:
+    """A shared text as PostgreSQL reads it."""
+    text = _texts.get(shared)
+    if text is None:
+        pieces = shared.split("?")
+        text = pieces[0] + "".join(f"${number}{piece}" for number, piece in enumerate(pieces[1:], 1))
+        _texts[shared] = text
+    return text
+
+
+def _list_text(head: str, tail: str) -> str:
+    text = _lists.get((head, tail))
+    if text is None:
+        assert head.endswith(" IN"), head
+        text = _lists[head, tail] = text_of(f"{head[:-3]} = ANY(?) {tail}")
+    return text
+
+
+def _affected(status: str) -> int:
+    """Rows that a statement changed, from what the server says of it: `UPDATE 3`, `INSERT 0 1`."""
+    last = status.rpartition(" ")[2]
+    return int(last) if last.isdecimal() else 0
+
+
+class Reader(Reading):
+    """What is read over one connection."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+
+    async def rows(self, text: str, args: Sequence[Any] = ()) -> Sequence[Any]:
+        found: Sequence[Any] = await self.connection.fetch(text_of(text), *args)
+        return found
+
+    async def one(self, text: str, args: Sequence[Any] = ()) -> Any:
+        return await self.connection.fetchrow(text_of(text), *args)
+
+    async def rows_in(
+        self, head: str, values: Sequence[Any], tail: str = "", before: Sequence[Any] = (), after: Sequence[Any] = ()
+    ) -> list[Any]:
+        if not values:
+            return []
+        found: list[Any] = await self.connection.fetch(_list_text(head, tail), *before, list(values), *after)
+        return found
+
+
+def set_number(nodes: str, generation: int) -> int:
+    """The number of a set of nodes: who makes the same set at the same time gives it the same one. A set that a node was
+    expelled from keeps its number, and the next of the old shape is of a later generation.
+    """
+    digest = blake2b(f"{generation} {nodes}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 1) or 1
+
+
+class SharedPlacements(Placements):
+    """The sets of nodes, as this transaction finds them."""
+
+    def __init__(self, db: Writer) -> None:
+        self._db = db
+        self._nodes: dict[int, tuple[str, ...]] = {0: ()}
+        self._ids: dict[str, int] = {"": 0}
+
+    async def id(self, nodes: Iterable[str]) -> int:
+        text = " ".join(sorted(nodes))
+        known = self._ids.get(text)
+        if known is not None:
+            return known
+        for generation in count():
+            number = set_number(text, generation)
+            row = await self._db.one("SELECT nodes FROM placements WHERE id = ?", (number,))
+            if row is None:
+                await self._db.change("INSERT INTO placements VALUES (?, ?) ON CONFLICT DO NOTHING", (number, text))
+                row = await self._db.one("SELECT nodes FROM placements WHERE id = ?", (number,))
+            if row[0] == text:
+                self._ids[text] = number
+                self._nodes[number] = split(text)
+                return number
+        raise AssertionError("there is always another generation")
+
+    async def nodes(self, number: int) -> tuple[str, ...]:
+        found = self._nodes.get(number)
+        if found is None:
+            row = await self._db.one("SELECT nodes FROM placements WHERE id = ?", (number,))
+            found = self._nodes[number] = split(row[0])
+        return found
+
+    async def expel(self, node: str) -> None:
+        for number, nodes in await self._db.rows("SELECT id, nodes FROM placements ORDER BY id FOR UPDATE"):
+            if node in split(nodes):
+                rest = " ".join(other for other in split(nodes) if other != node)
+                await self._db.change("UPDATE placements SET nodes = ? WHERE id = ?", (rest, number))
+        self._nodes, self._ids = {0: ()}, {"": 0}
+
+
+class History(NamedTuple):
+    """Which database server it is, and on which timeline; empty where an engine has neither."""
+
+    system: str
+    timeline: str
+
+
+class Ids(Protocol):
+    """Where the ids of new rows come from."""
+
+    def take(self, table: str) -> int:
+        """One that no row of this table has."""
+
+    def give_back(self, tables: Sequence[str]) -> None:
+        """The last ones taken, by their tables, were used by no row."""
+
+
+class RandomIds:
+    """Numbers of 63 bits: no counter is shared by those who write, and none is worth giving back."""
+
+    def __init__(self, entropy: Entropy) -> None:
+        self._entropy = entropy
+
+    def take(self, table: str) -> int:
+        return (int.from_bytes(self._entropy.octets(8), "big") >> 1) or 1
+
+    def give_back(self, tables: Sequence[str]) -> None:
+        """They are never taken again."""
+
+
+Known = tuple[Mark, dict[int, tuple[str, int]], dict[str, int]]  # the slots left out of marks, and all counters
+
+
+class Writer(Reader, Transaction):
+    """One transaction. `known` is what it leaves behind, if it changed what marks tell of."""
+
+    alone = False
+
+    def __init__(
+        self,
+        connection: Connection,
+        history: History,
+        slot: Slot,
+        tag: Callable[[], str],
+        new_id: Callable[[str], int],
+        now: float,
+    ) -> None:
+        Transaction.__init__(self)
+        Reader.__init__(self, connection)
+        self.placements = SharedPlacements(self)
+        self.known: Known | None = None
+        self.history = history
+        self.ids: list[str] = []  # tables that it took ids for
+        self._slot = slot
+        self._tag = tag
+        self._new_id = new_id
+        self._now = now
+        self._changes = 0
+        self._counters: dict[str, int] = {}
+        self._members: dict[str, NodeRow] | None = None
+
+    @property
+    def changes(self) -> int:
+        return self._changes
+
+    @property
+    def slot(self) -> Slot:
+        return self._slot
+
+    def new_id(self, table: str) -> int:
+        self.ids.append(table)
+        return self._new_id(table)
+
+    async def change(self, text: str, args: Sequence[Any] = ()) -> int:
+        changed = _affected(await self.connection.execute(text_of(text), *args))
+        self._changes += changed
+        return changed
+
+    async def many(self, text: str, rows: Sequence[Sequence[Any]]) -> None:
+        if rows:
+            await self.connection.executemany(text_of(text), rows)
+            self._changes += len(rows)
+
+    async def change_in(self, head: str, values: Sequence[Any], before: Sequence[Any] = ()) -> None:
+        if values:
+            self._changes += _affected(await self.connection.execute(_list_text(head, ""), *before, list(values)))
+
+    async def put(self, head: str, width: int, rows: Sequence[Sequence[Any]], tail: str = "") -> None:
+        marks = ", ".join("?" * width)
+        await self.many(f"{head} VALUES ({marks}){tail}", rows)
+
+    async def counters(self) -> Mapping[str, int]:
+        """All numbers of the whole index, as they were found first."""
+        if not self._counters:
+            self._counters = dict(await self.rows("SELECT name, value FROM counters"))
+        return self._counters
+
+    async def counter(self, name: str) -> int:
+        return (await self.counters())[name]
+
+    async def members(self) -> Mapping[str, NodeRow]:
+        if self._members is None:
+            self._members = {row.id: row for row in await read_nodes(self)}
+        return self._members
+
+    async def member(self, node: str) -> NodeRow | None:
+        row = await self.one(f"SELECT {NODE_COLUMNS} FROM nodes WHERE id = ? FOR UPDATE", (node,))
+        return None if row is None else node_row(row)
+
+    async def new_slot(self) -> None:
+        """Its count is raised at the end of this transaction, as any slot's."""
+        row = await self.one("UPDATE counters SET value = value + 1 WHERE name = 'sequence' RETURNING value")
+        self._slot = Slot(row[0], self._tag(), 0)
+        await self.change("INSERT INTO writers VALUES (?, ?, 0, 0, 0, ?)", (row[0], self._slot.tag, self._now))
+        self.stale = True
+
+    async def raise_count(self) -> bool:
+        """Law 10, last in each transaction; False if the slot is not where this connection left it."""
+        raised = await self.change(
+            "UPDATE writers SET count = count + 1, stopped = ?, used_at = ?,"
+            " round = (SELECT value FROM counters WHERE name = 'round') WHERE id = ? AND tag = ? AND count = ?",
+            (int(self.resting), self._now, self._slot.number, self._slot.tag, self._slot.commits),
+        )
+        self._slot = self._slot._replace(commits=self._slot.commits + 1)
+        return raised == 1
+
+
+async def read_known(db: Reader) -> Known:
+    """What marks tell of, as it is in this transaction."""
+    left_out = await db.rows("SELECT id, tag, count FROM writers WHERE stopped = ?", (LEFT_OUT,))
+    counters = dict(await db.rows("SELECT name, value FROM counters"))
+    return await read_mark(db), {number: (tag, count) for number, tag, count in left_out}, counters

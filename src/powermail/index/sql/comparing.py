@@ -1,0 +1,157 @@
+"""Owns what follows from what nodes hold: reconcile, inventories, the walk (laws 6, 11, 12).
+
+Everything is looked at before anything is written: what is missing, or proves a loss, leaves the index as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from powermail.index import laws
+from powermail.index.contract import Batch, Fate, NodeRow, Reconciled
+from powermail.index.laws import Deed
+from powermail.index.sql.engine import Again, Transaction, Untouched
+from powermail.index.sql.references import References
+from powermail.mail.envelope import Commit
+from powermail.storage.contract import Held, Position
+
+_Found = list[tuple[bytes, Position, Deed]]
+
+
+class ComparingPart(References):
+    """`reconcile` and `settle_inventory` of `index.contract.Copies`."""
+
+    async def reconcile(self, batch: Batch) -> Reconciled:
+        return await self._write(self._in_reconcile, batch)
+
+    async def _in_reconcile(self, db: Transaction, batch: Batch) -> Reconciled | Untouched[Reconciled]:
+        """Law 6, whole: the batch, the watermark and the end seen are one transaction."""
+        node = await db.member(batch.node)
+        if node is None or node.incarnation != batch.incarnation or node.watermark != batch.from_:
+            return Untouched(Reconciled(False))
+        new = {key for key, at, origin in batch.copies if laws.deed(None, origin, at < batch.birth) is Deed.ENTER}
+        claimed = await self._in_claim(db, sorted(new.intersection(batch.commits)))
+        fates = await self._in_fates(db, [*(key for key, _, _ in batch.copies), *batch.tombstones])
+        fates = {key: fate for key, fate in fates.items() if key not in claimed}
+        died = [key for key in batch.tombstones if fates.get(key) is Fate.LIVE]
+        if died and not node.owes_walk:
+            return Untouched(Reconciled(False, lost=True))  # law 11: it died, and the index has forgotten that
+        found: _Found = []
+        for key, position, origin in batch.copies:
+            deed = laws.deed(fates.get(key), origin, position < batch.birth)
+            if deed is Deed.ENTER and key in batch.commits:
+                fates[key] = Fate.LIVE  # a second record of it is believed
+            found.append((key, position, deed))
+        missing = self._missing(found, batch.commits)
+        if missing:
+            return Untouched(Reconciled(False, missing=missing))
+        entered = await self._in_do(db, batch.node, found, batch.commits)
+        if died:  # that commits were lost is known, and this node's walk is still owed (law 11)
+            await self._in_bury(db, died)
+        await db.many(
+            "INSERT INTO unread VALUES (?, ?, ?, ?) ON CONFLICT (node, segment, place) DO UPDATE SET octets = excluded.octets",
+            [(batch.node, *unread.position, unread.octets) for unread in batch.unread],
+        )
+        await self._in_move_watermark(db, node, batch)
+        return Reconciled(True, entered)
+
+    async def _in_move_watermark(self, db: Transaction, node: NodeRow, batch: Batch) -> None:
+        """Compare-and-set, also here where nobody else can have moved it: another deployment has many keepers (law 6)."""
+        end = max(node.end_seen, batch.end)
+        scanned = node.scan_round if batch.round is None else max(node.scan_round, batch.round)  # law 9
+        await db.change(
+            "UPDATE nodes SET segment = ?, place = ?, end_segment = ?, end_place = ?, scan_round = ?"
+            " WHERE id = ? AND incarnation = ? AND segment = ? AND place = ?",
+            (*batch.to, *end, scanned, batch.node, batch.incarnation, *batch.from_),
+        )
+        db.stale = True
+
+    @staticmethod
+    def _missing(found: _Found, commits: Mapping[bytes, Commit]) -> tuple[bytes, ...]:
+        """Keys whose commit records are needed first."""
+        return tuple(sorted({key for key, _, deed in found if deed is Deed.ENTER and key not in commits}))
+
+    async def _in_do(self, db: Transaction, node: str, found: _Found, commits: Mapping[bytes, Commit]) -> int:
+        """Does what was decided; how many messages were entered live."""
+        entering = [(key, commits[key]) for key, _, deed in found if deed is Deed.ENTER]
+        if entering:
+            await self._in_may_number(db)
+        entered = await self._in_enter_found(db, node, entering)
+        believed = sorted({key for key, _, deed in found if deed is Deed.BELIEVE})
+        if believed:  # what failed its check counts no more until the keeper has looked
+            doubted = await db.rows_in("SELECT key FROM suspects WHERE node = ? AND key IN", believed, "", (node,))
+            await self._in_believe(db, node, sorted({*believed} - {row[0] for row in doubted}), True)
+        await self._in_order(db, [(node, key) for key, _, deed in found if deed is Deed.BURY])
+        await self._in_drop(db, node, [(key, position) for key, position, deed in found if deed is Deed.DROP])
+        return entered
+
+    # -- inventories ---------------------------------------------------------------------------------------------------
+
+    async def settle_inventory(
+        self, node: str, incarnation: str, items: Sequence[tuple[bytes, Held, Position]], birth: Position,
+        commits: Mapping[bytes, Commit], enter: bool,
+    ) -> Reconciled:  # fmt: skip
+        return await self._write(self._in_settle, node, incarnation, items, birth, commits, enter)
+
+    async def _in_settle(
+        self, db: Transaction, node: str, incarnation: str, items: Sequence[tuple[bytes, Held, Position]], birth: Position,
+        commits: Mapping[bytes, Commit], enter: bool,
+    ) -> Reconciled | Untouched[Reconciled]:  # fmt: skip
+        row = await db.member(node)
+        if row is None or row.incarnation != incarnation:
+            return Untouched(Reconciled(False))
+        keys = [key for key, _, _ in items]
+        found_here = await db.rows_in("SELECT key FROM drops WHERE node = ? AND key IN", keys, "", (node,))
+        dropping = {each[0] for each in found_here}
+        new = {
+            key
+            for key, held, at in items
+            if held is Held.LIVE and key not in dropping and self._deed(row, None, at, birth, enter) is Deed.ENTER
+        }
+        claimed = await self._in_claim(db, sorted(new.intersection(commits)))
+        fates = await self._in_fates(db, keys)
+        fates = {key: fate for key, fate in fates.items() if key not in claimed}
+        died = [key for key, held, _ in items if held is Held.DEAD and fates.get(key) is Fate.LIVE]
+        if died and not (enter or row.owes_walk or row.owes_compare):
+            return Untouched(Reconciled(False, lost=True))
+        found: _Found = []
+        for key, held, position in items:
+            deed = self._deed(row, fates.get(key), position, birth, enter) if held is Held.LIVE else None
+            if deed is not None and (key in fates or key not in dropping):
+                found.append((key, position, deed))
+        missing = self._missing(found, commits)
+        if missing:
+            return Untouched(Reconciled(False, missing=missing))
+        before = db.changes
+        entered = await self._in_do(db, node, found, commits)
+        if enter:
+            await self._in_bury_found(db, [key for key, held, _ in items if held is Held.DEAD and key not in fates], died)
+        else:
+            # While a walk is owed it decides. What the first release aborted on one node only says nothing about the key.
+            await self._in_believe(db, node, died, False)
+        outcome = Reconciled(True, entered)
+        return outcome if db.changes != before else Untouched(outcome)
+
+    @staticmethod
+    def _deed(row: NodeRow, fate: Fate | None, position: Position, birth: Position, enter: bool) -> Deed | None:
+        """What a live copy in an inventory comes to (laws 11, 12); None: nothing."""
+        if fate is not None:
+            return Deed.BELIEVE if fate is Fate.LIVE else Deed.BURY
+        if enter:
+            return Deed.DROP if position < birth else Deed.ENTER  # the walk enters whatever the origin
+        if row.owes_walk:
+            return None  # what has no row may have been lost with it
+        return Deed.DROP if position < row.watermark else None  # what lies at or above it is reconcile's
+
+    async def _in_bury_found(self, db: Transaction, unknown: Iterable[bytes], died: Sequence[bytes]) -> None:
+        """The walk found tombstones: those keys are dead, whatever the index has kept of them (law 11)."""
+        for key in sorted(set(unknown)):
+            new = await db.change(
+                "INSERT INTO messages VALUES (?, 0, ?, 0, 0, ?, (SELECT value FROM counters WHERE name = 'round'))"
+                " ON CONFLICT (key) DO NOTHING",
+                (key, b"", int(Fate.DEAD)),
+            )
+            if not new and not db.alone:
+                raise Again("a key was decided meanwhile")
+        if died:
+            await self._in_bury(db, died)

@@ -1,0 +1,233 @@
+"""Owns which nodes are believed to hold what: messages, fates, beliefs, suspicions, orders and drops (laws 6, 8).
+
+Beliefs are numbered sets of nodes: what lies on too few groups is found by the few sets that span too few, each by key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from powermail.index.contract import Damage, DropOrder, Fate, MessageFacts, NodeRow
+from powermail.index.sql.core import NO_NODES
+from powermail.index.sql.engine import Reading, Transaction, Untouched, split
+from powermail.index.sql.references import References
+from powermail.storage.contract import Dropped, End, Position
+
+_FACTS = "m.key, m.octets, m.sha256, p.nodes, m.refs FROM messages m JOIN placements p ON p.id = m.placement"
+
+
+async def placements_where(db: Reading, wanted: Callable[[tuple[str, ...]], bool]) -> list[int]:
+    """Numbers of the sets of nodes that are as wanted."""
+    return [number for number, nodes in await db.rows("SELECT id, nodes FROM placements ORDER BY id") if wanted(split(nodes))]
+
+
+def _facts(rows: Sequence[tuple[bytes, int, bytes, str, int]]) -> list[MessageFacts]:
+    return [MessageFacts(key, octets, sha256, split(nodes), refs) for key, octets, sha256, nodes, refs in rows]
+
+
+class CopyPart(References):
+    """The part of `index.contract.Copies` about copies."""
+
+    async def message(self, key: bytes) -> MessageFacts | None:
+        found = await self._ask(self._messages, [key])
+        return found[0] if found else None
+
+    async def messages(self, keys: Sequence[bytes]) -> list[MessageFacts]:
+        return await self._read(self._messages, keys)
+
+    async def _messages(self, db: Reading, keys: Sequence[bytes]) -> list[MessageFacts]:
+        rows = await db.rows_in(f"SELECT {_FACTS} WHERE m.fate = 1 AND m.key IN", sorted(set(keys)), "ORDER BY m.key")
+        return _facts(rows)
+
+    async def fates(self, keys: Sequence[bytes]) -> dict[bytes, Fate]:
+        return await self._read(self._fates, list(keys))
+
+    async def _fates(self, db: Reading, keys: Sequence[bytes]) -> dict[bytes, Fate]:
+        return {key: Fate(fate) for key, fate in await db.rows_in("SELECT key, fate FROM messages WHERE key IN", keys)}
+
+    # -- deciding against ----------------------------------------------------------------------------------------------
+
+    async def abort(self, key: bytes, asked: Sequence[str]) -> Fate:
+        return await self._write(self._in_abort, key, asked)
+
+    async def _in_abort(self, db: Transaction, key: bytes, asked: Sequence[str]) -> Fate | Untouched[Fate]:
+        """Meets deliveries on one row (laws 3, 4)."""
+        await db.change(
+            "INSERT INTO messages VALUES (?, 0, ?, ?, 0, ?, (SELECT value FROM counters WHERE name = 'round'))"
+            " ON CONFLICT (key) DO NOTHING",
+            (key, b"", NO_NODES, int(Fate.ABORTED)),
+        )
+        fate = (await self._in_fates(db, [key]))[key]
+        if fate is not Fate.ABORTED:
+            return Untouched(fate)
+        await self._in_order(db, [(node, key) for node in asked])  # law 5: nodes are told only after this was decided
+        return fate
+
+    # -- belief --------------------------------------------------------------------------------------------------------
+
+    async def copies_on(self, node: str, after: bytes, limit: int) -> list[bytes]:
+        return await self._read(self._copies_on, node, after, limit)
+
+    async def _copies_on(self, db: Reading, node: str, after: bytes, limit: int) -> list[bytes]:
+        found: list[bytes] = []
+        for number in await placements_where(db, lambda nodes: node in nodes):
+            rows = await db.rows(
+                "SELECT key FROM messages WHERE fate = 1 AND placement = ? AND key > ? ORDER BY key LIMIT ?",
+                (number, after, limit),
+            )
+            found += [row[0] for row in rows]
+        return sorted(found)[:limit]
+
+    async def under_copied(self, groups: Mapping[str, str], required: int, after: bytes, limit: int) -> list[MessageFacts]:
+        return await self._read(self._under_copied, groups, required, after, limit)
+
+    async def _thin(self, db: Reading, groups: Mapping[str, str], required: int) -> list[int]:
+        return await placements_where(db, lambda nodes: len({groups[node] for node in nodes if node in groups}) < required)
+
+    async def _under_copied(
+        self, db: Reading, groups: Mapping[str, str], required: int, after: bytes, limit: int
+    ) -> list[MessageFacts]:
+        found: list[MessageFacts] = []
+        for number in await self._thin(db, groups, required):
+            rows = await db.rows(
+                f"SELECT {_FACTS} WHERE m.fate = 1 AND m.placement = ? AND m.key > ? ORDER BY m.key LIMIT ?",
+                (number, after, limit),
+            )
+            found += _facts(rows)
+        return sorted(found)[:limit]
+
+    async def under_copied_total(self, groups: Mapping[str, str], required: int) -> tuple[int, int]:
+        return await self._read(self._under_copied_total, groups, required)
+
+    async def _under_copied_total(self, db: Reading, groups: Mapping[str, str], required: int) -> tuple[int, int]:
+        messages = octets = 0
+        for number in await self._thin(db, groups, required):
+            row = await db.one(
+                "SELECT count(*), coalesce(CAST(sum(octets) AS BIGINT), 0) FROM messages WHERE fate = 1 AND placement = ?",
+                (number,),
+            )
+            messages += row[0]
+            octets += row[1]
+        return messages, octets
+
+    @staticmethod
+    def _is_late(row: NodeRow, end: End) -> bool:
+        """What was found there is of another disk, or older than what the index has seen since (law 8)."""
+        return row.incarnation != end.incarnation or end.position < row.end_seen
+
+    async def believe(self, key: bytes, node: str, end: End) -> bool:
+        return await self._write(self._in_believe_repaired, key, node, end)
+
+    async def _in_believe_repaired(self, db: Transaction, key: bytes, node: str, end: End) -> bool | Untouched[bool]:
+        row = await db.member(node)
+        fate = (await self._in_fates(db, [key])).get(key)
+        if fate is None or row is None:
+            return Untouched(False)  # reconcile will order a drop (law 6)
+        if fate is not Fate.LIVE:
+            await self._in_order(db, [(node, key)])  # law 8
+            return False
+        if self._is_late(row, end):
+            return Untouched(False)
+        await self._in_believe(db, node, [key], True)
+        await db.change("DELETE FROM suspects WHERE node = ? AND key = ?", (node, key))
+        return True
+
+    async def disbelieve(self, node: str, keys: Sequence[bytes]) -> None:
+        await self._write(self._in_believe, node, list(keys), False)
+
+    async def note_bad(self, key: bytes, node: str, why: str) -> None:
+        await self._write(self._in_note_bad, key, node, why)
+
+    async def _in_note_bad(self, db: Transaction, key: bytes, node: str, why: str) -> Untouched[None] | None:
+        if await db.member(node) is None or (await self._in_fates(db, [key])).get(key) is not Fate.LIVE:
+            return Untouched(None)
+        await self._in_believe(db, node, [key], False)
+        if not await db.one("SELECT 1 FROM suspects WHERE node = ? AND key = ?", (node, key)):
+            await db.change(
+                "INSERT INTO damages VALUES (?, 1, ?) ON CONFLICT (node) DO UPDATE SET count = damages.count + 1,"
+                " last_at = excluded.last_at",
+                (node, self._world.clock.now()),
+            )
+        await db.change(
+            "INSERT INTO suspects VALUES (?, ?, ?) ON CONFLICT (node, key) DO UPDATE SET why = excluded.why",
+            (node, key, why[:200]),
+        )
+        return None
+
+    async def damages(self) -> dict[str, Damage]:
+        return await self._ask(self._damages)
+
+    async def _damages(self, db: Reading) -> dict[str, Damage]:
+        return {row[0]: Damage(row[1], row[2]) for row in await db.rows("SELECT node, count, last_at FROM damages")}
+
+    async def forget_damages(self, node: str) -> None:
+        await self._write(self._in_forget_damages, node)
+
+    async def _in_forget_damages(self, db: Transaction, node: str) -> None:
+        await db.change("DELETE FROM damages WHERE node = ?", (node,))
+
+    async def suspects(self, node: str, after: bytes, limit: int) -> list[bytes]:
+        return await self._ask(self._keys_of, "suspects", node, after, limit)
+
+    async def _keys_of(self, db: Reading, table: str, node: str, after: bytes, limit: int) -> list[bytes]:
+        rows = await db.rows(f"SELECT key FROM {table} WHERE node = ? AND key > ? ORDER BY key LIMIT ?", (node, after, limit))
+        return [row[0] for row in rows]
+
+    async def clear_suspect(self, key: bytes, node: str) -> None:
+        await self._write(self._in_clear, "DELETE FROM suspects WHERE node = ? AND key = ?", [(node, key)])
+
+    async def _in_clear(self, db: Transaction, statement: str, values: Sequence[tuple[object, ...]]) -> None:
+        await db.many(statement, values)
+
+    # -- orders and drops ----------------------------------------------------------------------------------------------
+
+    async def orders(self, node: str, limit: int) -> list[bytes]:
+        return await self._ask(self._keys_of, "orders", node, b"", limit)
+
+    async def confirm_orders(self, node: str, keys: Sequence[bytes], end: End) -> None:
+        await self._write(self._in_confirm_orders, node, keys, end)
+
+    async def _in_confirm_orders(self, db: Transaction, node: str, keys: Sequence[bytes], end: End) -> Untouched[None] | None:
+        if not await self._in_see(db, node, end):
+            return Untouched(None)
+        await self._in_clear(db, "DELETE FROM orders WHERE node = ? AND key = ?", [(node, key) for key in keys])
+        return None
+
+    async def _in_see(self, db: Transaction, node: str, end: End) -> bool:
+        """Law 12: what was confirmed lies before this end. Nothing is confirmed by another disk: False."""
+        row = await db.member(node)
+        if row is None or row.incarnation != end.incarnation:
+            return False
+        if end.position > row.end_seen:
+            await db.change("UPDATE nodes SET end_segment = ?, end_place = ? WHERE id = ?", (*end.position, node))
+            db.stale = True
+        return True
+
+    async def drops(self, node: str, limit: int) -> list[DropOrder]:
+        return await self._ask(self._drops, node, limit)
+
+    async def _drops(self, db: Reading, node: str, limit: int) -> list[DropOrder]:
+        rows = await db.rows(
+            "SELECT key, segment, place FROM drops WHERE node = ? ORDER BY key, segment, place LIMIT ?", (node, limit)
+        )
+        return [DropOrder(key, Position(segment, place)) for key, segment, place in rows]
+
+    async def confirm_drops(self, node: str, drops: Sequence[DropOrder], done: Dropped) -> None:
+        await self._write(self._in_confirm_drops, node, drops, done)
+
+    async def _in_confirm_drops(
+        self, db: Transaction, node: str, drops: Sequence[DropOrder], done: Dropped
+    ) -> Untouched[None] | None:
+        if not await self._in_see(db, node, done.end):
+            return Untouched(None)
+        statement = "DELETE FROM drops WHERE node = ? AND key = ? AND segment = ? AND place = ?"
+        gone = [key for key, position in drops if await db.change(statement, (node, key, *position))]
+        await self._in_believe(db, node, [key for key in gone if key not in done.live], False)  # law 6: the belief goes too
+        return None
+
+    async def orders_total(self, node: str) -> tuple[int, int]:
+        return await self._read(self._orders_total, node)
+
+    async def _orders_total(self, db: Reading, node: str) -> tuple[int, int]:
+        totals = [(await db.one(f"SELECT count(*) FROM {table} WHERE node = ?", (node,)))[0] for table in ("orders", "drops")]
+        return totals[0], totals[1]

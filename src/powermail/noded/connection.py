@@ -1,0 +1,403 @@
+"""Owns one connection to a node: octets to the machine, operations to the node, one write for each turn of the event loop.
+
+Rules: a COMMIT goes to the node in the turn it came in; large answers wait while the peer does not read; an operation that
+nobody waits for any more is cancelled, which takes nothing back that the node was given. Deadlines are by progress, looked at
+once a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from powermail.base import limits
+from powermail.cluster import node_values as values
+from powermail.noded.answers import Answers, NotAllowed
+from powermail.storage.contract import Receipt
+from powermail.wire import node_forms as forms
+from powermail.wire import node_verbs as verbs
+from powermail.wire.node_identity import Peer
+from powermail.wire.node_server import Ask, NodeServer, Stop
+from powermail.wire.node_verbs import READS, Failure
+
+if TYPE_CHECKING:
+    from powermail.noded.service import NodeService
+
+_COMMIT: Final = verbs.COMMIT.number
+_PING: Final = verbs.PING.number
+_HELLO: Final = verbs.HELLO.number
+_BLOCK: Final = verbs.VERBS["BLOCK"].number
+
+
+class Connection(asyncio.BufferedProtocol):
+    """One connection, after its TLS handshake."""
+
+    def __init__(self, service: NodeService) -> None:
+        self.service = service
+        self.client = ""
+        self.peer: Peer | None = None
+        self.answers: Answers | None = None  # of the node that HELLO named
+        self.instance: tuple[str, str, bytes] = ("", "", b"")  # certificate's id, node, instance
+        self.session = 0
+        self.fence = 0
+        self.bulk = False
+        self.ends_at = float("inf")  # of the certificate
+        self.closed = False
+        self._machine: NodeServer | None = None
+        self._early = NodeServer(frozenset()).reader  # takes what comes before it is known who speaks
+        self._early_octets = 0
+        self._reader = self._early
+        self._transport: asyncio.Transport | None = None
+        self._loop = asyncio.get_running_loop()
+        self._flushing = False
+        self._tasks: dict[asyncio.Future[Any], None] = {}
+        self._reads: deque[Ask] = deque()
+        self._reading = 0
+        self._held_octets = 0  # as the service was last told
+        self._pushed: forms.StatForm | None = None
+        self._going = False
+        now = self._loop.time()  # what is waited for here is waited for by it
+        self._began_at = now
+        self._heard_at = now  # when any octet came
+        self._blocked_at: float | None = None  # since when the peer does not read
+        self._seen = (0, 0.0)  # frame under way: octets in before it and since when
+        self._seen_part: tuple[tuple[int, int], float] = ((0, 0), now)
+        self._pings = 0
+        self._paused = False
+
+    # -- asyncio's side --------------------------------------------------------------------------------------------
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._reader.room()[self._early_octets :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        machine = self._machine
+        if machine is None:
+            self._early_octets += nbytes
+            return
+        for event in machine.received(nbytes):
+            if isinstance(event, Ask):
+                self._asked(event)
+            else:
+                self._stopped(event)
+        self._heard_at = self._loop.time()
+        if machine.held_octets != self._held_octets:
+            self._account(machine.held_octets)
+        if machine.refused:
+            self._count(machine)
+        if not self._flushing:
+            self._flush_soon()
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end()
+
+    def pause_writing(self) -> None:
+        self._blocked_at = self._loop.time()
+
+    def resume_writing(self) -> None:
+        self._blocked_at = None
+        self._read_more()
+
+    # -- beginning and end -----------------------------------------------------------------------------------------
+
+    def begin(self, transport: asyncio.Transport, peer: Peer) -> None:
+        """It is known who speaks: what came meanwhile is heard now."""
+        self._attach(transport)
+        self.peer = peer
+        self._machine = NodeServer(peer.roles)
+        self._machine.reader = self._early
+        count, self._early_octets = self._early_octets, 0
+        self._began_at = self._heard_at = self._loop.time()
+        if count:
+            self.buffer_updated(count)
+
+    def _attach(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        transport.set_write_buffer_limits(high=limits.NODE_PIECE_OCTETS * 4)
+
+    def turn_away(self, transport: asyncio.Transport, why: str, text: str) -> None:
+        """A certificate of the right authority that admits nobody here: the peer is told, and that is all."""
+        self._attach(transport)
+        self._machine = NodeServer(frozenset())
+        self._machine.stop(why, text)
+        self._machine.refused.clear()
+        self._flush()
+        self.close()
+
+    def close(self) -> None:
+        """Ends it when what was written has gone out."""
+        if self._transport is not None:
+            self._transport.abort() if self._paused else self._transport.close()  # TLS says goodbye by reading
+        self._end()
+
+    def supersede(self) -> None:
+        """A later session of the same instance is there: no octet of this one is heard any more."""
+        self.service.counters.add("noded.superseded")
+        self.abort()
+
+    def abort(self) -> None:
+        """Ends it at once."""
+        if self._transport is not None:
+            self._transport.abort()
+        self._end()
+
+    def _end(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        self._reads.clear()
+        for task in list(self._tasks):
+            task.cancel()
+        self._account(0)
+        self.service.ended(self)
+
+    def go_away(self, text: str) -> None:
+        """Nothing new is to be asked; it closes when all is answered."""
+        if self._machine is not None and not self._going:
+            self._going = True
+            self._machine.go_away(text)
+            self._flush_soon()
+
+    def _stopped(self, stop: Stop) -> None:
+        self.service.log_refusal(self, stop.why)
+        self._loop.call_soon(self._flush_and_close)
+
+    def _flush_and_close(self) -> None:
+        self._flush()
+        self.close()
+
+    def _count(self, machine: NodeServer) -> None:
+        for why in machine.refused:
+            self.service.counters.add(f"noded.refused.{why}")
+        machine.refused.clear()
+
+    def _account(self, octets: int) -> None:
+        self.service.hold(self, octets - self._held_octets)
+        self._held_octets = octets
+
+    def pause(self, paused: bool) -> None:
+        """While too much is held for all connections together, the bulk ones are not read."""
+        if paused is self._paused or self._transport is None or self._transport.is_closing():
+            return
+        self._paused = paused
+        if paused:
+            self._transport.pause_reading()
+        else:
+            self._heard_at = self._loop.time()
+            self._transport.resume_reading()
+
+    # -- operations ------------------------------------------------------------------------------------------------
+
+    def _asked(self, ask: Ask) -> None:
+        verb = ask.verb
+        if verb == _COMMIT:
+            self._commit(ask)
+        elif verb == _PING:
+            self._ping(ask)
+        elif verb == _HELLO:
+            self._hello(ask)
+        elif verb in READS:
+            self._reads.append(ask)
+            self._read_more()
+        elif verb == _BLOCK:
+            self._block(ask)
+        else:
+            self._start(ask)
+
+    def _block(self, ask: Ask) -> None:
+        """At once: what was asked behind it finds the switch as it was set."""
+        assert self._machine is not None and self.answers is not None
+        self.answers.node.block(ask.meta.blocked)
+        self.push()
+        self._machine.reply(ask.number)
+
+    def _hello(self, ask: Ask) -> None:
+        assert self._machine is not None
+        answer = self.service.hello(self, ask.meta)
+        if isinstance(answer, str):
+            self._machine.refuse(ask.number, answer)
+            self.service.log_refusal(self, answer)
+            self._loop.call_soon(self._flush_and_close)
+            return
+        self._machine.welcome(ask.number, answer)
+        self.push()
+
+    def _ping(self, ask: Ask) -> None:
+        assert self._machine is not None and self.answers is not None
+        self._pings += 1
+        if self._pings > limits.NODE_PINGS_PER_S_MAX:
+            self._machine.stop("pings", f"more than {limits.NODE_PINGS_PER_S_MAX} pings a second")
+            self._stopped(Stop("pings"))
+            return
+        self.push()
+        self._machine.reply(ask.number, self.answers.stamp())
+
+    def _commit(self, ask: Ask) -> None:
+        assert self.answers is not None and self.peer is not None
+        try:
+            answer = self.answers.commit(self.peer, ask.meta, ask.body)
+        except Exception as error:  # noqa: BLE001  each has its class on the wire
+            self._failed(ask.number, error)
+            return
+        future: asyncio.Future[Receipt] = asyncio.ensure_future(answer)
+        self._tasks[future] = None
+        future.add_done_callback(partial(self._committed, ask.number))
+
+    def _committed(self, number: int, future: asyncio.Future[Receipt]) -> None:
+        self._tasks.pop(future, None)
+        if self.closed or future.cancelled():
+            if not future.cancelled():
+                future.exception()
+            return
+        error = future.exception()
+        if error is not None:
+            self._failed(number, error)
+        else:
+            receipt = future.result()
+            assert self._machine is not None
+            self._machine.ack(number, receipt[1], *receipt[2])
+        if not self._flushing:
+            self._flush_soon()
+
+    def _read_more(self) -> None:
+        """Starts reads, as many at once as may be, while the peer reads their answers."""
+        while self._reads and self._reading < limits.NODE_READS_AT_ONCE and not self._behind():
+            self._reading += 1
+            self._start(self._reads.popleft(), self._read)
+
+    def _behind(self) -> bool:
+        if self._blocked_at is None or self._transport is None:
+            return False
+        return self._transport.get_write_buffer_size() > limits.NODE_ANSWERS_OCTETS_MAX
+
+    def _read(self) -> None:
+        self._reading -= 1
+        self._read_more()
+
+    def _start(self, ask: Ask, then: Callable[[], None] | None = None) -> None:
+        task = self._loop.create_task(self._answer(ask))
+        self._tasks[task] = None
+        task.add_done_callback(partial(self._answered, then))
+
+    def _answered(self, then: Callable[[], None] | None, task: asyncio.Future[None]) -> None:
+        self._tasks.pop(task, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.service.broke(error)  # in answering
+        if then is not None and not self.closed:
+            then()
+
+    async def _answer(self, ask: Ask) -> None:
+        assert self.answers is not None and self.peer is not None and self._machine is not None
+        try:
+            meta, body = await self.answers.answer(self.peer, ask)
+            if len(body) > limits.NODE_ANSWER_OCTETS_MAX:
+                raise values.Malformed("the answer is too large; ask for less")
+        except Exception as error:  # noqa: BLE001  each has its class on the wire
+            self._failed(ask.number, error)
+        else:
+            if ask.verb in _SHOWS_AT_ONCE:
+                self.push()
+            self._machine.reply(ask.number, meta, body)
+        self._flush_soon()
+
+    def _failed(self, number: int, error: BaseException) -> None:
+        assert self._machine is not None
+        why, failure, text = "", values.failure_of(error), str(error)
+        if isinstance(error, NotAllowed):
+            why, failure = error.why, Failure.ROLE
+        elif isinstance(error, values.Malformed | msgspec.DecodeError):
+            why, failure = "malformed", Failure.MALFORMED
+        elif isinstance(error, values.Unsupported):
+            why, failure = "unsupported", Failure.UNSUPPORTED
+        elif isinstance(error, TimeoutError):
+            failure, text = Failure.TROUBLE, "no answer in time"
+        elif failure is None:
+            self.service.broke(error)
+            failure, text = Failure.TROUBLE, "a fault of ours"
+        if why:
+            self.service.counters.add(f"noded.refused.{why}")
+            self.service.log_refusal(self, f"{why}: {text}")
+        self._machine.fail(number, failure, text)
+
+    def push(self) -> None:
+        """The node's figures, if they have changed since they were last told here."""
+        if self.answers is None or self.bulk or self._machine is None:
+            return
+        figures = self.answers.figures()
+        if figures != self._pushed:
+            self._pushed = figures
+            self._machine.push(figures)
+            self._flush_soon()
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def _flush_soon(self) -> None:
+        if not self._flushing and not self.closed:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        machine, transport = self._machine, self._transport
+        if machine is None or transport is None or self.closed:
+            return
+        octets = machine.to_send()
+        if octets:
+            transport.write(octets)
+            if machine.held_octets != self._held_octets:
+                self._account(machine.held_octets)
+        if self._going and not machine.unanswered:
+            self.close()
+
+    # -- deadlines -------------------------------------------------------------------------------------------------
+
+    def sweep(self, now: float) -> None:
+        """Once a second: who makes no progress is let go of."""
+        self._pings = 0
+        late = self._late(now)
+        if not late:
+            return
+        why, text = late
+        self.service.counters.add(f"noded.refused.{why}")
+        self.service.log_refusal(self, text)
+        if self._machine is not None:
+            self._machine.stop(why, text)
+            self._machine.refused.clear()
+            self._flush()
+        self.abort() if why == "not_reading" else self.close()
+
+    def _late(self, now: float) -> tuple[str, str] | None:
+        if self._machine is None or self.answers is None:
+            if now - self._began_at > limits.NODE_HELLO_TIMEOUT_S:
+                return "no_hello", "no HELLO in time"
+            return None
+        if self._blocked_at is not None and now - self._blocked_at > limits.NODE_WRITE_TIMEOUT_S:
+            return "not_reading", "the peer does not read"
+        if self._paused:
+            return None
+        if now - self._heard_at > limits.NODE_SILENCE_S:
+            return "silent", "nothing was heard for too long"
+        reader, (frames, since) = self._reader, self._seen
+        if not reader.begun or reader.frames != frames:
+            self._seen = (reader.frames, now)
+        elif now - since > limits.NODE_FRAME_TIMEOUT_S:
+            return "slow_frame", "a frame takes too long"
+        part = self._machine.unfinished
+        if part != self._seen_part[0] or part == (0, 0):
+            self._seen_part = (part, now)
+        elif now - self._seen_part[1] > limits.NODE_OPERATION_TIMEOUT_S:
+            return "slow_operation", "the rest of an operation takes too long"
+        if self.service.now() > self.ends_at:
+            return "expired", "the certificate has ended"
+        return None
+
+
+_SHOWS_AT_ONCE: Final = frozenset({verbs.VERBS[name].number for name in ("OPEN", "PROBE", "REBIRTH", "INITIALISE")})

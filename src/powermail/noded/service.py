@@ -1,0 +1,327 @@
+"""Owns the listening side of the node protocol: who comes in, sessions and their order, bounds for all connections together.
+
+TLS 1.3 with certificates of the cluster's authority on both sides, always, on local sockets too. A client is who its
+certificate says, and its HELLO must name this cluster and a node that is served here. The session number of an instance only
+rises: a higher one first ends the connections of the older, so that no octet of a dead connection lands behind an abort.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from powermail.base import limits
+from powermail.base.errors import InvariantBroken
+from powermail.base.log import Event
+from powermail.base.net import Listener
+from powermail.base.tasks import Tasks, Worker, report_bug
+from powermail.base.world import World
+from powermail.noded.answers import Answers
+from powermail.noded.connection import Connection
+from powermail.storage.contract import StorageNode
+from powermail.wire import node_forms as forms
+from powermail.wire.node_identity import NotOurs, Peer, parse_names, peer_of
+
+FEATURES: tuple[str, ...] = ()  # of this version, beyond its number
+
+
+class _Session:
+    """The highest session number of an instance, and its connections."""
+
+    def __init__(self) -> None:
+        self.number = -1
+        self.lanes: dict[int, None] = {}  # that were ever taken in it
+        self.connections: list[Connection] = []
+
+
+class Greeter(asyncio.Protocol):
+    """A connection before its TLS handshake."""
+
+    def __init__(self, service: NodeService) -> None:
+        self._service = service
+        self.first = b""
+        self.lost = False
+        self.task: asyncio.Task[Any] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.task = self._service.accept(self, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self.first += data  # of the handshake, in the moment before TLS takes over
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost = True
+
+
+class NodeService:
+    """The nodes of this machine, as others see them."""
+
+    def __init__(
+        self,
+        world: World,
+        cluster: str,
+        nodes: Mapping[str, StorageNode],
+        tasks: Tasks,
+        context: ssl.SSLContext,
+        broken: Callable[[BaseException], None],
+        fence: int = 0,
+    ) -> None:
+        """`context` asks for certificates of the cluster's authority; `fence` is the oldest layout that may be gone by.
+        `broken` is called when a storage invariant broke: the process must stop.
+        """
+        self.log = world.log
+        self.counters = world.counters
+        self.now = world.clock.now
+        self.fence = fence
+        self._world = world
+        self._cluster = cluster
+        self._answers = {name: Answers(world, node) for name, node in nodes.items()}
+        self._tasks = tasks
+        self._context = context
+        self._broken = broken
+        self._expelled: dict[str, None] = {}
+        self._handshakes = 0
+        self._connections: dict[Connection, None] = {}
+        self._sessions: OrderedDict[tuple[str, str, bytes], _Session] = OrderedDict()
+        self._held_octets = 0
+        self._paused = False
+        self._draining = False
+        self._listeners: list[Listener] = []
+        self.worker = Worker("noded", self._step, world.clock, world.log, broken)
+        self._looked_at = float("-inf")
+        self._pushing: asyncio.Task[Any] | None = None
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    async def listen(self, host: str, port: int) -> int:
+        """Takes connections; the port. Raises OperatorError."""
+        for answers in self._answers.values():
+            await answers.look()
+        listener = await self._world.net.listen(host, port, lambda: Greeter(self))
+        self._listeners.append(listener)
+        if self._pushing is None:
+            self._pushing = self._tasks.start(self.worker.run(), "worker noded")
+        self._world.log.event(Event.LISTENING, door="node", address=f"{host}:{listener.port}")
+        return listener.port
+
+    async def close(self, drain_s: float = limits.NODE_CLOSE_WAIT_S) -> None:
+        """Asks for no more, answers what was asked, and closes; who takes too long is cut off."""
+        self._draining = True
+        for listener in self._listeners:
+            listener.close()
+        for connection in list(self._connections):
+            connection.go_away("this node is shutting down")
+        time = asyncio.get_running_loop().time
+        deadline = time() + drain_s
+        while self._connections and time() < deadline:
+            await asyncio.sleep(0.01)
+        for connection in list(self._connections):
+            connection.abort()
+        if self._pushing is not None:
+            self._pushing.cancel()
+
+    def abort(self) -> None:
+        """Cuts all connections, as the end of the process does."""
+        for listener in self._listeners:
+            listener.close()
+        for connection in list(self._connections):
+            connection.abort()
+        if self._pushing is not None:
+            self._pushing.cancel()
+
+    def cut(self) -> None:
+        """Cuts all connections and goes on listening."""
+        for connection in list(self._connections):
+            connection.abort()
+
+    def expel(self, peer: str) -> None:
+        """Certificates of this id are refused from now on."""
+        self._expelled[peer] = None
+        for connection in list(self._connections):
+            if connection.peer is not None and connection.peer.id == peer:
+                connection.abort()
+
+    def raise_fence(self, version: int) -> None:
+        """Who goes by an older layout is refused from now on, and cut off."""
+        self.fence = max(self.fence, version)
+        for connection in list(self._connections):
+            if connection.answers is not None and connection.fence < self.fence:
+                connection.abort()
+
+    def describe(self) -> dict[str, Any]:
+        """For `powermail status`."""
+        return {"connections": len(self._connections), "held_octets": self._held_octets, "sessions": len(self._sessions)}
+
+    async def _step(self) -> float:
+        """Pushes figures that have changed, and looks at deadlines once a second; the pause to the next step."""
+        for connection in list(self._connections):
+            connection.push()
+        now = asyncio.get_running_loop().time()
+        if now - self._looked_at >= 1.0:
+            self._looked_at = now
+            await self.sweep(now)
+        return limits.NODE_STAT_INTERVAL_S
+
+    async def sweep(self, now: float) -> None:
+        """Deadlines of all connections; claims grow old."""
+        for connection in list(self._connections):
+            connection.sweep(now)
+        for answers in self._answers.values():
+            await answers.look()
+
+    # -- coming in -------------------------------------------------------------------------------------------------
+
+    def accept(self, greeter: Greeter, transport: asyncio.BaseTransport) -> asyncio.Task[Any] | None:
+        """A connection: its handshake begins, or there are too many."""
+        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
+        full = self._handshakes >= limits.NODE_HANDSHAKES_MAX or len(self._connections) >= limits.NODE_CONNECTIONS_MAX
+        if self._draining or full:
+            self._refused(str((transport.get_extra_info("peername") or ("local",))[0]), "connections", "too many, or stopping")
+            transport.abort()  # type: ignore[attr-defined]
+            return None
+        self._handshakes += 1
+        return self._tasks.start(self._secure(greeter, transport), "noded-handshake")  # type: ignore[arg-type]
+
+    async def _secure(self, greeter: Greeter, plain: asyncio.Transport) -> None:
+        client = str((plain.get_extra_info("peername") or ("local",))[0])
+        connection = Connection(self)
+        connection.client = client
+        try:
+            if greeter.lost:
+                return
+            transport = await self._world.net.start_tls(plain, connection, self._context, server_side=True, first=greeter.first)
+        except (OSError, TimeoutError) as error:
+            self._refused(client, f"tls.{_tls_word(error)}", str(error) or "the handshake took too long")
+            plain.abort()
+            return
+        finally:
+            self._handshakes -= 1
+        if connection.closed:
+            return
+        certificate = transport.get_extra_info("peercert") or {}
+        try:
+            peer = self._peer(certificate)
+        except NotOurs as error:
+            self._refused(client, error.why, str(error))
+            connection.turn_away(transport, error.why, str(error))
+            return
+        if "notAfter" in certificate:
+            connection.ends_at = float(ssl.cert_time_to_seconds(certificate["notAfter"]))
+        self._connections[connection] = None
+        self.counters.add("noded.connections")
+        connection.begin(transport, peer)
+
+    def _peer(self, certificate: Mapping[str, Any]) -> Peer:
+        peer = peer_of(parse_names(certificate.get("subjectAltName", ())), self._cluster)
+        if peer.id in self._expelled:
+            raise NotOurs("expelled", f"{peer.id} was expelled from this cluster")
+        return peer
+
+    def hello(self, connection: Connection, hello: forms.Hello) -> forms.Welcome | str:
+        """The answer to a HELLO, or why it is refused."""
+        why, text = self._hello_refusal(connection, hello)
+        if why:
+            self.counters.add(f"noded.refused.{why}")
+            return text
+        assert connection.peer is not None
+        instance = (connection.peer.id, hello.node, hello.instance)
+        session = self._sessions.setdefault(instance, _Session())
+        self._sessions.move_to_end(instance)
+        if hello.session > session.number:
+            for older in list(session.connections):  # before anything of the new one is heard
+                older.supersede()
+            session.number, session.lanes, session.connections = hello.session, {}, []
+        session.lanes[hello.lane] = None
+        session.connections.append(connection)
+        connection.instance, connection.session = instance, hello.session
+        connection.fence, connection.bulk = hello.fence, bool(hello.lane)
+        connection.answers = self._answers[hello.node]
+        self._prune()
+        return forms.Welcome(
+            min(hello.last, forms.PROTOCOL_LAST),
+            self._cluster,
+            hello.node,
+            connection.answers.node.incarnation,
+            self.fence,
+            max(1, min(hello.octets, limits.NODE_WINDOW_OCTETS)),
+            max(1, min(hello.operations, limits.NODE_WINDOW_OPERATIONS)),
+            tuple(sorted({*hello.features} & {*FEATURES})),
+        )
+
+    def _hello_refusal(self, connection: Connection, hello: forms.Hello) -> tuple[str, str]:
+        assert connection.peer is not None
+        if self._draining:
+            return "draining", "this node is shutting down"
+        if hello.first > forms.PROTOCOL_LAST or hello.last < forms.PROTOCOL_FIRST:
+            mine = f"{forms.PROTOCOL_FIRST} to {forms.PROTOCOL_LAST}"
+            return "version", f"protocol {hello.first} to {hello.last} is spoken there, and {mine} here"
+        if hello.cluster != self._cluster:
+            return "cluster", f"cluster {hello.cluster} was asked for, and this is {self._cluster}"
+        if hello.node not in self._answers:
+            return "node", f"node {hello.node} was asked for, and {', '.join(self._answers)} is served here"
+        if hello.fence < self.fence:
+            return "fence", f"layout {hello.fence} is gone by there, and {self.fence} or later is to be"
+        session = self._sessions.get((connection.peer.id, hello.node, hello.instance))
+        if session is not None and hello.session < session.number:
+            return "stale_session", f"session {hello.session} has ended: session {session.number} has begun"
+        if session is not None and hello.session == session.number and hello.lane in session.lanes:
+            return "replayed", f"session {hello.session} has had this connection"
+        return "", ""
+
+    def _prune(self) -> None:
+        """Instances without connections are forgotten, the longest silent first."""
+        if len(self._sessions) <= limits.NODE_SESSIONS_MAX:
+            return
+        for instance, session in self._sessions.items():
+            if not session.connections:
+                del self._sessions[instance]
+                return
+
+    def ended(self, connection: Connection) -> None:
+        """A connection is no more."""
+        self._connections.pop(connection, None)
+        session = self._sessions.get(connection.instance)
+        if session is not None and connection in session.connections:
+            session.connections.remove(connection)
+
+    # -- for all connections ---------------------------------------------------------------------------------------
+
+    def hold(self, connection: Connection, octets: int) -> None:
+        """A connection holds so many octets more."""
+        self._held_octets += octets
+        over = self._held_octets > limits.NODE_HELD_OCTETS_MAX
+        if over is not self._paused and (over or self._held_octets < limits.NODE_HELD_OCTETS_MAX // 2):
+            self._paused = over
+            if over:
+                self.counters.add("noded.held_back")
+            for each in list(self._connections):
+                if each.bulk:
+                    each.pause(over)
+
+    def broke(self, error: BaseException) -> None:
+        """Something that should not happen."""
+        report_bug(self.log, error, "noded")
+        if isinstance(error, InvariantBroken):
+            self._broken(error)
+
+    def log_refusal(self, connection: Connection, reason: str) -> None:
+        """A line for the operator."""
+        peer = connection.peer.id if connection.peer is not None else None
+        self.log.event(Event.CONNECTION_REFUSED, door="node", client=connection.client, peer=peer, reason=reason)
+
+    def _refused(self, client: str, why: str, text: str) -> None:
+        self.counters.add(f"noded.refused.{why}")
+        self.log.event(Event.CONNECTION_REFUSED, door="node", client=client, reason=text)
+
+
+def _tls_word(error: BaseException) -> str:
+    """Why a handshake failed, as a word for counting."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return "expired" if "expired" in error.verify_message else "foreign"
+    reason = getattr(error, "reason", None) or ""
+    if "PEER_DID_NOT_RETURN" in reason:
+        return "no_certificate"
+    return "failed"

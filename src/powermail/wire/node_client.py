@@ -1,0 +1,223 @@
+"""Owns the asking end of the node protocol as a machine: operations out, octets in, events out.
+
+It never waits and reads no clock. It gives numbers, keeps the windows, and believes a node nothing that it did not ask for:
+
+    event      means
+    Answer     the REPLY to an operation, whole
+    Acks       receipts of COMMITs
+    Failed     the ERROR of an operation
+    Stat       figures, pushed
+    GoneAway   nothing new is to be asked here
+    Lost       the connection ends; what is open has an unknown outcome
+
+A node that breaks the protocol is as lost as one whose cable was pulled.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+from msgspec import Struct
+
+from powermail.base import limits
+from powermail.wire import node_forms as forms
+from powermail.wire import node_verbs as verbs
+from powermail.wire.node_frames import MORE, NO_BODY, Frame, FrameReader, Pieces, add_frames
+from powermail.wire.node_server import ACK
+from powermail.wire.node_verbs import META_DECODERS, REPLY_DECODERS, Failure, Verb
+
+_COMMIT: Final = verbs.COMMIT.number
+_ACKS, _REPLY, _ERROR = verbs.ACKS.number, verbs.REPLY.number, verbs.ERROR.number
+_STAT, _GOAWAY = verbs.STAT.number, verbs.GOAWAY.number
+_EMPTY: Final = forms.encode(forms.NOTHING)
+
+
+class Answer(Struct, frozen=True):
+    """The REPLY to an operation; `meta` of the form that its verb names."""
+
+    number: int
+    meta: Any
+    body: bytes
+
+
+class Acks(Struct, frozen=True):
+    """Receipts: (operation number, segment, offset) of each."""
+
+    incarnation: str
+    receipts: list[tuple[int, int, int]]
+
+
+class Failed(Struct, frozen=True):
+    """An operation came to nothing, or to nothing that is known."""
+
+    number: int
+    failure: Failure
+    text: str
+
+
+class Stat(Struct, frozen=True):
+    """A node's figures."""
+
+    stat: forms.StatForm
+
+
+class GoneAway(Struct, frozen=True):
+    """The node asks for no more on this connection."""
+
+    text: str
+
+
+class Lost(Struct, frozen=True):
+    """The node broke the protocol."""
+
+    why: str
+
+
+Event = Answer | Acks | Failed | Stat | GoneAway | Lost
+
+
+class NodeClient:
+    """One connection to a node."""
+
+    def __init__(self) -> None:
+        self.reader = FrameReader()
+        self.over = False
+        self.window_octets = limits.NODE_WINDOW_OCTETS
+        self.window_operations = limits.NODE_WINDOW_OPERATIONS
+        self.open_octets = 0
+        self._asked: dict[int, tuple[int, int]] = {}  # operation: its verb, its payload octets
+        self._parts: dict[int, tuple[bytes, list[bytes], int]] = {}  # answers that are still coming: meta, bodies, octets
+        self._number = 0
+        self._out: list[bytes | memoryview] = []
+
+    # -- asking ----------------------------------------------------------------------------------------------------
+
+    def may_ask(self, octets: int) -> bool:
+        """True if the window has room. An operation that is larger than the window goes when it is alone."""
+        asked = len(self._asked)
+        if asked >= self.window_operations:
+            return False
+        return not asked or self.open_octets + octets <= self.window_octets
+
+    def ask(self, verb: Verb, meta: bytes = _EMPTY, pieces: Pieces = NO_BODY) -> int:
+        """Puts an operation in the row; its number. Raises ValueError when it is larger than any may be."""
+        number = self._number + 1
+        octets = add_frames(self._out, verb.number, number, meta, pieces)
+        self._number = number
+        self._asked[number] = (verb.number, octets)
+        self.open_octets += octets
+        return number
+
+    def to_send(self) -> bytes:
+        """All operations that were gathered, as one run of octets."""
+        if not self._out:
+            return b""
+        octets = b"".join(self._out)
+        self._out.clear()
+        return octets
+
+    # -- octets in -------------------------------------------------------------------------------------------------
+
+    def receive(self, octets: bytes) -> list[Event]:
+        """The events of these octets."""
+        return self._events(self.reader.feed(octets))
+
+    def received(self, count: int) -> list[Event]:
+        """The events of so many octets that were put into `reader.room()`."""
+        return self._events(self.reader.received(count))
+
+    @property
+    def unanswered(self) -> int:
+        """Operations without an answer."""
+        return len(self._asked)
+
+    def _events(self, frames: list[Frame]) -> list[Event]:
+        events: list[Event] = []
+        for verb, flags, number, meta, body in frames:
+            if self.over:
+                return events
+            try:
+                event = self._frame(verb, flags, number, meta, body)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                event = self._lost(f"a {verb} that cannot be read: {error}")
+            if event is not None:
+                events.append(event)
+        if self.reader.fault[0] and not self.over:
+            events.append(self._lost(self.reader.fault[1]))
+        return events
+
+    def _frame(self, verb: int, flags: int, number: int, meta: bytes, body: bytes) -> Event | None:
+        if verb == _ACKS:
+            return self._acks(meta, body)
+        if verb == _REPLY:
+            return self._reply(flags, number, meta, body)
+        if verb == _ERROR:
+            asked = self._asked.get(number)
+            if asked is None:
+                return self._lost(f"an error of operation {number}, which was not asked")
+            error = META_DECODERS[_ERROR](meta)
+            self._answered(number)
+            return Failed(number, _failure(error.failure, asked[0]), error.text)
+        if verb == _STAT:
+            return Stat(META_DECODERS[_STAT](meta))
+        if verb == _GOAWAY:
+            return GoneAway(META_DECODERS[_GOAWAY](meta).text)
+        return self._lost(f"verb {verb}, which no node says")
+
+    def _acks(self, meta: bytes, body: bytes) -> Event:
+        incarnation = META_DECODERS[_ACKS](meta).incarnation
+        if len(body) % ACK.size:
+            return self._lost("receipts that are cut short")
+        receipts = list(ACK.iter_unpack(body))
+        asked, octets = self._asked, 0
+        for number, _, _ in receipts:
+            verb, size = asked.pop(number, (0, 0))
+            if verb != _COMMIT:
+                return self._lost(f"a receipt of operation {number}, which is no open COMMIT")
+            octets += size
+        self.open_octets -= octets
+        return Acks(incarnation, receipts)
+
+    def _reply(self, flags: int, number: int, meta: bytes, body: bytes) -> Event | None:
+        asked = self._asked.get(number)
+        if asked is None or asked[0] == _COMMIT or flags & ~MORE:
+            return self._lost(f"a reply of operation {number}, which it does not answer")
+        part = self._parts.get(number)
+        if part is None:
+            if not flags:
+                form = REPLY_DECODERS[asked[0]](meta or _EMPTY)
+                self._answered(number)
+                return Answer(number, form, body)
+            part = (meta, [], 0)
+        elif meta or not body:
+            return self._lost(f"a piece that does not belong to operation {number}")
+        octets = part[2] + len(body)
+        if octets > limits.NODE_ANSWER_OCTETS_MAX or not body:
+            return self._lost(f"an answer of {octets} octets and more")
+        part[1].append(body)
+        if flags:
+            self._parts[number] = (part[0], part[1], octets)
+            return None
+        form = REPLY_DECODERS[asked[0]](part[0] or _EMPTY)
+        self._parts.pop(number, None)
+        self._answered(number)
+        return Answer(number, form, b"".join(part[1]))
+
+    def _answered(self, number: int) -> None:
+        self.open_octets -= self._asked.pop(number)[1]
+        self._parts.pop(number, None)
+
+    def _lost(self, why: str) -> Lost:
+        self.over = True
+        self._parts.clear()
+        return Lost(why)
+
+
+def _failure(value: int, verb: int) -> Failure:
+    """What a class means here. A definite refusal is one only of a COMMIT (law 5); what is not known is trouble."""
+    try:
+        failure = Failure(value)
+    except ValueError:
+        return Failure.TROUBLE
+    return Failure.TROUBLE if failure is Failure.COMMIT_REFUSED and verb != _COMMIT else failure
