@@ -8,6 +8,8 @@ import dataclasses
 import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,26 @@ def test_requirements_are_pinned_with_hashes_and_name_no_host() -> None:
         assert "://" not in text
         assert all("==" in line for line in text.splitlines() if line and not line.startswith((" ", "#")))
         assert text.count("--hash=sha256:") > text.count("==")
+
+
+def test_what_the_program_imports_is_asked_for_and_what_is_asked_for_is_imported() -> None:
+    """By the package and by the lock file alike: who installs either has all."""
+    of = packages_distributions()
+    imported = set()
+    for path in Path("src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+            imported |= {name.split(".")[0] for name in names}
+    used = {_plain(of[name][0]) for name in imported - set(sys.stdlib_module_names) - {"powermail"}}
+    asked = {_plain(line) for line in tomllib.loads(Path("pyproject.toml").read_text())["project"]["dependencies"]}
+    assert used == asked
+    assert asked == {_plain(line) for line in Path("requirements/core.in").read_text().split()}
+
+
+def _plain(requirement: str) -> str:
+    """The name of a distribution (PEP 503), without extras, versions and markers."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement)[0]).lower()
 
 
 def test_rescue_script_turns_segments_into_maildir(tmp_path: Path) -> None:
