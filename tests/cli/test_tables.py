@@ -144,7 +144,7 @@ def test_json_is_one_complete_value_on_every_command_and_on_errors(looked_at: st
 
 
 def test_every_command_that_only_looks_is_tried_as_json() -> None:
-    changing = {"init", "serve", "rebuild", "backup", "restore", "demo", "sim", "completion", "man", "reload"}
+    changing = {"init", "serve", "rebuild", "backup", "restore", "demo", "sim", "completion", "man", "reload", "index"}
     tried = {words.split(" ")[0] for words in READING}
     assert {name.split(" ")[0] for name in COMMANDS} - changing <= tried
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -119,9 +120,9 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def scrape(near: Near) -> Callable[..., float]:
-    """The figures of now, by name and labels."""
+    """The figures of now, by name and labels; what is not shown, because it is not known yet, is no number."""
     found = values((await ask(near, "/metrics"))[1])
-    return lambda figure, **labels: found[f"powermail_{figure}", tuple(sorted(labels.items()))]
+    return lambda figure, **labels: found.get((f"powermail_{figure}", tuple(sorted(labels.items()))), math.nan)
 
 
 async def shows(near: Near, wanted: float, figure: str, **labels: str) -> None:

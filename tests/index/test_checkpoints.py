@@ -127,6 +127,20 @@ async def test_a_tail_that_outweighs_the_mailbox_makes_a_whole_one_due(index: In
     assert len(await index.view(box)) == plan.mailbox.messages
 
 
+async def test_a_tail_written_while_its_whole_one_was_lost_leaves_the_whole_one_due(index: Index) -> None:
+    """Law 13: the tail alone says nothing."""
+    await deliver(index, 1)
+    box = await mailbox(index)
+    await written(index, box)
+    await deliver(index, 2)
+    tail = await planned(index, box)
+    assert not tail.whole
+    assert await index.checkpoints_lost("a") == 1
+    await index.checkpoint_done(tail, ("b", "c"), NOW)
+    assert await index.checkpoint_due(NOW, 9) == [box]
+    assert (await planned(index, box)).whole
+
+
 async def test_a_lost_holder_makes_a_whole_one_due_at_once(index: Index) -> None:
     await deliver(index, 1, to=[inbox(), inbox("bob")])
     boxes = [await mailbox(index), await mailbox(index, "bob")]

@@ -9,9 +9,16 @@ from pathlib import Path
 import pytest_asyncio
 
 from tests.servers import Database, Postgres
-from tests.system.process import Served, command, make
+from tests.system.process import START_S, Served, command, make
 
 ANN = "ann@local.example"
+
+
+async def settled(server: Served) -> None:
+    """Readers are let in when the logs were read to their ends: until then the index is catching up."""
+    async with asyncio.timeout(START_S):
+        while (await asyncio.to_thread(command, "status", "--data", str(server.data))).returncode:
+            pass
 
 
 @pytest_asyncio.fixture
@@ -29,6 +36,7 @@ async def served(tmp_path: Path, postgresql: Database) -> AsyncIterator[Served]:
     done = await asyncio.to_thread(command, "index", "migrate", "--data", str(data))
     assert done.returncode == 0, done.stderr
     await server.start()
+    await settled(server)
     await server.mailbox(ANN)
     yield server
     await server.stop()
@@ -47,6 +55,7 @@ async def test_mail_comes_and_is_read_while_the_database_goes_and_comes(
     assert len(await served.read(ANN)) in (3, 4), "nothing that was shown is missing; reconcile leaves a delivery a minute"
     await served.kill()
     await served.start()
+    await settled(served)
     assert len(await served.read(ANN)) == 4, "a start enters what the nodes hold before readers are let in"
     assert int(postgresql.sql("SELECT count(*) FROM entries")) == 4
 

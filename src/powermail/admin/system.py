@@ -86,6 +86,7 @@ async def status(desk: Desk, request: Request, progress: Progress) -> Status:
     degraded += [f"node {n}: {c} copies wait to be dropped: `node confirm {n}`" for n, c in desk.admission.held.items()]
     degraded += desk.forgetter.alarms
     degraded += desk.owners.alarms()
+    await desk.resolver.directory.ask_again(limits.OPERATOR_DIRECTORY_S)
     if desk.resolver.directory.trouble:
         degraded.append(f"the directory is away, known recipients are taken: {desk.resolver.directory.trouble}")
     degraded += [f"worker {worker.name}: {worker.trouble}" for worker in desk.workers if worker.trouble]

@@ -263,6 +263,7 @@ CONTROL_PATH_OCTETS_MAX: Final = 107  # unix(7): 108 with the octet that ends it
 NUMBER_MAX: Final = 2**63 - 1  # what a column of a database holds
 OPERATOR_ANSWER_S: Final = 4.5  # within 5 s a short operation answers, or says why not
 OPERATOR_INDEX_S: Final = 2.0  # how long `status` waits for the index; then the answer says that it is silent
+OPERATOR_DIRECTORY_S: Final = 1.5  # how long it waits for a directory that did not answer before
 OPERATOR_NODE_S: Final = 2.5  # how long a command on a stopped installation waits for a node that hangs
 OPERATOR_COPY_S: Final = 2.5  # how long `where` waits for a node's verdict on a copy
 OPERATOR_LOOK_S: Final = 0.2  # how long each part is asked when an operation did not answer

@@ -11,6 +11,7 @@ known or with trouble, until it answers again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import OrderedDict
 from collections.abc import Coroutine
 from math import inf
@@ -24,6 +25,7 @@ from powermail.directory.contract import Account, Directory, RowTrouble
 from powermail.mail.address import Address, AddressError, canonical_domain, parse, parse_canonical, spellings
 
 T = TypeVar("T")
+_NOBODY = "nobody@powermail.invalid"  # RFC 6761 §6.4: a look-up that finds nothing
 
 
 class Resolution(NamedTuple):
@@ -94,6 +96,13 @@ class DirectoryCache:
         if len(self._known) > limits.DIRECTORY_CACHE_MAX:
             self._known.popitem(last=False)
         return account, False
+
+    async def ask_again(self, wait_s: float) -> None:
+        """Asks a directory that did not answer when it was asked last, for `trouble` to be what it is like now."""
+        if self.trouble:
+            with contextlib.suppress(DirectoryTrouble, TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._asked(self._backend.find(_NOBODY), self._clock.monotonic(), inf)
 
     async def _asked(self, question: Coroutine[Any, Any, T], now: float, until: float) -> T:
         """The answer of the backend, within the limit. While it is away one asks now and then, and nobody else waits (P14)."""

@@ -43,6 +43,7 @@ class Looker:
 
     async def _ask(self, now: float) -> Figures:
         index, what = self._desk.index, "the index"
+        await self._desk.resolver.directory.ask_again(limits.OPERATOR_DIRECTORY_S)
         found = Figures(now)
         found.waiting = await bounded(index.queue_count(), what)
         found.oldest_at = await bounded(index.queue_oldest(), what)

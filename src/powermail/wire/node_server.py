@@ -177,7 +177,8 @@ class NodeServer:
             if len(self._parts) >= self._window_operations:
                 return self._stop("credits", f"more than {self._window_operations} operations have begun")
             part = self._parts[number] = _Part(verb, form, len(meta) + len(body))
-            part.bodies.append(body)
+            if form is not None:  # of what is refused nothing is kept
+                part.bodies.append(body)
             return None
         if form is None:
             return None

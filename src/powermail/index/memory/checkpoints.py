@@ -78,6 +78,8 @@ class CheckpointPart(MailboxPart):
             row = self.state.mailboxes.get(plan.mailbox.id)
             if row is None or row.numbers.uidvalidity != plan.mailbox.uidvalidity:
                 return
+            if not plan.whole and row.base != plan.base:  # law 13: its whole one was lost, or replaced, meanwhile
+                return
             at, numbers = plan.mailbox, row.numbers
             numbers = numbers._replace(  # law 11: JUMP numbers more
                 base_uid=max(numbers.base_uid, at.uid_next), base_modseq=max(numbers.base_modseq, at.modseq)

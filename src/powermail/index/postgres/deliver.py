@@ -307,7 +307,7 @@ class DeliverPart(MailboxPart, PostgresCore):
         placement = await db.placements.id([node])
         await db.many(
             "UPDATE messages SET octets = ?, sha256 = ?, placement = ?, refs = ? WHERE key = ?",
-            [(c.octets, bytes.fromhex(c.sha256), placement, len(c.targets), key) for key, c in sorted(found, key=_key)],
+            [(c.shown_octets, bytes.fromhex(c.sha256), placement, len(c.targets), key) for key, c in sorted(found, key=_key)],
         )
         accounts = sorted({target.account for _, commit in found for target in commit.targets if not target.destination})
         purged = await db.rows("SELECT account FROM purged WHERE account = ANY(?)", (accounts,))

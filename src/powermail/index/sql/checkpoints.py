@@ -160,11 +160,11 @@ class CheckpointPart(MailboxPart, NodePart):
         """The mailbox may get JUMP numbers more (law 11)."""
         at = plan.mailbox
         row = await db.one(
-            "SELECT modseq, coalesce((SELECT nodes FROM holders h WHERE h.id = m.holders), '') FROM mailboxes m"
+            "SELECT modseq, coalesce((SELECT nodes FROM holders h WHERE h.id = m.holders), ''), whole_modseq FROM mailboxes m"
             " WHERE id = ? AND uidvalidity = ? FOR UPDATE",
             (at.id, at.uidvalidity),
         )
-        if row is None:
+        if row is None or (not plan.whole and row[2] != plan.base):  # law 13: its whole one was lost, or replaced, meanwhile
             return Untouched(None)
         behind = row[0] > at.modseq or plan.skipped
         holders = await self._in_holders(db, nodes if plan.whole else {*split(row[1]), *nodes})
