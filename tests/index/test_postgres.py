@@ -20,6 +20,7 @@ from powermail.base.errors import IndexLost, IndexTrouble, OperatorError
 from powermail.index.contract import Batch, Fate, Outcome, Reconciled
 from powermail.index.postgres import PostgresIndex, addresses
 from powermail.index.postgres.migrating import migrate
+from powermail.index.postgres.statements import read_known
 from powermail.storage.contract import START, Mark, Origin, Position
 from tests.index.support import (
     CLUSTER,
@@ -467,6 +468,60 @@ async def test_a_database_without_tables_is_refused_with_the_command_to_run(rig:
     postgresql.sql("UPDATE index_version SET version_num = '99'")
     with pytest.raises(OperatorError, match="version 99"):
         await PostgresIndex(rig.world, postgresql.url).open(CLUSTER)
+
+
+async def test_tables_are_made_at_any_address_that_serving_takes(postgresql: Database) -> None:
+    """Several hosts, one of them away, with the parameters of an address."""
+    parsed = urlsplit(postgresql.url)
+    user, _, host = parsed.netloc.rpartition("@")
+    several = parsed._replace(netloc=f"{user}@127.0.0.1:1,{host}", query="target_session_attrs=read-write&sslmode=prefer")
+    await migrate(several.geturl())
+    with pytest.raises(OperatorError, match="cannot be used"):
+        await migrate(parsed._replace(netloc=f"{user}@127.0.0.1:1").geturl())
+
+
+async def test_who_is_cancelled_while_a_connection_is_compared_leaves_none_uncompared(
+    rig: PostgresRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law 10: each new connection compares, whoever uses it first."""
+    index, compared = rig.running, []
+    compare = index._compare
+
+    async def cancelled_once(link: Any) -> None:
+        compared.append(link)
+        if len(compared) == 1:
+            raise asyncio.CancelledError
+        await compare(link)
+
+    monkeypatch.setattr(index, "_compare", cancelled_once)
+    for link in index._readers.all:
+        link.drop()
+    with pytest.raises(asyncio.CancelledError):
+        await index.accounts("", 9)
+    await index.accounts("", 9)
+    assert len(compared) == 2
+
+
+async def test_a_deadlock_while_a_slot_is_taken_leaves_the_connection_usable(
+    rig: PostgresRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, asked = rig.running, []
+
+    async def in_the_way_once(db: Any) -> Any:
+        asked.append(db)
+        if len(asked) == 1:
+            with suppress(asyncpg.DivisionByZeroError):
+                await db.connection.execute("SELECT 1 / 0")  # the transaction has failed
+            raise asyncpg.DeadlockDetectedError("deadlock detected")
+        return await read_known(db)
+
+    monkeypatch.setattr("powermail.index.postgres.connection.read_known", in_the_way_once)
+    for link in index._writers.all:
+        link.drop()
+    for number in range(1, 9):
+        await deliver(index, number)
+    assert len(await index.fates([key(number) for number in range(1, 9)])) == 8
+    assert len(asked) > 1
 
 
 async def test_a_database_that_went_back_under_a_process_stops_it_until_a_new_epoch(rig: PostgresRig) -> None:

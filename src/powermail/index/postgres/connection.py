@@ -187,9 +187,13 @@ class PostgresCore(EpochPart, Gathering):
                 link.connection, link.history = await connect(self._url)
             except OperatorError as error:
                 raise IndexTrouble(str(error)) from error
+        elif not self._why_lost:
+            return link.connection
+        try:
             await self._compare(link)
-        elif self._why_lost:
-            await self._compare(link)
+        except BaseException:
+            link.drop()  # who was cancelled here leaves none that the next one would use uncompared
+            raise
         return link.connection
 
     async def _compare(self, link: Link) -> None:
@@ -479,6 +483,9 @@ class PostgresCore(EpochPart, Gathering):
         except IndexLost:
             await db.connection.execute("ROLLBACK")
             raise
+        except BaseException:
+            link.drop()  # a transaction that failed is never left open for the next one
+            raise
         link.slot, link.old = db.slot, None
         self._committed(db)
         return committed
@@ -504,7 +511,7 @@ class PostgresCore(EpochPart, Gathering):
         try:
             await self._ready(link)
             committed = await self._take_slot(link)
-        except OUT_OF_REACH as error:
+        except (*OUT_OF_REACH, *IN_THE_WAY) as error:
             self._break(link)
             raise IndexTrouble(f"index: the connection broke in COMMIT, and its outcome is unknown: {error}") from error
         if committed is None:

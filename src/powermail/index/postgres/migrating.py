@@ -5,8 +5,6 @@ Alembic and what it stands on take half a second to load: nobody imports this bu
 
 from __future__ import annotations
 
-import re
-
 import asyncpg
 import sqlalchemy
 from alembic import command
@@ -14,17 +12,24 @@ from alembic.config import Config
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from powermail.base.errors import OperatorError
+from powermail.base.errors import IndexTrouble, OperatorError
+from powermail.index.postgres.addresses import connect
+from powermail.index.postgres.statements import Connection
 
 
 async def migrate(url: str) -> None:
     """Makes the tables, or brings them to this version, in one transaction. Raises OperatorError."""
-    engine = create_async_engine(re.sub(r"^postgres(ql)?://", "postgresql+asyncpg://", url), poolclass=NullPool)
+
+    async def connection_to_any() -> Connection:
+        connection, _ = await connect(url)
+        return connection
+
+    engine = create_async_engine("postgresql+asyncpg://", async_creator=connection_to_any, poolclass=NullPool)
     try:
         async with engine.connect() as connection:
             await connection.run_sync(_upgrade)
             await connection.commit()
-    except (OSError, asyncpg.PostgresError) as error:
+    except (OSError, asyncpg.PostgresError, IndexTrouble) as error:
         raise OperatorError(f"the database of the index cannot be used: {error}") from error
     finally:
         await engine.dispose()
