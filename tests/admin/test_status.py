@@ -35,6 +35,13 @@ async def test_mail_that_waits_without_a_route_is_said_from_the_first_minute(run
     assert said == "1 messages wait to leave and there is no route: set outbound.smarthost, or they bounce in the end"
 
 
+async def test_a_directory_that_answers_again_is_said_to_be_away_no_more_though_nobody_else_asks(running: Running) -> None:
+    cache = running.powermail.front.resolver.directory
+    cache.trouble = "it does not answer"
+    assert await degraded(running) == []
+    assert cache.trouble == ""
+
+
 async def test_the_queue_hides_no_row_when_the_clock_went_back(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     await forwarded(running)
     clock = running.powermail.world.clock

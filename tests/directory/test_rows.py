@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from powermail.base.errors import OperatorError
 from powermail.base.log import MemoryLog
 from powermail.base.world import World, system_world
 from powermail.directory.contract import Account, RowTrouble
@@ -208,22 +207,6 @@ async def test_doubts_name_what_can_be_read_and_not_used(world: World, tmp_path:
     assert [doubt.address for doubt in doubts] == ["a b@example.org", "f@example.org", "s@example.org", "t@example.org"]
     assert "send_as names nobody" in doubts[3].problem
     assert "not-an-address" in doubts[1].problem and "{rot13}" in doubts[2].problem
-
-
-async def test_many_rows_are_entered_whole_or_not_at_all(world: World, tmp_path: Path, opened: list[SqliteDirectory]) -> None:
-    directory = await open_one(world, tmp_path, opened)
-    await directory.add([Account("", "ann@example.org")])
-    with pytest.raises(OperatorError, match=r"ann@example\.org exists"):
-        await directory.add([Account("", "bob@example.org"), Account("", "ANN@example.org")])
-    for bad in (
-        Account("", "nobody"),
-        Account("", "q@example.org", quota_octets=-1),
-        Account("", "q@example.org", quota_octets=2**63),
-    ):
-        with pytest.raises(OperatorError):
-            await directory.put([Account("", "bob@example.org"), bad], [])
-    assert [account.address for account in await directory.all("", 9)] == ["ann@example.org"]
-    assert await directory.ids(["99999999999999999999999", "x", "-1"]) == {}
 
 
 async def test_an_id_that_belonged_to_another_address_is_refused_and_shown(
