@@ -22,13 +22,26 @@ from powermail.storage.identity import make_store
 from powermail.storage.log import record as rec
 from powermail.storage.log import segments as segments_module
 from powermail.storage.log.damage import Damage
-from powermail.storage.log.keys import SqliteKeyIndex
+from powermail.storage.log.keys import KeyIndex, SqliteKeyIndex
 from powermail.storage.log.segments import Found, Segments
-from powermail.storage.log.store import SegmentStore
+from powermail.storage.log.store import Options, SegmentStore
 from powermail.storage.node import LocalNode
 from tests.storage.bad_disk import BadDisk
 from tests.storage.promises import check
-from tests.storage.support import CLUSTER, NO_MARK, PATH, SMALL, checkpoint, in_file, key, open_store
+from tests.storage.support import (
+    CLUSTER,
+    NO_MARK,
+    PATH,
+    SMALL,
+    checkpoint,
+    commit,
+    in_file,
+    key,
+    live,
+    open_store,
+    put,
+    tombstone,
+)
 from tests.storage.workload import Driver, random_acts
 
 # -- walks ------------------------------------------------------------------------------------------------------------
@@ -401,3 +414,38 @@ async def test_a_disk_that_cannot_be_written_opens_for_reading_and_comes_back(
     await node.commit(key(99), [Chunk(0, 0, b"x", 1)], b"{}", 1, node.stamp(), Origin.DELIVERY)
     await node.close()
     assert (tmp_path / "node" / "keys.db").exists()
+
+
+class _Asked(SqliteKeyIndex):
+    """Counts the statements that look for keys."""
+
+    asked = 0
+
+    def __init__(self, path: str, store: bytes) -> None:
+        super().__init__(path, store)
+        self._write.set_trace_callback(self._count)
+
+    def _count(self, statement: str) -> None:
+        self.asked += "FROM keys WHERE key" in statement
+
+
+def test_a_batch_of_deletions_looks_for_its_keys_once(tmp_path: Path) -> None:
+    """Each look gives up the interpreter lock; over a thousand keys that is most of what a deletion costs."""
+    made: list[_Asked] = []
+
+    def make_keys(path: str, store: bytes) -> KeyIndex:
+        made.append(_Asked(path, store))
+        return made[-1]
+
+    disk = SystemDisk()
+    path = f"{tmp_path}/node"
+    make_store(disk, path, CLUSTER, "a", SystemEntropy())
+    store = open_store(disk, Options(segment_octets=1 << 20), path=path, make_keys=make_keys)
+    put(store, *(commit(number) for number in range(1, 121)))
+    while store.settle(everything=True):
+        pass
+    keys = made[-1]
+    keys.asked = 0
+    put(store, *(tombstone(number) for number in range(1, 101)), tombstone(200))
+    assert keys.asked == 1
+    assert live(store) == [*range(101, 121)]

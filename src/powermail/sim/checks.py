@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from powermail.base.errors import Trouble
 from powermail.cluster.cluster import Cluster
 from powermail.index.view import View
@@ -14,6 +16,9 @@ from powermail.sim.faults import JUMP_S
 from powermail.sim.users import FOLDERS
 from powermail.sim.world import DATA, Machine
 from powermail.storage.contract import Held
+from powermail.storage.identity import Identity
+from powermail.storage.log.keys import KeyIndex, MemoryKeyIndex
+from powermail.storage.log.store import Options, SegmentStore
 from powermail.storage.node import LocalNode
 
 if TYPE_CHECKING:
@@ -35,6 +40,24 @@ def live_groups(cluster: Cluster, machine: Machine, key: bytes) -> tuple[set[str
         elif held[0] is Held.LIVE or held[0] is Held.DEAD:  # read and deleted already
             live.add(node.group)
     return live, unseen
+
+
+def taken_groups(cluster: Cluster, machine: Machine, key: bytes) -> set[str]:
+    """Groups of which a disk that is not in its place any more holds a live copy, or a tombstone: its receipt was true."""
+    found: set[str] = set()
+    for prefix, disk in machine.taken:
+        node = cluster.nodes[prefix.rpartition("/")[2]]
+        if node.group not in found and disk.exists(f"{prefix}/identity"):
+            identity = msgspec.json.decode(disk.read_file(f"{prefix}/identity"), type=Identity)
+            copy = disk.clone()
+            store = SegmentStore.open(copy, prefix, identity.cluster, node.id, _in_memory, Options(), machine.clock.monotonic)
+            if store.reader.has([key])[0] in (Held.LIVE, Held.DEAD):
+                found.add(node.group)
+    return found
+
+
+def _in_memory(path: str, store: bytes) -> KeyIndex:
+    return MemoryKeyIndex()
 
 
 def buried_keys(cluster: Cluster, without: str = "") -> dict[bytes, set[str]]:

@@ -180,6 +180,7 @@ class Machine:
         self.late: dict[bytes, None] = {}  # messages that were acknowledged without the index (P14)
         self.generation = 0
         self.bases: dict[str, SimDisk] = {}  # what each disk held when it was last all durable
+        self.taken: list[tuple[str, SimDisk]] = []  # disks that lay in a place before another did, as they were then
         self.settle()
 
     def world(self) -> World:
@@ -217,6 +218,7 @@ class Machine:
     def replace_disk(self, prefix: str, disk: SimDisk) -> SimDisk:
         """Puts another disk in that place; the one that was there."""
         before = self.disk.parts[prefix]
+        self.taken.append((prefix, before.clone()))
         self.disk.parts[prefix] = disk
         disk.settle()
         self.bases[prefix] = disk.clone()

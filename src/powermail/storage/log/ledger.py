@@ -7,7 +7,7 @@ How a record changes what is known of its key stands here once, for writes, reco
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
 from powermail.storage.contract import START, Mark, Origin, Position
@@ -38,6 +38,7 @@ class Changes:
 
     def __init__(self, keys: KeyIndex) -> None:
         self._keys = keys
+        self._known: dict[bytes | Name, Entry | None] = {}  # what `look` found
         self.fresh: dict[bytes, Entry] = {}  # whole messages of deliveries, unknown before, in the segment written to
         self.fresh_octets = 0
         self.after: dict[bytes | Name, Entry | None] = {}
@@ -53,7 +54,15 @@ class Changes:
             return self.fresh[key]
         if key in self.after:
             return self.after[key]
-        return self._keys.get(key)
+        return self._before(key)
+
+    def look(self, keys: Sequence[bytes]) -> None:
+        """Asks the key index at once for keys that `get` and `put` will want."""
+        found = self._keys.get_many(keys)
+        self._known.update((key, found.get(key)) for key in keys)
+
+    def _before(self, key: bytes | Name) -> Entry | None:
+        return self._known[key] if key in self._known else self._keys.get(key)
 
     def put(self, key: bytes | Name, entry: Entry | None) -> None:
         """Changes what will be known."""
@@ -64,7 +73,7 @@ class Changes:
                 self.shown.append((fresh.mark.offset, key, Origin.DELIVERY))
                 self.before[key] = None
             else:
-                self.before[key] = self._keys.get(key)
+                self.before[key] = self._before(key)
         self.after[key] = entry
 
     def touched(self) -> list[bytes]:

@@ -34,6 +34,7 @@ FULL_ERRORS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _SMALL_OCTETS: Final = 16_384
 _ANSWERED_BY_THE_END: Final = frozenset({FENCE, rec.MARK, rec.TOMBSTONE, rec.DROP})
 _NEW_MAIL: Final = frozenset({rec.CHUNK, rec.COMMIT, rec.CHECKPOINT})
+_OF_OLD_MAIL: Final = frozenset({rec.TOMBSTONE, rec.DROP})  # its keys are rarely in memory
 
 Outcome = Position | Exception | None
 
@@ -108,6 +109,8 @@ class Writer:
         sync = False
         try:
             self._begin()
+            if deleted := [operation.key for operation in operations if operation.kind in _OF_OLD_MAIL]:
+                self._changes.look(deleted)
             for number, operation in enumerate(operations):
                 reached = number + 1
                 kind = operation[0]
