@@ -5,13 +5,16 @@ DATA ?= data
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test demo bench lint clean system-packages planted fuzz
+.PHONY: run test demo cluster bench lint clean system-packages planted fuzz
 
 run: $(VENV)/.core
 	@exec $(BIN)/powermail serve --init --data $(DATA)
 
 demo: $(VENV)/.core
 	@$(BIN)/powermail demo
+
+cluster: $(VENV)/.core
+	@exec $(BIN)/powermail cluster demo
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -141,11 +141,11 @@ async def serve(path: str) -> None:
     tasks = Tasks(world.log, _broken)
     made = [make_node(Instant, f"{path}/instant"), make_node(LocalNode, f"{path}/far")]
     ports = []
+    context = peer_context(True, f"{path}/node.pem", f"{path}/node.key", f"{path}/authority.pem")
     for node in made:
         await node.initialise()
         await node.open()
-        context = peer_context(True, f"{path}/node.pem", f"{path}/node.key", f"{path}/authority.pem")
-        service = NodeService(world, CLUSTER, {"a": node}, tasks, context, _broken)
+        service = NodeService(world, CLUSTER, {"a": node}, tasks, lambda: context, _broken)
         ports.append(await service.listen("127.0.0.1", 0))
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: Bare(_BARE_OCTETS), "127.0.0.1", 0, ssl=context)

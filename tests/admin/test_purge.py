@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from powermail.base.errors import NoSuch, Trouble
+from powermail.keeper.purges import Plan, Purges
 from tests.system.conftest import Running
 
 _DAY_S = 86_400.0
@@ -107,8 +111,68 @@ async def test_at_once_is_at_once(running: Running) -> None:
 async def test_plans_that_cannot_be_read_purge_nothing(running: Running) -> None:
     account = await orphan(running)
     (running.data / "purges.json").write_text("{nonsense")
-    running.powermail.keeping.purges._plans = None
     with pytest.raises(Trouble, match=r"purges\.json cannot be read"):
         await running.powermail.keeping.purges.step()
     (running.data / "purges.json").unlink()
     assert (await rows(running))[0]["account"] == account
+
+
+@pytest_asyncio.fixture
+async def beside(running: Running) -> AsyncIterator[Purges]:
+    """The purges of another process of this machine, which has looked at them before anything was ordered."""
+    core = running.powermail.core
+    purges = Purges(core.world, core.cluster, core.index, core.directory, f"{running.data}/purges.json")
+    yield purges
+    purges.close()
+
+
+async def test_what_was_undone_is_purged_by_no_process(
+    running: Running, beside: Purges, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P9: a process that knew of the order, and heard nothing since, brings back neither the mail's end nor the order."""
+    account = await orphan(running)
+    await beside.step()
+    await purge(running, account, confirm=True)
+    assert list(await beside.plans()) == [account]
+    assert (await purge(running, account, undo=True))["undone"] == 1
+    await beside.order([("of another", True)], 0.0)
+    assert list(await running.powermail.keeping.purges.plans()) == ["of another"]
+    later(running, monkeypatch, 30)
+    await beside.step()
+    assert (await rows(running))[0]["messages"] == 2
+    assert await running.powermail.keeping.purges.plans() == {}
+
+
+async def test_an_order_that_is_undone_while_others_are_done_is_undone(
+    running: Running, beside: Purges, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P9: until its turn comes. One that is given again meanwhile stays."""
+    account = await orphan(running)
+    await beside.order([("first", True)], 0.0)
+    await beside.order([(account, True)], 0.0)
+    run = beside.run
+
+    async def slow(name: str, plan: Plan) -> int:
+        assert name == "first"
+        await purge(running, account, undo=True)
+        await running.powermail.keeping.purges.order([("first", True)], 1000.0)
+        return await run(name, plan)
+
+    monkeypatch.setattr(beside, "run", slow)
+    await beside.step()
+    assert (await rows(running))[0]["messages"] == 2
+    assert list(await beside.plans()) == ["first"]
+
+
+async def test_who_changes_the_orders_waits_for_who_does_and_not_for_ever(running: Running, beside: Purges) -> None:
+    lock = running.powermail.world.disk.lock(f"{running.data}/purges.json.lock")
+    ordering = asyncio.create_task(beside.order([("one", True)], 1000.0))
+    await asyncio.sleep(0.05)
+    assert not ordering.done()
+    lock.release()
+    await ordering
+    assert list(await running.powermail.keeping.purges.plans()) == ["one"]
+    held = running.powermail.world.disk.lock(f"{running.data}/purges.json.lock")
+    with pytest.raises(Trouble, match="another process holds its lock"):
+        await beside.undo(["one"])
+    held.release()

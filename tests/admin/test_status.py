@@ -12,6 +12,7 @@ from powermail.base.errors import IndexTrouble
 from powermail.base.tls import make_self_signed
 from powermail.index.contract import Attempt
 from powermail.keeper.belief import end_of
+from powermail.keeper.leases import Leases, Process
 from tests.system.conftest import Running
 
 
@@ -40,6 +41,27 @@ async def test_a_directory_that_answers_again_is_said_to_be_away_no_more_though_
     cache.trouble = "it does not answer"
     assert await degraded(running) == []
     assert cache.trouble == ""
+
+
+async def test_a_process_that_never_came_up_is_said_and_so_is_one_whose_last_word_was_cleared_away(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it stands anywhere: only its parent's plan says that it ought to be there."""
+    core, desk = running.powermail.core, running.powermail.operations.desk
+
+    def made(part: str, machine: str) -> Leases:
+        return Leases(core.world, core.index, Process(part, machine, 1, "0", core.world.clock.now(), f"{machine}-{part}"))
+
+    keeper = made("keeper", "here")
+    monkeypatch.setattr(desk, "leases", keeper)
+    monkeypatch.setattr(desk, "parts", ("front1", "front2", "keeper"))
+    for one in (keeper, made("front1", "here"), made("front2", "elsewhere")):
+        await one.show()
+    assert await keeper.take("repair")
+    (said,) = await degraded(running)
+    assert said == "process front2 of this machine is not there: the log says why"
+    await made("front2", "here").show()
+    assert await degraded(running) == []
 
 
 async def test_the_queue_hides_no_row_when_the_clock_went_back(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +129,7 @@ async def test_what_was_tried_is_told_with_host_tls_and_time(running: Running) -
     await forwarded(running)
     (row,) = await running.index.queue_rows(0, 9)
     now = running.powermail.world.clock.now()
-    await running.index.defer([row], [now + 60], Attempt(1.5, "mx.example.net", "TLSv1.3", 0.25, "451 4.3.0 later"))
+    await running.index.defer([row], [now + 60], Attempt(1.5, "mx.example.net", "TLSv1.3", 0.25, "451 4.3.0 later"), "")
     story = await running.operation("queue_show", number=row.id)
     assert isinstance(story, dict)
     assert story["tried"] == [

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.support import make, powermail
+from tests.servers import Database
 
 
 @pytest.fixture
@@ -106,3 +107,29 @@ def test_a_backup_never_mixes_with_what_is_there(data: str, tmp_path: Path) -> N
     assert "is not empty; nothing was written" in done.sentence()
     assert "cannot write a backup to /proc/x" in powermail("backup", "/proc/x", "--data", data).sentence()
     assert os.listdir(tmp_path / "full") == ["file"]
+
+
+def test_a_backup_says_what_is_in_databases_and_holds_the_rest(data: str, postgresql: Database, tmp_path: Path) -> None:
+    """Settings and keys are ours to copy; a database is backed up by its own means, and what those must do is said."""
+    assert powermail("index", "move", "--to", postgresql.url, "--data", data).status == 0
+    to = str(tmp_path / "backup")
+    done = powermail("backup", to, "--data", data, "--json")
+    assert done.status == 0, done
+    (said,) = done.json()["elsewhere"]
+    assert postgresql.url in said and "tombstone_days" in said
+    assert sorted(os.listdir(to)) == ["backup.json", "directory.db", "files"]
+    back = powermail("restore", to, "--yes", "--data", data, "--json")
+    assert back.status == 0 and back.json()["elsewhere"] == [said]
+    assert addresses(data) == ["postmaster@localhost"]
+    assert powermail("directory", "move", "--to", postgresql.url, "--data", data).status == 0
+    done = powermail("backup", str(tmp_path / "second"), "--data", data, "--json")
+    assert len(done.json()["elsewhere"]) == 2 and sorted(os.listdir(tmp_path / "second")) == ["backup.json", "files"]
+
+
+def test_a_backup_from_before_the_index_was_moved_is_refused(backed_up: tuple[str, str], postgresql: Database) -> None:
+    """It would be a second index of one history."""
+    data, to = backed_up
+    assert powermail("index", "move", "--to", postgresql.url, "--data", data).status == 0
+    done = powermail("restore", to, "--yes", "--data", data)
+    assert done.status == 2 and f"moved to {postgresql.url}" in done.sentence()
+    assert not list(Path(data).glob("before-restore-*"))

@@ -130,6 +130,7 @@ READING = [
     "config", "trace x --log /dev/null", "queue held",
     "usage postmaster@localhost", "list postmaster@localhost", "account show postmaster@localhost", "whatif a",
     f"where {'00' * 16}", "purge postmaster@localhost", "node expel z", "queue show 9", "nonsense", "account", "node scrub a",
+    "cluster members", "cluster show", "moves", "rebalance", "node drain a --dry-run", "node remove z",
     "password hash --password x", "queue retry --all", "queue hold --domain example.net",
 ]  # fmt: skip
 
@@ -144,7 +145,7 @@ def test_json_is_one_complete_value_on_every_command_and_on_errors(looked_at: st
 
 
 def test_every_command_that_only_looks_is_tried_as_json() -> None:
-    changing = {"init", "serve", "rebuild", "backup", "restore", "demo", "sim", "completion", "man", "reload", "index"}
+    changing = {"init", "serve", "rebuild", "backup", "restore", "demo", "sim", "completion", "man", "reload", "index", "join"}
     tried = {words.split(" ")[0] for words in READING}
     assert {name.split(" ")[0] for name in COMMANDS} - changing <= tried
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Sequence
 
 import pytest
 
@@ -12,7 +13,7 @@ from powermail.base.errors import CopyDamaged, IndexTrouble, MessageUnreadable, 
 from powermail.cluster.cluster import Cluster
 from powermail.cluster.fetch import Fetcher
 from powermail.mail.envelope import Commit, Envelope
-from powermail.storage.contract import Chunk, Held, Origin
+from powermail.storage.contract import Chunk, Held, Origin, Whole
 from tests.cluster.support import Recorder, make_cluster, make_world, read_whole, store, three, virtual
 
 KEY = b"k" * 16
@@ -135,3 +136,117 @@ def test_commit_records_of_the_first_release_are_read() -> None:
     commit = Commit.parse(old)
     assert commit.targets[0].account == "7"
     assert b"mark" not in commit.format()
+
+
+class Delayed(Recorder):
+    """A node whose reads take as long as they are told to, in virtual time; it remembers how many were asked and given up."""
+
+    def __init__(self, node: str, group: str) -> None:
+        super().__init__(node, group)
+        self.read_s = 0.001
+        self.reads = 0
+        self.given_up = 0
+
+    async def _slowly(self) -> None:
+        self.reads += 1
+        try:
+            await asyncio.sleep(self.read_s)
+        except asyncio.CancelledError:
+            self.given_up += 1
+            raise
+
+    async def read_commit(self, key: bytes) -> bytes:
+        await self._slowly()
+        return await super().read_commit(key)
+
+    async def read_chunk(self, key: bytes, number: int) -> Chunk:
+        await self._slowly()
+        return await super().read_chunk(key, number)
+
+    async def read_small(self, keys: Sequence[bytes]) -> list[Whole | None]:
+        await self._slowly()
+        return await super().read_small(keys)
+
+
+async def delayed() -> tuple[Fetcher, Cluster, Delayed, Delayed]:
+    """A small message on two nodes that have been read for a while."""
+    world = make_world()
+    a, b = Delayed("a", "g1"), Delayed("b", "g2")
+    cluster = await make_cluster(world, a, b)
+    await store(cluster, KEY, b"small")
+    fetcher = Fetcher(world, cluster, Notes().note)
+    await timed(fetcher, 40)
+    assert a.reads and b.reads and not a.given_up and not b.given_up
+    return fetcher, cluster, a, b
+
+
+async def timed(fetcher: Fetcher, count: int) -> list[float]:
+    """How long so many reads took, each in its turn: of the record, and of many at once."""
+    time, took = asyncio.get_running_loop().time, []
+    for _ in range(count):
+        began = time()
+        assert (await fetcher.commit(KEY, ("a", "b"))).octets == 5
+        took.append(time() - began)
+        began = time()
+        assert (await fetcher.read_small({KEY: ("a", "b")}))[KEY].octets == b"small"
+        took.append(time() - began)
+    return sorted(took)
+
+
+@pytest.mark.parametrize("read_s", [0.05, 0.3, 60.0])
+@virtual
+async def test_a_late_read_is_asked_of_another_and_the_late_node_is_read_last(read_s: float) -> None:
+    """P20: late is what is late by the node's own history, whatever others take. p99 at most twice the healthy one."""
+    fetcher, cluster, a, _ = await delayed()
+    healthy = await timed(fetcher, 200)
+    a.read_s, a.reads = read_s, 0
+    took = await timed(fetcher, 400)
+    assert took[int(len(took) * 0.99)] <= 2 * healthy[int(len(healthy) * 0.99)]
+    assert took[-1] < limits.READ_LATE_MIN_S + 0.01
+    assert 0 < a.reads < 12 and a.reads == a.given_up, "an answer that nobody waits for is let go of"
+    assert not cluster.is_slow("a"), "one late read says nothing about writing"
+    a.read_s, a.reads = 0.001, 0
+    await asyncio.sleep(limits.NODE_SLOW_REMEMBERED_S)
+    await timed(fetcher, 40)
+    assert a.reads > 10, "it is read again when it is well again"
+
+
+@virtual
+async def test_load_that_makes_every_node_slow_is_not_doubled() -> None:
+    fetcher, _, a, b = await delayed()
+    reads, a.read_s, b.read_s = a.reads + b.reads, 0.02, 0.02
+    await asyncio.gather(*(fetcher.commit(KEY, ("a", "b")) for _ in range(200)))
+    assert a.reads + b.reads - reads <= 200 * (1 + 2 * limits.READ_LATE_SHARE) + limits.READ_LATE_BURST
+
+
+@virtual
+async def test_what_is_far_is_read_when_nothing_near_has_it() -> None:
+    fetcher, _, a, b = await delayed()
+    await asyncio.sleep(limits.READ_HISTORY_S)
+    a.read_s = 0.03
+    c = Delayed("c", "g3")
+    await c.open()
+    await timed(fetcher, 20)
+    await asyncio.sleep(limits.NODE_SLOW_REMEMBERED_S)
+    a.reads = 0
+    await timed(fetcher, 50)
+    assert a.reads <= 1, "it is no longer overtaken, and as far as before"
+    b.miss()
+    await timed(fetcher, 2)
+    assert a.reads >= 4
+
+
+@virtual
+async def test_a_copy_that_fails_while_another_is_asked_hides_nothing() -> None:
+    fetcher, _, a, b = await delayed()
+    a.read_s = 0.05
+    b.damage(KEY)
+    for _ in range(4):
+        assert (await fetcher.commit(KEY, ("a", "b"))).octets == 5
+        assert (await fetcher.commit(KEY, ("a", "b"))).octets == 5
+    b.miss()
+    assert (await fetcher.commit(KEY, ("a", "b"))).octets == 5
+    a.miss()
+    with pytest.raises(MessageUnreadable):
+        await fetcher.commit(KEY, ("a", "b"))
+    assert await fetcher.read_small({KEY: ("a", "b")}) == {}

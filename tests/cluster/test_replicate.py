@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from powermail.base import limits
-from powermail.base.errors import NodeReadOnly, NotRedundant
+from powermail.base.errors import NeverAsked, NodeReadOnly, NotRedundant
 from powermail.cluster.replicate import NotStored
 from powermail.storage.contract import Held, Mark, NodeState, Origin, Stamp
 from tests.cluster.support import Recorder, make_cluster, make_world, record, replication, store, three, unreachable, virtual
@@ -233,3 +233,44 @@ async def test_burying_is_confirmed_by_every_node_that_may_hold_it() -> None:
     assert not await message.bury(Mark(), 1.5)
     assert await message.bury(Mark(), 1.5)
     assert [await node.has([KEY]) for node in (a, b, c)] == [[Held.DEAD]] * 3
+
+
+@virtual
+async def test_a_spare_is_fed_by_the_age_of_its_own_stamp() -> None:
+    """Law 2: feeding ends when its stamp reaches W - 2 s; a stamp that was heard by a ping is not of now."""
+    a, b, c, d = *three(), Recorder("d", "g4", 3)
+    world = make_world()
+    cluster = await make_cluster(world, a, b, c, d)
+    message = replication(cluster)
+    await message.write(LONG * 2)
+    c.stamp_age_s = lambda: limits.COMMIT_WINDOW_S - limits.SPARE_MARGIN_S - 3.0  # type: ignore[method-assign]
+    b.fail_next("commit", error=unreachable())
+    c.append_s = d.append_s = 1.0
+    began = world.clock.monotonic()
+    _, receipts = await message.commit(record)
+    assert sorted(receipt.node for receipt in receipts) == ["a", "d"]
+    assert not c.asked and c.appends[-1] <= began + 3.0 and len(c.appends) == 2
+    assert d.asked[0][0] > began + 8.0, "that of another is younger"
+
+
+@virtual
+async def test_a_node_that_was_never_asked_holds_nothing() -> None:
+    """Law 5: it needs no abort, and leaves no outcome unknown; what it was streamed is let go of."""
+    a, b, c = three()
+    cluster = await make_cluster(make_world(), a, b, c)
+    message = replication(cluster)
+    await message.write(LONG)
+    for node in (a, b, c):
+        node.fail_next("commit", error=NeverAsked("the link went before it was sent"))
+    with pytest.raises(NotStored) as raised:
+        await message.commit(record)
+    assert raised.value.undecided == raised.value.refused == ()
+    assert {node.id for node in message.abandoned} == {"a", "b", "c"}
+    await message.cancel()
+    assert "delete" not in a.calls + b.calls + c.calls and a.calls[-1] == "cancel"
+    message = replication(cluster, b"l" * 16)
+    b.fail_next("commit", done=True, error=unreachable())
+    c.fail_next("commit", error=NeverAsked("the link went before it was sent"))
+    with pytest.raises(NotStored) as raised:
+        await message.commit(record)
+    assert raised.value.undecided == ("a", "b")

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable
 
+import asyncpg
 import pytest
 
 from powermail.base import limits
@@ -17,7 +18,10 @@ from powermail.directory.accounts import SqlDirectory
 from powermail.directory.authenticate import Authenticator, AuthTrouble
 from powermail.directory.contract import Account
 from powermail.directory.database import Address, Host, parse
+from powermail.directory.pool import Broken
+from powermail.directory.postgres import PostgresSession
 from powermail.directory.resolve import DirectoryCache, Resolver
+from powermail.directory.statement import Statement
 from powermail.mail.address import parse as parse_address
 from tests.servers import Database, Postgres, standby_of
 
@@ -255,3 +259,14 @@ async def test_a_database_of_another_encoding_is_refused(postgresql_server: Post
     finally:
         await directory.close()
         postgresql_server.drop("latin")
+
+
+async def test_a_session_that_the_server_ended_unasked_is_broken_whatever_the_driver_calls_it() -> None:
+    """P12: trouble of ours is temporary."""
+
+    class Ended:
+        async def fetch(self, text: str, *values: object, timeout: float) -> list[object]:
+            raise asyncpg.InternalClientError("cannot switch to state 11; another operation (2) is in progress")
+
+    with pytest.raises(Broken):
+        await PostgresSession(Ended(), Host("127.0.0.1", 5432)).rows(Statement("SELECT 1"), {}, 1.0)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import zstandard
+
 from powermail.base import limits
+from powermail.base.errors import CopyDamaged
+from powermail.storage.contract import COMPRESSED, Chunk
+from powermail.storage.frames import BadFrame, Inflater, flaw_of, frame_octets
 from powermail.wire import node_forms as forms
 from powermail.wire.node_client import Acks, Answer, Event, Failed, Lost, NodeClient
 from powermail.wire.node_frames import FrameReader
@@ -94,6 +99,30 @@ def _client(pieces: list[bytes]) -> tuple[list[Event], int, bool]:
         assert client.unanswered == len(_ASKED) - len(done)
     assert len(client.reader.room()) <= limits.NODE_PAYLOAD_OCTETS_MAX + 24
     return found, client.unanswered, client.over
+
+
+_FRAME = zstandard.ZstdCompressor(level=1).compress(b"what is said again is said in fewer octets; " * 20)
+_INFLATER = Inflater()
+
+
+def chunk_frames(data: bytes) -> None:
+    """What is taken for a frame holds what it says or does not inflate; alone and among others it is the same."""
+    changed = bytearray(_FRAME)
+    for place, value in zip(data[1::2], data[2::2], strict=False):
+        changed[place % len(changed)] = value
+    for frame_ in (data[1:], _FRAME[: data[0] % 16 if data else 0] + data[1:], bytes(changed), _FRAME + data[1:]):
+        try:
+            octets = frame_octets(frame_)
+        except BadFrame:
+            assert flaw_of(Chunk(0, COMPRESSED, frame_, len(frame_)))
+            continue
+        try:
+            alone = _INFLATER.octets(Chunk(0, COMPRESSED, frame_, octets))
+        except CopyDamaged:
+            alone = None
+        assert alone is None or len(alone) == octets
+        if octets:
+            assert _INFLATER.many([_FRAME, frame_, _FRAME])[1] == alone
 
 
 def certificate_names(data: bytes) -> None:

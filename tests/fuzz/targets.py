@@ -36,7 +36,8 @@ from powermail.wire.smtp_client import SmtpClient, Verb
 from powermail.wire.smtp_events import Begin, Body, Close, End, Login, Response, StartTls
 from powermail.wire.smtp_server import SmtpServer
 from powermail.wire.smtp_table import Kind, Offer, State
-from tests.fuzz.node_targets import certificate_names, node_answers, node_asks
+from tests.fuzz.enrolment_targets import enrolment, strangers
+from tests.fuzz.node_targets import certificate_names, chunk_frames, node_answers, node_asks
 
 Target = Callable[[bytes], None]
 _CODEC = rec.Codec(b"salt" * 8)
@@ -410,5 +411,8 @@ TARGETS: dict[str, Target] = {
         node_asks,
         node_answers,
         certificate_names,
+        chunk_frames,
+        enrolment,
+        strangers,
     )
 }

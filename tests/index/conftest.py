@@ -16,6 +16,7 @@ import pytest_asyncio
 from powermail.base import limits
 from powermail.index.contract import Index
 from powermail.index.postgres.migrating import migrate
+from tests.index.sharing import SHARED_TIMES, Wire
 from tests.index.support import ALONE, RIGS, PostgresRig, Rig, admit
 from tests.servers import Database, Postgres
 
@@ -63,7 +64,7 @@ def postgres_databases(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
     """Each rig of a test that asks for one gets a database of its own; a server is started when the first asks."""
     if "room" in request.fixturenames and not any(kind in request.node.name for kind in ALONE):
         databases_of(request.getfixturevalue("postgresql_server")).take(1)
-    for name in ("INDEX_CONNECT_S", "INDEX_COMMAND_S", "INDEX_TURN_S"):
+    for name in SHARED_TIMES:
         monkeypatch.setattr(limits, name, 60.0)  # a busy machine is no server that hangs
     used = itertools.count()
 
@@ -97,3 +98,23 @@ async def index(rig: Rig) -> AsyncIterator[Index]:
     await admit(rig.index)
     yield rig.index
     assert await rig.index.audit() == []
+
+
+@pytest_asyncio.fixture
+async def shared_rig(room: Path) -> AsyncIterator[PostgresRig]:
+    """An installation on PostgreSQL with three nodes, which others may join; its audit is clean at the end."""
+    installation = PostgresRig(room)
+    await installation.start()
+    await admit(installation.index)
+    yield installation
+    assert await installation.index.audit() == []
+    await installation.die()
+
+
+@pytest_asyncio.fixture
+async def wire(shared_rig: PostgresRig, postgresql_server: Postgres) -> AsyncIterator[Wire]:
+    """Stands between a process and the server of the test."""
+    between = Wire(postgresql_server)
+    await between.start()
+    yield between
+    await between.stop()

@@ -23,6 +23,7 @@ from powermail.index.contract import Batch, Delivery, Head, Index, Outcome, Reco
 from powermail.index.memory import MemoryIndex, MemoryStore
 from powermail.index.postgres import PostgresIndex
 from powermail.index.postgres.schema import VERSION_TABLE
+from powermail.index.sql.engine import Reading
 from powermail.index.sqlite import SqliteIndex
 from powermail.mail.envelope import Commit, Envelope, Target
 from powermail.sim.world import SimEntropy
@@ -223,6 +224,13 @@ class CountedIds:
         self.last.subtract(tables)
 
 
+class TimedPostgresIndex(PostgresIndex):
+    """The test's clock is the database's."""
+
+    async def _in_now(self, db: Reading) -> float:
+        return self._world.clock.now()
+
+
 class PostgresRig(Rig):
     """`index.postgres`, over a database of the server that this test process runs."""
 
@@ -238,7 +246,7 @@ class PostgresRig(Rig):
         if self.fresh:
             await self._empty(_FIRST)
             self.fresh = False
-        self.running = PostgresIndex(self.world, self.url, self.ids)
+        self.running = TimedPostgresIndex(self.world, self.url, self.ids)
         await self.running.open(CLUSTER)
         if self.settles:
             self.index.settled()
@@ -389,8 +397,8 @@ async def walk_all(index: Index) -> None:
     """Ends the walks that all members owe, which found nothing."""
     number = await index.raise_round()
     for row in await index.node_rows():
-        assert await index.walked(row.id, row.incarnation, row.watermark, row.end_seen, number)
-    await index.caught_up()
+        assert await index.walked(row.id, row.incarnation, row.watermark, row.end_seen, number, index.epoch)
+    await index.caught_up(index.epoch)
 
 
 async def begin_again(index: Index, *marks: Mark, heads: Sequence[Head] = (), far: list[Head] | None = None) -> int:
@@ -398,10 +406,10 @@ async def begin_again(index: Index, *marks: Mark, heads: Sequence[Head] = (), fa
     epoch = await index.raise_epoch(marks, "a test says so")
     await index.learn_heads(heads)
     reached = await index.far_heads(1000)
-    await index.heads_written(reached)
+    await index.heads_written(reached, index.epoch)
     if far is not None:
         far += reached
-    await index.begin_epoch()
+    await index.begin_epoch(index.epoch)
     await walk_all(index)
     return epoch
 

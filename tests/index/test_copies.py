@@ -112,7 +112,7 @@ async def test_a_note_that_comes_after_later_news_of_the_node_adds_no_belief(ind
     await index.confirm_orders("c", [key(9)], end_of("c", Position(5, 0)))
     assert not await index.believe(key(1), "c", end_of("c", Position(4, 9)))
     await begin_again(index)
-    assert await index.walked("c", incarnation("c"), Position(6, 0), Position(6, 0), await index.raise_round())
+    assert await index.walked("c", incarnation("c"), Position(6, 0), Position(6, 0), await index.raise_round(), index.epoch)
     assert not await index.believe(key(1), "c", end_of("c", Position(5, 0)))
     await delete_all(index)
     assert not await index.believe(key(1), "c", end_of("c", Position(5, 0)))
@@ -377,9 +377,9 @@ async def test_an_owed_walk_holds_forgetting_back(index: Index) -> None:
     await dead(index)
     await scan_all(index)
     await index.raise_epoch([], "a test says so")
-    await index.begin_epoch()
+    await index.begin_epoch(index.epoch)
     assert all(row.owes_walk for row in await index.node_rows())
-    await index.caught_up()
+    await index.caught_up(index.epoch)
     assert await index.forget(9) == 0
     await walk_all(index)
     assert await index.forget(9) == 2
@@ -408,7 +408,7 @@ async def test_without_nodes_nothing_is_forgotten(index: Index) -> None:
 
 async def test_a_node_admitted_while_the_index_catches_up_owes_a_walk(index: Index) -> None:
     await index.raise_epoch([], "a test says so")
-    await index.begin_epoch()
+    await index.begin_epoch(index.epoch)
     await index.admit_node("d", "east", "d-1", "boot", START, START)
     assert next(row for row in await index.node_rows() if row.id == "d").owes_walk
     await walk_all(index)
@@ -418,10 +418,10 @@ async def test_a_node_admitted_while_the_index_catches_up_owes_a_walk(index: Ind
 
 async def test_a_walk_counts_for_the_incarnation_that_was_walked(index: Index) -> None:
     await index.raise_epoch([], "a test says so")
-    await index.begin_epoch()
+    await index.begin_epoch(index.epoch)
     number = await index.raise_round()
-    assert not await index.walked("a", "another", END, END, number)
-    assert await index.walked("a", incarnation("a"), Position(3, 0), END, number)
+    assert not await index.walked("a", "another", END, END, number, index.epoch)
+    assert await index.walked("a", incarnation("a"), Position(3, 0), END, number, index.epoch)
     row = (await index.node_rows())[0]
     assert (row.owes_walk, row.watermark, row.end_seen, row.scan_round) == (False, Position(3, 0), END, number)
     await walk_all(index)
@@ -434,7 +434,7 @@ async def test_a_writer_slot_is_pruned_by_a_round_completed_after_it_stopped(ind
     await scan_all(index)
     await index.forget(limits.COLLECT_BATCH)
     assert set(mark.slots) <= set(index.mark().slots), "its process goes on"
-    assert index.lost(mark) == ""
+    assert await index.lost(mark) == ""
 
 
 async def test_commit_records_of_what_is_known_are_not_asked_for(index: Index) -> None:
@@ -466,8 +466,8 @@ async def test_a_disk_that_was_replaced_or_expelled_never_comes_back_as_it_is(in
 
 async def test_a_walk_that_was_owed_is_owed_by_the_disk_that_comes_in_its_place(index: Index) -> None:
     await index.raise_epoch([], "a test says so")
-    await index.begin_epoch()
-    await index.caught_up()
+    await index.begin_epoch(index.epoch)
+    await index.caught_up(index.epoch)
     await index.admit_node("a", "north", "a-2", "boot", START, START)
     assert (await index.node_rows())[0].owes_walk
     await walk_all(index)

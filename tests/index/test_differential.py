@@ -265,10 +265,10 @@ class Operations:
         ]
         await self.twins.ask(f"heads {heads}", lambda index: index.learn_heads(heads))
         far = await self.twins.ask("far heads", lambda index: index.far_heads(3))
-        await self.twins.ask("heads written", lambda index: index.heads_written(far))
-        await self.twins.ask("early", lambda index: index.caught_up())
+        await self.twins.ask("heads written", lambda index: index.heads_written(far, index.epoch))
+        await self.twins.ask("early", lambda index: index.caught_up(index.epoch))
         await self.do_deliver()
-        await self.twins.ask("begin", lambda index: index.begin_epoch())
+        await self.twins.ask("begin", lambda index: index.begin_epoch(index.epoch))
 
     async def do_walk(self) -> None:
         number = await self.twins.ask("round", lambda index: index.raise_round())
@@ -276,9 +276,9 @@ class Operations:
             place = self.position()
             await self.twins.ask(
                 f"walked {row.id} {place}",
-                lambda index, row=row, place=place: index.walked(row.id, row.incarnation, place, place, number),  # type: ignore[misc]
+                lambda index, row=row, place=place: index.walked(row.id, row.incarnation, place, place, number, index.epoch),  # type: ignore[misc]
             )
-        await self.twins.ask("caught up", lambda index: index.caught_up())
+        await self.twins.ask("caught up", lambda index: index.caught_up(index.epoch))
 
     async def do_restart(self) -> None:
         clean = self.chance.random() < 0.5
@@ -361,17 +361,17 @@ class Operations:
         now, what = self.twins.rigs[0].clock.at, self.chance.randrange(6)
         rows = await self.twins.ask("lease", lambda index: index.lease_due("me", now + 100, 300.0, 3))
         if what == 0:
-            await self.twins.ask("finish", lambda index: index.finish(list(rows)))
+            await self.twins.ask("finish", lambda index: index.finish(list(rows), "me"))
         elif what == 1:
             told = [replace(row, delay_told=self.chance.random() < 0.5) for row in rows]
             attempt = Attempt(now, "hop", "", 1.5, "later")
             for _ in range(self.chance.choice([1, 1, 2])):  # an answer that was lost is asked for again
-                await self.twins.ask("defer", lambda index: index.defer(told, [now + 50 for _ in rows], attempt))
+                await self.twins.ask("defer", lambda index: index.defer(told, [now + 50 for _ in rows], attempt, "me"))
         elif what == 2:
             await self.twins.ask("give back", lambda index: index.release_leases("me"))
         elif what == 3:
-            await self.twins.ask("renew", lambda index: index.renew_leases("me", now + 500))
-            await self.twins.ask("give some back", lambda index: index.give_back(list(rows[:1]), now + 20))
+            await self.twins.ask("renew", lambda index: index.renew_leases("me", [row.id for row in rows], 300.0))
+            await self.twins.ask("give some back", lambda index: index.give_back(list(rows[:1]), now + 20, "me"))
         elif what == 4:
             domain, stays = self.chance.choice(["example.net", "example.org"]), self.chance.random() < 0.5
             await self.twins.ask("hold", lambda index: index.hold_domain(domain, stays))

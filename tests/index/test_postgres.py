@@ -5,27 +5,26 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
-import pytest_asyncio
 
 from powermail.base import limits
 from powermail.base.errors import IndexLost, IndexTrouble, OperatorError
 from powermail.index.contract import Batch, Fate, Outcome, Reconciled
 from powermail.index.postgres import PostgresIndex, addresses
 from powermail.index.postgres.migrating import migrate
-from powermail.index.postgres.statements import read_known
+from powermail.index.sql.epochs import find
 from powermail.storage.contract import START, Mark, Origin, Position
+from tests.index.sharing import WAIT_S, Wire, another, blocked
 from tests.index.support import (
     CLUSTER,
     PostgresRig,
-    admit,
     begin_again,
     commit,
     deliver,
@@ -42,38 +41,11 @@ from tests.index.support import (
 from tests.servers import Database, Postgres
 
 JUMP = limits.EPOCH_JUMP
-WAIT_S = 30.0
 
 
-@pytest_asyncio.fixture
-async def rig(room: Path) -> AsyncIterator[PostgresRig]:
-    """An installation with three nodes; its audit is clean at the end."""
-    installation = PostgresRig(room)
-    await installation.start()
-    await admit(installation.index)
-    yield installation
-    assert await installation.index.audit() == []
-    await installation.die()
-
-
-@asynccontextmanager
-async def another(rig: PostgresRig, url: str = "") -> AsyncIterator[PostgresIndex]:
-    """A second process that uses the same database."""
-    process = PostgresRig(Path(), 99, url or rig.url, rig.ids)
-    await process.start()
-    index: PostgresIndex = process.running
-    try:
-        yield index
-    finally:
-        await process.die()
-
-
-async def blocked(connection: Any, count: int = 1) -> None:
-    """Waits until so many transactions of this database wait for a lock."""
-    question = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-    async with asyncio.timeout(WAIT_S):
-        while await connection.fetchval(question) < count:
-            await asyncio.sleep(0.01)
+@pytest.fixture
+def rig(shared_rig: PostgresRig) -> PostgresRig:
+    return shared_rig
 
 
 async def deadlocks(connection: Any) -> int:
@@ -248,72 +220,6 @@ async def test_a_set_of_nodes_keeps_its_meaning_when_one_of_them_is_expelled_and
 # -- connections that break -------------------------------------------------------------------------------------------------
 
 
-class Wire:
-    """Stands between a process and its server, and cuts every connection when the process says COMMIT."""
-
-    def __init__(self, server: Postgres) -> None:
-        self._to = server.port
-        self._server: asyncio.Server | None = None
-        self._writers: list[asyncio.StreamWriter] = []
-        self.cut: Callable[[], bool] | None = None  # asked once, at COMMIT: does the server still get to hear it
-        self.cuts = 0
-        self.port = 0
-
-    async def start(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.port = self._server.sockets[0].getsockname()[1]
-
-    async def stop(self) -> None:
-        assert self._server is not None
-        self.break_all()
-        self._server.close()
-        await self._server.wait_closed()
-
-    def break_all(self) -> None:
-        for writer in self._writers:
-            writer.transport.abort()
-        self._writers.clear()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writers.append(writer)
-        try:
-            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._to)
-        except OSError:
-            writer.transport.abort()
-            return
-        back = asyncio.ensure_future(self._copy(far_reader, writer))
-        await self._copy(reader, far_writer, watched=True)
-        far_writer.close()  # in good order: the server does what it was sent
-        back.cancel()
-        writer.close()
-
-    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, watched: bool = False) -> None:
-        with suppress(OSError):
-            while octets := await reader.read(1 << 16):
-                if watched and self.cut is not None and b"COMMIT" in octets:
-                    heard, self.cut = self.cut, None
-                    self.cuts += 1
-                    for each in self._writers:
-                        each.transport.abort()  # the process hears no answer
-                    if heard():
-                        writer.write(octets)
-                        await writer.drain()
-                    return
-                writer.write(octets)
-                await writer.drain()
-
-    def url(self, of: str) -> str:
-        return of.replace(f":{urlsplit(of).port}/", f":{self.port}/")
-
-
-@pytest_asyncio.fixture
-async def wire(rig: PostgresRig, postgresql_server: Postgres) -> AsyncIterator[Wire]:
-    between = Wire(postgresql_server)
-    await between.start()
-    yield between
-    await between.stop()
-
-
 @pytest.mark.parametrize("heard", [True, False])
 async def test_what_became_of_a_commit_whose_answer_was_lost_is_read_from_the_slot(
     rig: PostgresRig, wire: Wire, heard: bool
@@ -335,7 +241,7 @@ async def test_what_became_of_a_commit_whose_answer_was_lost_is_read_from_the_sl
             assert len(index.mark().slots) == slots + 1, "a new connection takes a new slot"
         assert wire.cuts == 3
         index.settled()
-        assert await uids(index, box) == [2] and index.lost(index.mark()) == ""
+        assert await uids(index, box) == [2] and await index.lost(index.mark()) == ""
 
 
 async def test_a_commit_whose_answer_never_comes_is_trouble_and_asked_again_it_is_known(
@@ -358,7 +264,7 @@ async def test_a_commit_whose_answer_never_comes_is_trouble_and_asked_again_it_i
         await postgresql_server.ready()
         assert await index.deliver(delivery(2)) in (Outcome.ENTERED, Outcome.KNOWN)
         assert await index.deliver(delivery(2)) is Outcome.KNOWN
-        assert index.lost(index.mark()) == "", "a server that starts again has lost nothing"
+        assert await index.lost(index.mark()) == "", "a server that starts again has lost nothing"
         assert await uids(rig.index, await mailbox(rig.index)) == [1, 2]
 
 
@@ -513,9 +419,9 @@ async def test_a_deadlock_while_a_slot_is_taken_leaves_the_connection_usable(
             with suppress(asyncpg.DivisionByZeroError):
                 await db.connection.execute("SELECT 1 / 0")  # the transaction has failed
             raise asyncpg.DeadlockDetectedError("deadlock detected")
-        return await read_known(db)
+        return await find(db)
 
-    monkeypatch.setattr("powermail.index.postgres.connection.read_known", in_the_way_once)
+    monkeypatch.setattr("powermail.index.postgres.connection.find", in_the_way_once)
     for link in index._writers.all:
         link.drop()
     for number in range(1, 9):
@@ -537,9 +443,9 @@ async def test_a_database_that_went_back_under_a_process_stops_it_until_a_new_ep
         await index.expunge(box, [1])
     with pytest.raises(IndexLost):
         await index.find_mailbox("ann", "INBOX")
-    assert index.lost(Mark()) != ""
+    assert await index.lost(Mark()) != ""
     await begin_again(index)
-    assert index.lost(Mark()) == ""
+    assert await index.lost(Mark()) == ""
     await deliver(index, 3)
     assert (await uids(index, box))[-1] == 2 + JUMP
 
@@ -556,8 +462,8 @@ async def test_a_process_that_only_reads_notices_over_a_new_connection_that_the_
         wire.break_all()
         with pytest.raises(IndexLost):
             await index.find_mailbox("ann", "INBOX")
-        assert index.lost(Mark()) != "" and index.unsettled
-    assert rig.index.lost(Mark()) == "", "it wrote nothing that is missing"
+        assert await index.lost(Mark()) != "" and index.unsettled
+    assert await rig.index.lost(Mark()) == "", "it wrote nothing that is missing"
 
 
 async def test_another_process_goes_on_when_one_has_begun_the_new_epoch(rig: PostgresRig) -> None:
@@ -571,7 +477,7 @@ async def test_another_process_goes_on_when_one_has_begun_the_new_epoch(rig: Pos
             await other.deliver(delivery(4))
         await begin_again(rig.index, other.mark())
         await deliver(other, 4)
-        assert other.lost(other.mark()) == ""
+        assert await other.lost(other.mark()) == ""
         assert (await uids(other, await mailbox(other)))[-1] == 3 + JUMP
 
 
@@ -589,17 +495,17 @@ async def test_another_history_of_the_database_raises_the_epoch(rig: PostgresRig
         await index.deliver(delivery(2))
     with pytest.raises(IndexLost):
         await index.view(box)
-    why = index.lost(index.mark())
+    why = await index.lost(index.mark())
     assert "77" in why
     await index.raise_epoch([index.mark()], why)
     assert (index.catching_up, index.numbering) == (walk, False)
     assert any(row.owes_walk for row in await index.node_rows()) == walk
-    await index.begin_epoch()
-    await index.caught_up()
+    await index.begin_epoch(index.epoch)
+    await index.caught_up(index.epoch)
     await deliver(index, 2)
     assert await uids(index, box) == [1, 2 + JUMP]
     await rig.die()
-    assert (await rig.start()).lost(Mark()) == "", "that history is the known one now"
+    assert await (await rig.start()).lost(Mark()) == "", "that history is the known one now"
 
 
 async def test_a_slot_that_was_pruned_under_a_process_is_replaced(rig: PostgresRig) -> None:
@@ -613,9 +519,9 @@ async def test_a_slot_that_was_pruned_under_a_process_is_replaced(rig: PostgresR
         for _ in range(4):
             await scan_all(other_rounds.index)
         await other_rounds.die()
-        assert other.lost(Mark()) == ""
+        assert await other.lost(Mark()) == ""
     await deliver(index, 1)
-    assert index.mark().sequence > before and index.lost(index.mark()) == ""
+    assert index.mark().sequence > before and await index.lost(index.mark()) == ""
 
 
 async def test_random_ids_serve_as_well_as_counted_ones(rig: PostgresRig) -> None:

@@ -257,11 +257,11 @@ async def test_a_file_that_is_replaced_under_the_process_stops_it_until_a_new_ep
         await index.expunge(box, [1])
     with pytest.raises(IndexLost):
         await index.view(box)
-    assert index.lost(index.mark()) != ""
-    await index.raise_epoch([], index.lost(index.mark()))
-    await index.begin_epoch()
+    assert await index.lost(index.mark()) != ""
+    await index.raise_epoch([], await index.lost(index.mark()))
+    await index.begin_epoch(index.epoch)
     await walk_all(index)
-    assert index.lost(index.mark()) == ""
+    assert await index.lost(index.mark()) == ""
     await deliver(index, 2)
     assert (await uids(index, box))[-1] == 2 + limits.EPOCH_JUMP
 
@@ -353,7 +353,7 @@ async def test_the_way_from_a_key_to_its_entries_is_there_while_a_walk_is_owed_o
     index = rig.index
     await deliver(index, 1, 2)
     await index.raise_epoch([], "a test says so")
-    await index.begin_epoch()
+    await index.begin_epoch(index.epoch)
     await index.settle_inventory("a", incarnation("a"), [(key(1), Held.DEAD, START)], START, {}, True)
     question = "SELECT count(*) FROM sqlite_master WHERE name = 'entries_by_key'"
     with file_of(rig) as database:
@@ -369,7 +369,7 @@ async def test_a_tombstone_met_by_reconcile_before_the_walk_kills_and_proves_not
     index = rig.index
     await deliver(index, 1, 2)
     await index.raise_epoch([], "a test says so")
-    await index.begin_epoch()
+    await index.begin_epoch(index.epoch)
     found = await reconcile(index, "a", Position(2, 0), tombstones=[1])
     assert found.moved and not found.lost
     assert await index.fates([key(1)]) == {key(1): Fate.DEAD}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
@@ -51,8 +52,24 @@ def go(work: Callable[[Rig], Coroutine[Any, Any, None]], nodes: dict[str, str] |
     assert not complaints, complaints
 
 
+def two(work: Callable[[Rig, Rig], Coroutine[Any, Any, None]]) -> None:
+    """Runs a test in virtual time on two processes with one index and the same nodes, each with all keepers."""
+
+    async def body() -> None:
+        one = Rig(NODES)
+        one.alone = False
+        await one.start()
+        await work(one, await one.beside())
+
+    complaints: list[str] = []
+    run(body(), 1, complaints.append)
+    assert not complaints, complaints
+
+
 class Rig:
     """Nodes that stay, and a process (index, cluster, keepers) that can end and start again."""
+
+    alone = True  # as where one process alone writes
 
     def __init__(self, nodes: dict[str, str]) -> None:
         chance = random.Random(1)
@@ -72,7 +89,7 @@ class Rig:
 
     async def start(self) -> None:
         """A new process: opens what is there."""
-        self.index = MemoryIndex(self.world, self.store)
+        self.index = MemoryIndex(self.world, self.store, self.alone)
         await self.index.open("00" * 16)
         self.cluster = Cluster(self.world, list(self.nodes.values()), 2, "random")
         self.fetcher = Fetcher(self.world, self.cluster, self.index.note_bad)
@@ -86,6 +103,12 @@ class Rig:
         self.scrubber = Scrubber(self.world, self.cluster, self.index, self.epochs, "/scrub.json")
         self.compactor = Compactor(self.world, self.cluster, self.index, 30)
         await self.cluster.start(self.admission.admit)
+
+    async def beside(self) -> Rig:
+        """A second process on the same nodes and the same index."""
+        other = copy.copy(self)
+        await other.start()
+        return other
 
     async def restart(self, backup: Any = None, away: str = "") -> None:
         """The process ends without a word; perhaps an older index is put back, or nodes are away; it starts again."""

@@ -178,7 +178,7 @@ def test_a_tombstone_brings_the_count_of_whoever_ordered_it() -> None:
         assert await rig.held("a", key) is Held.DEAD
         mark = (await rig.nodes["a"].facts()).mark
         rig.store.restore(old)
-        assert rig.index.lost(mark) != ""
+        assert await rig.index.lost(mark) != ""
 
     go(body)
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 from powermail.base import limits
 from powermail.base.errors import CommitRefused, NodeTrouble
 from powermail.index.contract import Fate
-from powermail.storage.contract import Chunk, Held, Origin
+from powermail.keeper.walk import Walker
+from powermail.sim.memory import MemoryNode
+from powermail.storage.contract import Chunk, Held, Origin, Position, Stamp
 from tests.keeper.rig import DAY_S, Rig, go
 
 
@@ -115,5 +119,66 @@ def test_a_new_incarnation_is_scanned_anew() -> None:
         assert (await rig.row("c")).scan_round == 0
         await rig.keep(2000)
         assert await rig.index.dead_total() == 0
+
+    go(body)
+
+
+def heard_before(node: MemoryNode) -> None:
+    """A node from far: the stamp that is known was heard by a ping, some time ago."""
+    known, now = node.stamp(), node.stamp
+
+    async def fresh() -> Stamp | None:
+        return now()
+
+    node.stamp, node.fresh_stamp = lambda: known, fresh  # type: ignore[method-assign]
+
+
+def test_a_round_and_a_walk_name_a_stamp_that_is_younger_than_the_round() -> None:
+    """Laws 9, 11: what was stamped between the last ping and the round would pass the fence."""
+
+    async def body(rig: Rig) -> None:
+        fenced: dict[str, Stamp] = {}
+        for name, node in rig.nodes.items():
+            heard_before(node)
+            node.fence = partial(_named, fenced, node.fence, name)  # type: ignore[method-assign]
+        await asyncio.sleep(1)
+        between = {name: Stamp("", rig.world.clock.monotonic()) for name in rig.nodes}
+        await asyncio.sleep(0.001)
+        await rig.delete(await rig.deliver("ab"))
+        await rig.forgetter.step()
+        rig.forgetter._raised_at = float("-inf")
+        await rig.each(rig.forgetter.scan)
+        assert fenced.keys() == rig.nodes.keys() and all(fenced[name].at > between[name].at for name in fenced)
+        fenced.clear()
+        walker, node = Walker(rig.world, rig.index), rig.nodes["a"]
+        await walker.walk(node, await rig.row("a"), await node.facts())
+        assert fenced["a"].at > between["a"].at
+
+    go(body)
+
+
+async def _named(fenced: dict[str, Stamp], fence: Callable[[Stamp], Awaitable[Position]], name: str, stamp: Stamp) -> Position:
+    fenced[name] = stamp
+    return await fence(stamp)
+
+
+def test_the_comfort_of_a_round_begins_when_it_is_raised() -> None:
+    """However long the index took to raise it."""
+
+    async def body(rig: Rig) -> None:
+        await rig.delete(await rig.deliver("ab"))
+        raised, raise_round = 0.0, rig.index.raise_round
+
+        async def slowly() -> int:
+            nonlocal raised
+            await asyncio.sleep(30)
+            number = await raise_round()
+            raised = rig.world.clock.monotonic()
+            return number
+
+        rig.index.raise_round = slowly  # type: ignore[method-assign]
+        await rig.forgetter.step()
+        left = await rig.forgetter.scan(rig.nodes["a"])
+        assert left == raised + 2 * limits.COMMIT_WINDOW_S - rig.world.clock.monotonic()
 
     go(body)

@@ -15,7 +15,7 @@ from powermail.base.disk import File, SystemDisk
 from powermail.base.errors import IndexTrouble, NodeTrouble, NotRedundant, OperatorError
 from powermail.index.contract import Delivery, Fate, Outcome
 from powermail.keeper.rebuild import SUFFIXES
-from powermail.storage.contract import Mark, Origin
+from powermail.storage.contract import Mark, Origin, Position, Stamp
 from tests.index.support import inbox, key
 from tests.keeper.installation import Installation, numbers, shown
 
@@ -262,3 +262,22 @@ async def test_a_repaired_copy_without_a_row_is_mail_as_any_other(place: Install
     node.lose(delivery.key)
     await place.rebuild()
     assert await shown(place.index) == [1]
+
+
+async def test_a_log_ends_for_a_rebuild_behind_what_was_stamped_before_it_began(place: Installation) -> None:
+    """Laws 2, 7: the stamp that a process last heard of a node may be a ping old; one that is made now is named."""
+    await place.deliver(1)
+    node = place.nodes["a"]
+    now, known, fence, named = node.stamp, node.stamp(), node.fence, list[Stamp]()
+
+    async def fresh() -> Stamp | None:
+        return now()
+
+    async def naming(stamp: Stamp) -> Position:
+        named.append(stamp)
+        return await fence(stamp)
+
+    node.stamp, node.fresh_stamp, node.fence = lambda: known, fresh, naming  # type: ignore[method-assign]
+    between = now()
+    await place.rebuild()
+    assert between is not None and named and all(stamp.at > between.at for stamp in named)

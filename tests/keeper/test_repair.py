@@ -26,6 +26,23 @@ def test_a_thin_message_gets_a_copy_in_another_group() -> None:
     go(body)
 
 
+def test_a_spare_gets_copies_only_while_regular_groups_cannot() -> None:
+    async def body(rig: Rig) -> None:
+        rig.nodes["c"].priority = 9
+        first = await rig.deliver("a")
+        await rig.repairer.step()
+        assert await rig.believed(first) == ("a", "b")
+        rig.away("b")
+        await rig.watch()
+        await rig.repairer.step()  # it is missed from now on
+        await asyncio.sleep(301)
+        while await rig.repairer.step() == 0.0:
+            await asyncio.sleep(1)
+        assert await rig.believed(first) == ("a", "b", "c")
+
+    go(body)
+
+
 def test_64_unrepairable_messages_starve_nobody() -> None:
     async def body(rig: Rig) -> None:
         lost = [await rig.deliver("a") for _ in range(limits.REPAIR_BATCH)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ class Installation:
     async def serve(self, context: ssl.SSLContext | None = None, port: int = 0) -> NodeService:
         """Begins to serve."""
         context = context or self.authority.server(*uris(CLUSTER, "a", "node"))
-        self.service = NodeService(self.world, CLUSTER, {"a": self.node}, self.tasks, context, self.broken.append)
+        self.service = NodeService(self.world, CLUSTER, {"a": self.node}, self.tasks, lambda: context, self.broken.append)
         self.port = await self.service.listen("127.0.0.1", port)
         return self.service
 
@@ -163,3 +163,32 @@ async def until(true: Any) -> None:
     async with asyncio.timeout(SOON_S):
         while not true():
             await asyncio.sleep(0.005)
+
+
+async def liar(
+    there: Installation, answer: Callable[[str, int, asyncio.StreamWriter], bytes], pings: bool = False
+) -> asyncio.Server:
+    """A node with a good certificate that answers HELLO well, PING too but with `pings`, and everything else as it is told."""
+
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        frames = FrameReader()
+        try:
+            while octets := await reader.read(1 << 16):
+                for verb, _, number, _, _ in frames.feed(octets):
+                    name = BY_NUMBER[verb].name
+                    if name == "HELLO":
+                        stat = ["read-write", "", "inc", 1, 1, 1, 1, 1, 1, 0, 0, 0.0, 0.0]
+                        writer.write(
+                            frame("REPLY", number, [1, CLUSTER, "a", "inc", 0, 4 << 20, 1024]) + frame("STAT", 0, stat)
+                        )
+                    elif name == "PING" and not pings:
+                        writer.write(frame("REPLY", number, ["boot", 1.0]))
+                    else:
+                        writer.write(answer(name, number, writer))
+        except ConnectionError:
+            pass  # it was cut
+        writer.close()
+
+    server = await asyncio.start_server(speak, "127.0.0.1", 0, ssl=there.authority.server(*uris(CLUSTER, "a", "node")))
+    there.port = server.sockets[0].getsockname()[1]
+    return server

@@ -87,7 +87,9 @@ class Session:
                 self.end = event.why
             else:
                 self._answer(event)
-        self.out += self.machine.to_send()
+                if self.machine.large_octets:  # so that the order of answers is that of asks for every chunking
+                    self.out += self.machine.to_send(1 << 40)
+        self.out += self.machine.to_send(1 << 40)
 
     def _answer(self, ask: Ask) -> None:
         machine, name = self.machine, BY_NUMBER[ask.verb].name

@@ -131,10 +131,10 @@ _METAS: dict[str, list[Any]] = {
     "COMMIT": [KEY, 1, "boot", 1.0, 0, 0, []],
     "APPEND": [KEY, []],
     "CANCEL": [KEY],
-    "ABORT": [0.0, [], ["boot", 1.0]],
-    "DELETE": [0.0, []],
-    "DROP": [],
-    "DISCARD": [KEY, []],
+    "ABORT": [0.0, 0, ["boot", 1.0]],
+    "DELETE": [0.0, 0],
+    "DROP": [0],
+    "DISCARD": [KEY, 0],
     "READ_COMMIT": [KEY],
     "READ_CHUNK": [KEY, 0],
     "VERIFY": [KEY],
@@ -142,17 +142,21 @@ _METAS: dict[str, list[Any]] = {
     "REREAD": [0, 0, 0],
     "LIVE_KEYS": [b"", 10],
     "FENCE": ["boot", 1.0],
-    "PUT_CHECKPOINT": [KEY, 0, []],
+    "MARK": [0],
+    "PUT_CHECKPOINT": [KEY, 0, 0],
     "CHECKPOINTS": [b"", 10],
     "COMPACTABLE": [0, 0, 0.0],
-    "COMPACT": [0, 0, []],
+    "COMPACT": [0, 0, 0],
     "BLOCK": [True],
+    "SET_LAYOUT": [2, 1],
+    "EXPEL": [["front-1"]],
 }
 _ALLOWED = {
-    "front": "PING COMMIT APPEND CANCEL ABORT READ_COMMIT READ_CHUNK READ_SMALL HAS VERIFY MARK END PROBE OPEN",
+    "front": "PING COMMIT APPEND CANCEL ABORT READ_COMMIT READ_CHUNK READ_SMALL HAS VERIFY MARK END PROBE OPEN LAYOUT",
     "keeper": "PING COMMIT APPEND CANCEL DELETE DROP DISCARD READ_COMMIT READ_CHUNK READ_SMALL HAS VERIFY SCAN REREAD "
-    "LIVE_KEYS FENCE MARK END PROBE REBIRTH LIFT_BIRTH PUT_CHECKPOINT CHECKPOINTS COMPACTABLE COMPACT OPEN",
-    "operator": "PING MARK END PROBE OPEN INITIALISE BLOCK",
+    "LIVE_KEYS FENCE MARK END PROBE REBIRTH LIFT_BIRTH PUT_CHECKPOINT CHECKPOINTS COMPACTABLE COMPACT OPEN "
+    "LAYOUT SET_LAYOUT EXPEL",
+    "operator": "PING MARK END PROBE OPEN INITIALISE BLOCK LAYOUT SET_LAYOUT EXPEL",
 }
 
 
@@ -218,7 +222,7 @@ def test_more_operations_than_the_window_holds_end_the_connection() -> None:
     machine.welcome(asks[0].number, forms.Welcome(1, "ours", "a", "", 0, 4 << 20, 3))
     events: list[Any] = []
     for number in range(2, 8):
-        events += machine.receive(frame("PING", number))
+        events += machine.receive(frame("CANCEL", number, [KEY]))
     assert [type(event) for event in events] == [Ask, Ask, Ask, Stop] and events[-1].why == "credits"
 
 
@@ -230,7 +234,7 @@ def test_more_octets_than_the_window_holds_end_the_connection() -> None:
     events = list(machine.receive(octets))
     assert [type(event) for event in events] == [Ask], "one that is alone may be larger"
     assert machine.held_octets > 200_000
-    (stop,) = machine.receive(frame("PING", 3, []))
+    (stop,) = machine.receive(frame("CANCEL", 3, [KEY]))
     assert isinstance(stop, Stop) and stop.why == "credits"
     machine = NodeServer(ALL)
     asks = [event for event in machine.receive(frame("HELLO", 1, hello())) if isinstance(event, Ask)]
@@ -238,6 +242,69 @@ def test_more_octets_than_the_window_holds_end_the_connection() -> None:
     assert len(list(machine.receive(octets))) == 1
     machine.reply(2)
     assert machine.held_octets == 0 and len(list(machine.receive(frame("PING", 3)))) == 1, "an answer gives the room back"
+
+
+def test_a_ping_takes_nothing_of_the_windows() -> None:
+    """It is answered whatever else is open: an operation that fills the window, as many as there may be, or both."""
+    machine = NodeServer(ALL)
+    asks = [event for event in machine.receive(frame("HELLO", 1, hello())) if isinstance(event, Ask)]
+    machine.welcome(asks[0].number, forms.Welcome(1, "ours", "a", "", 0, 100_000, 2))
+    assert len(list(machine.receive(operation("APPEND", 2, [KEY, []], b"x" * 200_000)))) == 1
+    for number in (3, 4, 5):
+        (ping,) = machine.receive(frame("PING", number))
+        assert isinstance(ping, Ask)
+        machine.reply(number)
+    machine.reply(2)
+    assert [len(list(machine.receive(frame("CANCEL", number, [KEY])))) for number in (6, 7)] == [1, 1]
+    assert isinstance(next(machine.receive(frame("PING", 8))), Ask)
+    machine.reply(8)
+    (stop,) = machine.receive(frame("CANCEL", 9, [KEY]))
+    assert isinstance(stop, Stop)
+
+
+def test_what_is_short_goes_out_before_the_large_answers_that_wait() -> None:
+    """And of these only as much as is asked for, in whole pieces, every octet in the end."""
+    machine = opened().machine
+    for number in (2, 3, 4):
+        list(machine.receive(frame("READ_COMMIT", number, [KEY])))
+    body = random.Random(5).randbytes(300_000)
+    machine.reply(2, forms.NOTHING, body)
+    machine.reply(3, forms.NOTHING, body)
+    (ping,) = machine.receive(frame("PING", 5))
+    assert isinstance(ping, Ask)
+    machine.reply(5, forms.StampForm("boot", 1.5))
+    reader, first = FrameReader(), machine.to_send(0)
+    assert [one[2] for one in reader.feed(first)] == [5] and machine.large_octets > 600_000
+    some = reader.feed(machine.to_send(1))
+    assert [len(one[4]) for one in some] == [limits.NODE_PIECE_OCTETS], "a piece at a time"
+    machine.fail(4, Failure.COPY_MISSING, "no")
+    rest = reader.feed(machine.to_send(1 << 30))
+    assert rest[0][2] == 4 and machine.large_octets == 0 and machine.to_send() == b""
+    assert b"".join(one[4] for one in [*some, *rest[1:]]) == body + body
+    client = asking("PING", "READ_COMMIT", "READ_COMMIT")
+    whole = [b"".join(frame(one[0], one[2], one[3], one[4], one[1]) for one in [*some, *rest[1:]])]
+    assert [event.body for event in client.receive(whole[0]) if isinstance(event, Answer)] == [body, body]
+
+
+def test_nothing_waits_to_be_sent_to_who_broke_the_protocol() -> None:
+    machine = opened().machine
+    list(machine.receive(frame("READ_COMMIT", 2, [KEY])))
+    machine.reply(2, forms.NOTHING, bytes(300_000))
+    (stop,) = machine.receive(frame("PING", 2))
+    assert isinstance(stop, Stop) and [one[0] for one in said(machine.to_send(0))] == ["GOAWAY"]
+
+
+def test_a_refusal_for_an_old_fence_brings_the_layout_in_pieces() -> None:
+    layout = random.Random(9).randbytes(3 * limits.NODE_PIECE_OCTETS)
+    machine = NodeServer(ALL)
+    list(machine.receive(frame("HELLO", 1, hello())))
+    machine.refuse(1, "too old", 7, layout)
+    octets = machine.to_send(0)
+    client = asking("HELLO")
+    (event,) = client.receive(octets)
+    assert event == Failed(1, Failure.FENCED, "too old", None, 7, layout) and client.unanswered == 0
+    parts = asking("HELLO")
+    assert [one for at in range(0, len(octets), 777) for one in parts.receive(octets[at : at + 777])] == [event]
 
 
 def test_an_operation_that_never_ends_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +360,7 @@ def test_an_answer_is_of_the_form_that_its_verb_names() -> None:
     assert whole == [
         Answer(2, forms.StampForm("boot", 2.5), b""),
         Answer(1, forms.PositionForm(7, 9), b""),
-        Acks("i", [(3, 4, 5)]),
+        Acks("i", [(3, 4, 5)], [None]),
     ]
     assert client.unanswered == 0 and client.open_octets == 0
     client = asking("VERIFY", "PING", "COMMIT")
@@ -312,7 +379,7 @@ def test_a_definite_refusal_is_one_of_a_commit_only() -> None:
 
 
 def test_a_class_that_is_not_known_is_trouble() -> None:
-    (event,) = asking("COMMIT").receive(frame("ERROR", 1, [200, "of a later version", "more"]))
+    (event,) = asking("COMMIT").receive(frame("ERROR", 1, [200, "of a later version", 0, "more"]))
     assert event == Failed(1, Failure.TROUBLE, "of a later version")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,9 @@ from powermail.base.errors import CommitRefused, NodeTrouble
 from powermail.cluster.node_connection import Disconnected
 from powermail.cluster.remote import Bodies, RemoteNode
 from powermail.storage.contract import START, Chunk, Held, Mark, NodeState, Origin, Receipt
-from powermail.wire.node_frames import HEADER, FrameReader
+from powermail.wire.node_frames import HEADER
 from powermail.wire.node_server import ACK
-from powermail.wire.node_verbs import BY_NUMBER
-from tests.noded.certificates import uris
-from tests.noded.installation import CLUSTER, SOON_S, Installation, installation, until
+from tests.noded.installation import SOON_S, Installation, installation, liar, until
 from tests.noded.speaking import frame
 from tests.storage.support import key
 
@@ -114,16 +111,6 @@ async def test_pings_keep_the_stamp_young(there: Installation, monkeypatch: pyte
     await node.open()
     first = node.stamp()
     await until(lambda: node.stamp() != first)
-
-
-async def test_the_operators_switch_outlives_the_link(there: Installation, node: RemoteNode) -> None:
-    node.block(True)
-    assert node.state is NodeState.BLOCKED
-    await until(lambda: there.node.state is NodeState.BLOCKED)
-    node.cut()
-    there.node.block(False)
-    await until(lambda: there.node.state is NodeState.BLOCKED)
-    assert node.state is NodeState.BLOCKED
 
 
 # -- loss ----------------------------------------------------------------------------------------------------------
@@ -321,29 +308,6 @@ def test_a_body_for_several_nodes_is_made_and_summed_up_once() -> None:
 # -- nodes that lie ------------------------------------------------------------------------------------------------
 
 
-async def liar(there: Installation, answer: Callable[[str, int], bytes]) -> asyncio.Server:
-    """A node with a good certificate that answers HELLO and PING well, and everything else as it is told."""
-
-    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        frames = FrameReader()
-        while octets := await reader.read(1 << 16):
-            for verb, _, number, _, _ in frames.feed(octets):
-                name = BY_NUMBER[verb].name
-                if name == "HELLO":
-                    stat = ["read-write", "", "inc", 1, 1, 1, 1, 1, 1, 0, 0, 0.0, 0.0]
-                    writer.write(frame("REPLY", number, [1, CLUSTER, "a", "inc", 0, 4 << 20, 1024]) + frame("STAT", 0, stat))
-                elif name == "PING":
-                    writer.write(frame("REPLY", number, ["boot", 1.0]))
-                else:
-                    writer.write(answer(name, number))
-        writer.close()
-
-    context: ssl.SSLContext = there.authority.server(*uris(CLUSTER, "a", "node"))
-    server = await asyncio.start_server(speak, "127.0.0.1", 0, ssl=context)
-    there.port = server.sockets[0].getsockname()[1]
-    return server
-
-
 _Call = Callable[[RemoteNode], Awaitable[Any]]
 _HAS: _Call = lambda node: node.has([key(1), key(2)])  # noqa: E731
 LIES: dict[str, tuple[_Call, Callable[[str, int], bytes], bool]] = {
@@ -370,7 +334,7 @@ LIES: dict[str, tuple[_Call, Callable[[str, int], bytes], bool]] = {
 @pytest.mark.parametrize("lie", LIES)
 async def test_a_node_that_lies_is_trouble_and_no_more(there: Installation, lie: str) -> None:
     ask, answer, lost = LIES[lie]
-    server = await liar(there, answer)
+    server = await liar(there, lambda name, number, _: answer(name, number))
     node = there.remote()
     try:
         await node.open()

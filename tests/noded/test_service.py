@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from powermail.base import limits
@@ -18,7 +19,7 @@ from powermail.wire import node_forms as forms
 from powermail.wire.node_frames import HEADER
 from powermail.wire.node_verbs import Failure
 from tests.noded.certificates import uris
-from tests.noded.installation import CLUSTER, Installation, Raw, installation, until
+from tests.noded.installation import CLUSTER, SOON_S, Installation, Raw, installation, until
 from tests.noded.speaking import frame, hello, operation
 from tests.storage.support import key
 
@@ -41,7 +42,13 @@ def commit(number: int, which: int, stamp: Any, octets: bytes = b"octets", origi
 
 def abort(number: int, which: int, stamp: Any) -> bytes:
     """An ABORT of one key."""
-    return frame("ABORT", number, [0.0, [], list(stamp)], key(which))
+    return frame("ABORT", number, [0.0, 0, list(stamp)], key(which))
+
+
+def marking(number: int, *fields: Any) -> bytes:
+    """A MARK with these fields."""
+    octets = msgspec.msgpack.encode(fields)
+    return frame("MARK", number, [len(octets)], octets)
 
 
 async def held(there: Installation, *numbers: int) -> list[str]:
@@ -134,8 +141,9 @@ async def test_a_certificate_says_which_cluster_and_who(there: Installation) -> 
 async def test_who_was_expelled_is_cut_off_and_stays_out(there: Installation) -> None:
     raw = await there.welcomed("front-1")
     other = await there.welcomed("front-2")
-    there.service.expel("front-1")
-    assert await raw.end() == []
+    keeper = await there.welcomed("keeper-1", "keeper")
+    keeper.say(frame("EXPEL", 2, [["front-1"]]))
+    assert (await keeper.hear())[:2] == ("REPLY", 2) and await raw.end() == []
     again = await there.raw(there.client("front-1"))
     ((verb, _, (_, text), _),) = await again.end()
     assert verb == "GOAWAY" and "expelled" in text and there.refused("expelled") == 1
@@ -236,7 +244,7 @@ async def test_a_session_ends_those_of_its_own_certificate_and_instance_only(the
 async def test_what_an_older_session_waits_for_is_let_go(there: Installation) -> None:
     there.node.hold()
     old = await there.welcomed()
-    old.say(frame("MARK", 2, [0, {}, 0, 7, []]))
+    old.say(marking(2, 0, {}, 0, 7, []))
     await until(lambda: "put_mark" in there.node.calls)
     await there.welcomed(session=2)
     assert await old.end() == []
@@ -244,12 +252,16 @@ async def test_what_an_older_session_waits_for_is_let_go(there: Installation) ->
 
 async def test_who_goes_by_an_older_layout_is_refused_and_cut_off(there: Installation) -> None:
     raw = await there.welcomed(fence=3)
-    there.service.raise_fence(4)
-    assert await raw.end() == []
+    keeper = await there.welcomed("keeper-1", "keeper", fence=3)
+    keeper.say(frame("SET_LAYOUT", 2, [5, 4], b"layout 5"))
+    assert (await keeper.hear())[:3] == ("REPLY", 2, [5, 4]) and await raw.end() == []
     late = await there.raw()
-    assert (await late.hello(session=2, fence=3))[2][0] == Failure.REFUSED and there.refused("fence") == 1
+    _, _, (failure, text, version), layout = await late.hello(session=2, fence=3)
+    assert (failure, version, layout) == (Failure.FENCED, 5, b"layout 5") and "layout 3" in text and there.refused("fence") == 1
+    assert await late.end() == [], "it takes the layout and asks again"
     _, _, welcome, _ = await (await there.raw()).hello(session=3, fence=4)
     assert welcome[4] == 4
+    await stamped(keeper, 3)
 
 
 async def test_instances_are_forgotten_only_without_connections(there: Installation, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +344,7 @@ async def test_a_front_end_aborts_what_it_brought_and_nothing_else(there: Instal
     assert await held(there, 2, 3, 9) == ["live", "absent", "absent"] and there.refused("not_theirs") == 3
     mine.say(abort(6, 1, stamp))
     assert (await mine.hear())[2][0] == Failure.ROLE, "it was here before, whoever brings its key once more"
-    mine.say(frame("ABORT", 7, [0.0, [], []], key(2)))
+    mine.say(frame("ABORT", 7, [0.0, 0, []], key(2)))
     assert (await mine.hear())[2][0] == Failure.ROLE, "law 5: with the stamp of its delivery"
     mine.say(abort(8, 2, stamp), abort(9, 3, stamp))
     assert [(await mine.hear())[0] for _ in range(2)] == ["REPLY", "REPLY"]
@@ -358,13 +370,13 @@ async def test_claims_outlive_their_generation_and_no_longer(there: Installation
 
 async def test_a_front_end_raises_no_epoch_and_retires_nobody(there: Installation) -> None:
     raw, keeper = await there.welcomed(), await there.welcomed("keeper-1", "keeper")
-    raw.say(frame("MARK", 2, [1, {1: ["t", 5]}, 0, 9, ["gone"]]), frame("MARK", 3, [0, {}, 7, 0, []]))
+    raw.say(marking(2, 1, {1: ["t", 5]}, 0, 9, ["gone"]), marking(3, 0, {}, 7, 0, []))
     assert [(await raw.hear())[:2] for _ in range(2)] == [("REPLY", 2), ("ERROR", 3)]
     assert (await there.node.facts()).mark == Mark(1, {1: ("t", 5)}, 0, 9) and there.refused("epoch") == 1
-    keeper.say(frame("MARK", 2, [0, {}, 7, 0, ["gone"]]))
+    keeper.say(marking(2, 0, {}, 7, 0, ["gone"]))
     assert (await keeper.hear())[0] == "REPLY"
     operator = await there.welcomed("operator-1", "operator")
-    operator.say(frame("MARK", 2, [0, {}, 8, 0, []]), frame("MARK", 3, [0, {}, 7, 0, ["out"]]))
+    operator.say(marking(2, 0, {}, 8, 0, []), marking(3, 0, {}, 7, 0, ["out"]))
     assert await answered(operator, 2, 3) == {2: "ERROR", 3: "REPLY"}
     mark = (await there.node.facts()).mark
     assert (mark.epoch, mark.retired) == (7, ("gone", "out"))
@@ -442,7 +454,7 @@ async def test_a_peer_that_does_not_read_holds_up_itself_and_is_cut_off(there: I
     begun = len(there.node.calls) - before
     most = limits.NODE_ANSWERS_OCTETS_MAX // len(large) + limits.NODE_READS_AT_ONCE + 40  # and what the sockets hold
     assert begun < most
-    await swept(there, limits.NODE_WRITE_TIMEOUT_S + 1)
+    await swept(there, 1.0, limits.NODE_WRITE_TIMEOUT_S + 2)
     assert there.refused("not_reading") == 1
 
 
@@ -482,6 +494,19 @@ async def test_connections_and_handshakes_are_bounded(there: Installation, monke
     with pytest.raises((ConnectionError, ssl.SSLError)):
         await there.raw()
     assert there.refused("connections") == 2
+
+
+async def test_who_connects_and_says_nothing_keeps_nobody_out(there: Installation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger without a certificate: the oldest of those who have not said who they are makes room."""
+    monkeypatch.setattr(limits, "NODE_HANDSHAKES_MAX", 2)
+    idle = [await asyncio.open_connection("127.0.0.1", there.port) for _ in range(2)]
+    for session in (1, 2):
+        await there.welcomed(session=session)
+    assert there.refused("connections") == 1, "a handshake that is over takes no room"
+    async with asyncio.timeout(SOON_S):
+        assert await idle[0][0].read() == b""
+    for _, writer in idle:
+        writer.close()
 
 
 async def test_while_too_much_is_held_the_bulk_connections_wait(there: Installation, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -304,7 +304,8 @@ class RemoteRig:
 
     async def begin(self) -> RemoteRig:
         """Serves the node, and knows it from far."""
-        self.service = NodeService(self.world, CLUSTER, {"a": self.below.node}, self._tasks, self._serves, self.broken.append)
+        nodes = {"a": self.below.node}
+        self.service = NodeService(self.world, CLUSTER, nodes, self._tasks, lambda: self._serves, self.broken.append)
         port = await self.service.listen("127.0.0.1", 0)
         where = Where(CLUSTER, "127.0.0.1", port, lambda: self._asks)
         self.remote = RemoteNode(self.world, "a", "rack-a", 3, where)
@@ -407,7 +408,7 @@ class Persistent:
 
 
 _ASKED_AGAIN = frozenset(name for name, member in vars(StorageNode).items() if callable(member) and name[0] != "_") - {
-    "open", "initialise", "close", "block", "stat", "stamp",
+    "open", "initialise", "close", "block", "stat", "stamp", "stamp_age_s",
 } | {"hear"}  # fmt: skip
 
 

@@ -161,6 +161,17 @@ async def test_stamps_are_a_boot_and_the_nodes_own_clock(rig: Rig) -> None:
     assert after.boot == before.boot and after.at == pytest.approx(before.at + 5.0)
 
 
+async def test_a_fresh_stamp_was_made_after_it_was_asked_for(rig: Rig) -> None:
+    """Laws 9, 11: what is known without asking may be of before, and its age says how much."""
+    node, known = rig.node, await fresh(rig.node)
+    assert 0.0 <= node.stamp_age_s() < limits.STAMP_AGE_MAX_S
+    rig.ticks.now += 5.0
+    asked = await node.fresh_stamp()
+    assert asked is not None and asked.boot == known.boot and asked.at > known.at + 4.9
+    await node.fence(asked)
+    await refused(node, 1, known)
+
+
 async def test_a_commit_within_the_window_is_taken(rig: Rig) -> None:
     stamp = await fresh(rig.node)
     rig.ticks.now += limits.COMMIT_WINDOW_S - 0.1

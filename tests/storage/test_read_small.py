@@ -9,7 +9,7 @@ from powermail.base import limits
 from powermail.base.errors import CopyDamaged
 from powermail.sim.disk import SimDisk
 from powermail.storage.contract import COMPRESSED, Chunk
-from powermail.storage.frames import Inflater
+from powermail.storage.frames import Inflater, frame_octets
 from powermail.storage.log import record as rec
 from powermail.storage.log.store import Options, SegmentStore
 from powermail.storage.log.write import Operation
@@ -125,17 +125,18 @@ def test_a_frame_that_is_none_costs_its_message_and_no_other() -> None:
 
 def test_frames_are_taken_apart_together_as_one_by_one() -> None:
     inflater = Inflater()
-    unsized = zstandard.ZstdCompressor(write_content_size=False).compress(b"said nowhere how long")
+    rotten = compressed(b"rotten " * 50)
+    rotten = rotten[:-4] + bytes([rotten[-4] ^ 0xFF]) + rotten[-3:]
     for frames in (
         [],
+        [compressed(b"a" * 999)],
         [compressed(b"a" * 999)] * 3,
-        [compressed(b"one"), b"", compressed(b"two")],
-        [unsized, compressed(b"x")],
+        [compressed(b"one"), rotten, compressed(b"two")],
     ):
         alone: list[bytes | None] = []
         for frame in frames:
             try:
-                alone.append(inflater.octets(Chunk(0, COMPRESSED, frame, 0)))
+                alone.append(inflater.octets(Chunk(0, COMPRESSED, frame, frame_octets(frame))))
             except CopyDamaged:
                 alone.append(None)
         assert inflater.many(frames) == alone

@@ -42,7 +42,7 @@ class NodeServed:
         data.mkdir()
         (data / "powermail.toml").write_text(
             f'hostname = "node-{name}.example"\n[cluster]\ncopies_required = 1\nsegment_octets = {limits.MIB}\n'
-            f'[[cluster.nodes]]\nid = "{name}"\npath = "{disk}"\ngroup = "{NODES[name]}"\n'
+            f'[[cluster.nodes]]\nid = "{name}"\npath = "{disk}"\ngroup = "{NODES.get(name, f"rack-{name}")}"\n'
             f'[peers]\nlisten = ["127.0.0.1:{self.port}"]\ncertificate = "{certificate}"\nkey = "{key}"\n'
             f'authority = "{authority.path}"\n'
         )

@@ -41,8 +41,6 @@ KEPT = {
     "revision": "alembic reads it of a migration",
     "down_revision": "as `revision`",
     "needs_hello": "of the table of verbs, which docs/peer-protocol.md prints",
-    "raise_fence": "how a node hears of a newer layout; only tests tell it, until membership has commands",
-    "tables": "of a contract one of whose implementations has no use for it",
     "sim/loop.py": "an event loop of asyncio's, which calls and reads what is filled in there",
 }
 KEPT_OF_ROOMS = {

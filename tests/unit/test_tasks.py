@@ -6,10 +6,11 @@ import asyncio
 
 import pytest
 
+from powermail.base import limits
 from powermail.base.clock import SystemClock
 from powermail.base.errors import InvariantBroken, NodeTrouble
 from powermail.base.log import MemoryLog
-from powermail.base.tasks import Worker
+from powermail.base.tasks import Tasks, Worker
 
 
 class Job:
@@ -87,3 +88,25 @@ async def test_a_worker_in_trouble_slows_down() -> None:
     task.cancel()
     assert made.rests[:3] == [1.0, 2.0, 4.0]
     assert len([line for line in log.lines if "bug" in line]) == 1, "the same error is written once"
+
+
+async def test_a_task_that_loses_a_cancellation_does_not_hold_up_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a library does in which it waits: up to Python 3.11 `asyncio.wait_for` is one."""
+    monkeypatch.setattr(limits, "TASK_CANCEL_AGAIN_S", 0.01)
+    tasks, lost = Tasks(MemoryLog(), [].append), 0
+
+    async def deaf() -> None:
+        nonlocal lost
+        while True:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                lost += 1
+                if lost == 3:
+                    raise
+
+    tasks.start(deaf(), "deaf")
+    await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        await tasks.cancel()
+    assert lost == 3 and not tasks.count()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import glob
 import os
 import pwd
 import socket
@@ -24,6 +25,7 @@ from powermail.base.errors import NoSuch, OperatorError, PowerMailError, Trouble
 from powermail.base.tasks import report_bug
 
 NAME = "control.sock"
+PARTS = ("keeper.sock", "front*.sock")  # of an installation of several processes: the keeper answers first
 _SILENT_S = limits.OPERATOR_ANSWER_S + 0.5
 _CREDENTIALS = struct.Struct("3i")  # SO_PEERCRED: pid, uid, gid (unix(7))
 
@@ -92,6 +94,7 @@ class ControlServer:
         self._path = path
         self._operations = operations
         self._server: asyncio.Server | None = None
+        self._made = 0  # which file our socket is: a process that replaces this one makes another of the name
 
     async def start(self) -> None:
         """Listens. Raises OperatorError."""
@@ -104,12 +107,13 @@ class ControlServer:
             raise OperatorError(f"cannot listen on {self._path}: {error}") from error
         finally:
             os.umask(before)
+        self._made = os.stat(self._path).st_ino
 
     async def stop(self) -> None:
         """Stops listening."""
         if self._server is not None:
             self._server.close()
-            if os.path.exists(self._path):
+            if os.path.exists(self._path) and os.stat(self._path).st_ino == self._made:
                 os.unlink(self._path)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -153,6 +157,17 @@ class ControlServer:
             report_bug(self._operations.desk.world.log, error, f"operation {request.call}")
             return Answer(error=f"{request.call}: a fault of this program, the log says where: {error}", kind="trouble")
         return Answer(result=msgspec.Raw(msgspec.json.encode(result)))
+
+
+async def ask_any(data: str, call: str, arguments: Mapping[str, object], progress: Progress) -> bytes:
+    """Calls an operation of whichever process of this data directory answers. Raises as `ask_raw`."""
+    named = [path for name in PARTS for path in sorted(glob.glob(f"{glob.escape(data)}/{name}"))]
+    for path in (f"{data}/{NAME}", *named):
+        try:
+            return await ask_raw(path, call, arguments, progress)
+        except NotRunning:
+            continue
+    raise NotRunning
 
 
 async def ask_raw(path: str, call: str, arguments: Mapping[str, object], progress: Progress) -> bytes:

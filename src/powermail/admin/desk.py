@@ -14,13 +14,17 @@ from powermail.mail.address import AddressError, parse_canonical
 if TYPE_CHECKING:
     from powermail.base.settings import Settings
     from powermail.base.tasks import Worker
+    from powermail.base.tls import PeerCertificate
     from powermail.base.world import World
     from powermail.cluster.cluster import Cluster
     from powermail.directory.contract import Account, Writable
     from powermail.directory.resolve import Resolver
     from powermail.index.contract import Index
     from powermail.keeper.admission import Admission
+    from powermail.keeper.expelling import Expeller
+    from powermail.keeper.following import LayoutFollower
     from powermail.keeper.forget import Forgetter
+    from powermail.keeper.leases import Leases
     from powermail.keeper.owners import Owners
     from powermail.keeper.purges import Purges
     from powermail.keeper.repair import Repairer
@@ -39,6 +43,7 @@ class Desk:
     settings: Settings
     data: str
     cluster: Cluster
+    following: LayoutFollower
     index: Index
     directory: Writable
     owners: Owners
@@ -58,6 +63,10 @@ class Desk:
     reload: Callable[[], Awaitable[tuple[list[str], list[str]]]] | None = None  # (what changed, what needs a restart)
     copy_databases: Callable[[str], Awaitable[None]] | None = None  # into a directory, one consistent set
     outbound_troubles: Callable[[], list[str]] = list  # why mail does not leave
+    peer_certificate: PeerCertificate | None = None  # of this installation in its cluster
+    expeller: Expeller | None = None
+    leases: Leases | None = None  # where several processes keep one index
+    parts: tuple[str, ...] = ()  # those of this machine that ought to show themselves
 
     async def account(self, address: str) -> Account:
         """The row of an address. Raises OperatorError if it is none, NoSuch if there is no row."""

@@ -1,4 +1,4 @@
-"""Owns what an operator does with storage nodes."""
+"""Owns what an operator asks of storage nodes and their disks; who is a member is `admin.members`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Annotated
 from msgspec import Struct
 
 from powermail.admin.desk import Desk, bounded
-from powermail.admin.table import Names, Operation, Progress, Request, several, unseen, word, words, yes
+from powermail.admin.table import Operation, Progress, Request, unseen, word
 from powermail.base.clock import utc
-from powermail.base.errors import NoSuch, OperatorError, Trouble
+from powermail.base.errors import Trouble
 from powermail.index.contract import Damage
-from powermail.storage.contract import NodeState
 
 
 class NodeFacts(Struct):
@@ -63,7 +62,7 @@ async def listing(desk: Desk, request: Request, progress: Progress = unseen) -> 
                 node.id,
                 node.group,
                 node.priority,
-                stat.state,
+                desk.cluster.shown_state(node),
                 desk.cluster.is_slow(node.id),
                 stat.messages,
                 stat.log_octets,
@@ -79,6 +78,12 @@ async def listing(desk: Desk, request: Request, progress: Progress = unseen) -> 
                 _with_cure(stat.reason or desk.cluster.trouble(node.id)),
             )
         )
+    for row in desk.cluster.layout.members():
+        if row.id not in desk.cluster.nodes:
+            why = "it has no address: only the process that has its path in its settings reaches it"
+            rows.append(
+                NodeFacts(row.id, row.group, row.priority, "out of reach", False, 0, 0, 0, 0, 0, 0, 0, 0.0, None, 0, None, why)
+            )
     return rows
 
 
@@ -87,40 +92,6 @@ def _with_cure(reason: str) -> str:
     if "Permission denied" not in reason and "Operation not permitted" not in reason:
         return reason
     return f"{reason}; give all of it back to the owner of the data directory: `chown -R OWNER` and `chmod -R u+rwX`"
-
-
-class NodeBlock(Request):
-    """Which nodes."""
-
-    node: Annotated[Names, words("nodes, as `powermail node list` names them")]
-    blocked: bool = True
-
-
-class NodeNow(Struct):
-    """A node as it is now."""
-
-    id: str
-    state: str
-
-
-async def block(desk: Desk, request: NodeBlock, progress: Progress) -> list[NodeNow]:
-    """Stops or allows new mail on nodes, on all of them or none; it is remembered over restarts."""
-    targets = desk.nodes(several(request.node))
-    for target in targets:
-        await desk.index.set_node_flags(target.id, request.blocked, None)
-        target.block(request.blocked)
-    return [NodeNow(target.id, target.state.value) for target in targets]
-
-
-class SomeNodes(Request):
-    """Which nodes."""
-
-    node: Annotated[Names, words("nodes, as `powermail node list` names them")]
-
-
-async def unblock(desk: Desk, request: SomeNodes, progress: Progress) -> list[NodeNow]:
-    """Allows new mail on nodes again."""
-    return await block(desk, NodeBlock(request.node, False), progress)
 
 
 class OneNode(Request):
@@ -152,29 +123,6 @@ async def scrub(desk: Desk, request: OneNode, progress: Progress) -> Scrubbed:
             return Scrubbed(target.id, checked, bad)
 
 
-class NodeReplace(Request):
-    """Which node, and whether the place was looked at."""
-
-    node: Annotated[str, word("the node, as `powermail node list` names it")]
-    yes: Annotated[bool, yes("also if its place is not on a disk of its own any more")] = False
-
-
-async def replace(desk: Desk, request: NodeReplace, progress: Progress) -> NodeNow:
-    """Makes an empty directory (a new disk) this node's store; repair fills it."""
-    (target,) = desk.nodes([request.node])
-    if target.state not in (NodeState.MISSING, NodeState.OPENING):
-        raise OperatorError(f"node {target.id} is {target.state.value}: only a node whose disk is gone can be replaced")
-    why = await desk.unmounted(target.id)
-    if why and not request.yes:
-        raise OperatorError(
-            f"{why}: mount the new disk there first, then say this again; or --yes if it is to live there. Nothing was changed"
-        )
-    await target.initialise()
-    await desk.index.forget_damages(target.id)
-    await desk.cluster.watch(target)
-    return NodeNow(target.id, target.state.value)
-
-
 class Confirmed(Struct):
     """How many copies are let go of by it; 0: nothing waited."""
 
@@ -188,49 +136,9 @@ async def confirm(desk: Desk, request: OneNode, progress: Progress) -> Confirmed
     return Confirmed(target.id, desk.admission.confirm(target.id))
 
 
-class NodeExpel(Request):
-    """Which node, and whether really."""
-
-    node: Annotated[str, word("a node whose disk is gone, or that left the settings")]
-    confirm: Annotated[bool, yes("really expel it; without, only say what is at risk")] = False
-
-
-class Expelled(Struct):
-    """What is at risk without the node, and whether it was expelled. `missing_since` is UTC seconds, 0 while it is there."""
-
-    id: str
-    unreadable: int
-    not_redundant: int
-    missing_since: float
-    expelled: bool
-
-
-async def expel(desk: Desk, request: NodeExpel, progress: Progress) -> Expelled:
-    """Ends the membership of a node that will not come back: what it owes is forgotten, its disk never rejoins (law 9)."""
-    name = request.node
-    rows = {row.id: row for row in await desk.index.node_rows()}
-    if name not in rows:
-        raise NoSuch(f"no node {name!r} is a member; there are {', '.join(rows)}")
-    nodes = desk.cluster.nodes
-    if name in nodes and nodes[name].state not in (NodeState.MISSING, NodeState.OPENING):
-        raise OperatorError(f"node {name} is here; only a node whose disk is gone, or that left the settings, is expelled")
-    left = {other: group for other, group in desk.cluster.groups().items() if other != name}
-    lost = await desk.index.under_copied_total(left, 1)
-    thin = await desk.index.under_copied_total(left, desk.cluster.copies_required)
-    if request.confirm:
-        await desk.index.expel(name)
-    return Expelled(name, lost[0], thin[0], rows[name].missing_since, request.confirm)
-
-
 OPERATIONS = (
     Operation("node_list", "node list", Request, list[NodeFacts], listing, "all nodes"),
-    Operation("node_block", "node block", NodeBlock, list[NodeNow], block, "no new mail on a node", changes=True),
-    Operation("node_unblock", "node unblock", SomeNodes, list[NodeNow], unblock, "new mail again", changes=True),
     Operation("node_scrub", "node scrub", OneNode, Scrubbed, scrub, "read and check every copy of a node", long=True),
     Operation("node_verify", "node verify", OneNode, Scrubbed, scrub, "the same as scrub", long=True),
-    Operation("node_replace", "node replace", NodeReplace, NodeNow, replace, "make an empty disk this node's store",
-              changes=True, long=True),
     Operation("node_confirm", "node confirm", OneNode, Confirmed, confirm, "confirm a held mass deletion", changes=True),
-    Operation("node_expel", "node expel", NodeExpel, Expelled, expel, "end the membership of a node that will not come back",
-              changes=True, long=True),
-)  # fmt: skip
+)

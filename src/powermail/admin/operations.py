@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from powermail.admin import accounts, forwards, messages, nodes, owners, queue, system
+from powermail.admin import accounts, enrolment, forwards, members, messages, nodes, owners, queue, system
 from powermail.admin.desk import Desk
 from powermail.admin.table import Operation, Progress, Q, R, Request, unseen
 from powermail.base import limits
@@ -24,6 +24,8 @@ ROWS = (
     *owners.OPERATIONS,
     *forwards.OPERATIONS,
     *nodes.OPERATIONS,
+    *members.OPERATIONS,
+    *enrolment.OPERATIONS,
     *queue.OPERATIONS,
 )
 TABLE: dict[str, Operation[Request, object]] = {row.name: row for row in ROWS}  # type: ignore[misc]

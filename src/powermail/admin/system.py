@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
+from datetime import datetime
 from typing import Annotated, TypeVar
 
 from msgspec import Struct, field
 
-from powermail.admin import nodes
+from powermail.admin import enrolment, nodes
 from powermail.admin.desk import Desk, bounded
+from powermail.admin.members import MoveFacts, moves
 from powermail.admin.nodes import NodeFacts
 from powermail.admin.table import Operation, Progress, Request, place
 from powermail.base import limits
 from powermail.base.clock import utc
 from powermail.base.errors import OperatorError, Trouble
+from powermail.keeper.leases import seen
+from powermail.storage.layout import Standing
 
 T = TypeVar("T")
 _DAY_S = 86_400.0
@@ -37,6 +41,38 @@ class WorkerFacts(Struct):
     errors: int
 
 
+class ProcessFacts(Struct):
+    """One process of the cluster, on whatever machine. `since` is UTC; `silent_s` says when it was last heard."""
+
+    process: str
+    machine: str
+    pid: int
+    version: str
+    since: datetime
+    silent_s: float
+    here: bool  # it is the one that answers
+    died: str  # how the one before it ended, and how many did; "-": none
+
+
+class JobFacts(Struct):
+    """A background job that one process of all does at a time, and which; of a maildrop nothing is said here."""
+
+    job: str
+    process: str
+    machine: str
+    pid: int
+
+
+class MemberFacts(Struct):
+    """A node as the keepers of all machines have noted it. `missing_since` is UTC, None while it is there."""
+
+    id: str
+    compared: bool  # its present disk was compared with the index
+    owes_walk: bool
+    blocked: bool
+    missing_since: datetime | None
+
+
 class Status(Struct):
     """How it is. `degraded` names everything that wants an operator; empty: healthy. Of a stopped server little is known."""
 
@@ -51,6 +87,11 @@ class Status(Struct):
     connections: dict[str, int] = {}
     workers: list[WorkerFacts] = []
     counters: dict[str, int] = {}
+    certificate_days_left: float | None = None  # of this machine in its cluster
+    processes: list[ProcessFacts] = []
+    jobs: list[JobFacts] = []
+    members: list[MemberFacts] = []
+    moves: list[MoveFacts] = []
 
 
 async def status(desk: Desk, request: Request, progress: Progress) -> Status:
@@ -91,7 +132,10 @@ async def status(desk: Desk, request: Request, progress: Progress) -> Status:
         degraded.append(f"the directory is away, known recipients are taken: {desk.resolver.directory.trouble}")
     degraded += [f"worker {worker.name}: {worker.trouble}" for worker in desk.workers if worker.trouble]
     degraded += _without_route(desk, totals) + _certificate(desk) + desk.outbound_troubles()
+    degraded += await look(enrolment.troubles(desk), [])
     described = [worker.describe() for worker in desk.workers]
+    processes, jobs, members = await look(_of_all(desk), ([], [], []))
+    degraded += _keepers(desk, processes, jobs)
     return Status(
         running=desk.serving,
         degraded=degraded,
@@ -104,6 +148,52 @@ async def status(desk: Desk, request: Request, progress: Progress) -> Status:
         connections=desk.connections(),
         workers=[WorkerFacts(str(d["name"]), str(d["status"]), int(d["units"]), int(d["errors"])) for d in described],
         counters=desk.world.counters.snapshot(),
+        certificate_days_left=enrolment.days_left(desk),
+        processes=processes,
+        jobs=jobs,
+        members=members,
+        moves=[] if silent else await look(moves(desk, request), []),
+    )
+
+
+async def _of_all(desk: Desk) -> tuple[list[ProcessFacts], list[JobFacts], list[MemberFacts]]:
+    """What the processes of all machines show of themselves; nothing where one process does everything. Raises IndexTrouble."""
+    if desk.leases is None:
+        return [], [], []
+    own = desk.leases.process.tag
+    found = seen(await desk.index.leases())
+    processes = [
+        ProcessFacts(p.part, p.machine, p.pid, p.version, utc(p.since), round(silent_s, 1), p.tag == own, p.died)
+        for p, silent_s, _ in found
+    ]
+    jobs = [JobFacts(job, p.part, p.machine, p.pid) for p, _, jobs in found for job in jobs]
+    standing = desk.cluster.standing
+    members = [
+        MemberFacts(
+            row.id,
+            bool(row.boot),
+            row.owes_walk,
+            standing(row.id) is Standing.BLOCKED,
+            utc(row.missing_since) if row.missing_since else None,
+        )
+        for row in await desk.index.node_rows()
+    ]
+    return processes, sorted(jobs, key=lambda one: one.job), members
+
+
+def _keepers(desk: Desk, processes: Sequence[ProcessFacts], jobs: Sequence[JobFacts]) -> list[str]:
+    """Processes that fell silent, and that nobody keeps."""
+    if desk.leases is None or not processes:
+        return []
+    silent = [
+        f"process {one.process} on {one.machine} (pid {one.pid}) has shown nothing for {one.silent_s:.0f} s"
+        for one in processes
+        if one.silent_s >= limits.PROCESS_LEASE_S
+    ]
+    here = {one.process for one in processes if one.machine == desk.leases.process.machine}
+    silent += [f"process {part} of this machine is not there: the log says why" for part in desk.parts if part not in here]
+    return (
+        silent if jobs else [*silent, "no keeper runs: nothing is repaired, deleted or checked; see `powermail serve --roles`"]
     )
 
 

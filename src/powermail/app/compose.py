@@ -1,7 +1,8 @@
 """Owns how the rooms are put together into one running PowerMail, the same for real machines and the simulator.
 
-A process is a core and roles on top of it: a front end, a keeper, the operator's desk. What is opened is closed in the opposite
-order by one exit stack, however far the start came.
+A process is a core and roles on top of it: a front end, a keeper, the operator's desk. It has both where it is alone, one of
+them where several processes share an index (`app.roles`). What is opened is closed in the opposite order by one exit stack,
+however far the start came.
 """
 
 from __future__ import annotations
@@ -11,27 +12,37 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 
 from powermail.admin.desk import Desk
+from powermail.admin.enrolment import own_id
 from powermail.admin.operations import Operations
 from powermail.admin.table import Progress
-from powermail.app.core import Core, MakeKeys, make_nodes, open_core
+from powermail.app.authority import make_renewer, open_authority
+from powermail.app.core import Core, MakeKeys, make_nodes, open_core, take_lock
 from powermail.app.front import Front, make_front, open_doors
+from powermail.app.indexes import refuse_moved
 from powermail.app.keeping import Keeping, make_keeping
-from powermail.app.places import Places
+from powermail.app.places import Places, secret_files
+from powermail.app.roles import ALONE, Duties
 from powermail.app.setup import cluster_of_nodes
 from powermail.base import limits
 from powermail.base.clock import utc
 from powermail.base.errors import OperatorError, Trouble
 from powermail.base.log import Event
 from powermail.base.settings import Settings, inside
+from powermail.base.sharing import SharedNetwork
 from powermail.base.tasks import Tasks
 from powermail.base.world import World
 from powermail.directory.sqlite import SqliteDirectory
 from powermail.door.life import Life
 from powermail.index.sqlite import SqliteIndex, cluster_of
+from powermail.keeper.entering import Awaiting
+from powermail.keeper.leases import Leases, Process, Step
 from powermail.keeper.rebuild import Rebuilder, Rebuilt
+from powermail.storage.contract import StorageNode
+from powermail.storage.layout import Standing
 from powermail.storage.log.keys import SqliteKeyIndex
 
 Reload = Callable[[], Awaitable[tuple[list[str], list[str]]]]
+_LOOK_S = 0.1
 
 
 class PowerMail:
@@ -50,8 +61,12 @@ class PowerMail:
         broken: Callable[[BaseException], None],
         make_keys: MakeKeys = SqliteKeyIndex,
         tls: bool = True,
+        duties: Duties = ALONE,
     ) -> None:
         """`broken` is called when a storage invariant broke: the process must stop."""
+        self.duties = duties
+        self.leases: Leases | None = None  # where others keep the same index
+        self._awaiting: Awaiting | None = None  # where a keeper must enter what logs hold
         self.world = world
         self.settings = settings
         self.data = data
@@ -75,29 +90,104 @@ class PowerMail:
 
     async def start(self, doors: bool = True, workers: bool = True) -> None:
         """Opens everything. Raises OperatorError; then `stop` clears away what was opened."""
-        if not self.settings.cluster.nodes:
-            raise OperatorError("no [[cluster.nodes]] are configured; `powermail init` makes three")
-        self._take_lock()
+        if not self.duties.shared:  # else the parent of all has it
+            self._take_lock()
         self._check_secrets()
         core = self.core = self._opened = await open_core(self._stack, self.world, self.settings, self.data, self._make_keys)
+        if not core.cluster.nodes and core.certificate is None:  # else they join, and no mail is taken before
+            raise OperatorError("no [[cluster.nodes]] are configured, and the layout has none; `powermail init` makes three")
         # A command that opens an installation for one call says soon what it has; a server waits for what it will serve with.
         wait_s = limits.NODE_OPEN_WAIT_S if doors or workers else limits.OPERATOR_NODE_S
-        await core.cluster.start(core.admission.admit, wait_s)
+        if self.duties.shared:
+            self.leases = Leases(self.world, core.index, self._process())
+            if not core.reads_logs:
+                self._awaiting = Awaiting(self.world, core.cluster, core.index, core.epochs, self.leases)
+        await core.cluster.start(self._admit, wait_s)
         self.keeping = make_keeping(self._stack, core)
-        self.front = make_front(self._stack, core, self._promises, self._sessions, self._outgoing)
+        self.front = make_front(self._stack, core, self._promises, self._sessions, self._outgoing, self.leases)
         self.operations = await self._operations(doors)
         await self._catch_up()
         if doors:
             await self._refuse_dropped()
-        more: dict[str, Callable[[], Awaitable[float]]] = {"outbound": self.front.outbound.step, "deadlines": self.front.sweep}
+        steps = self._steps() | await self._certificate_steps(doors)
         if doors and self.settings.metrics.listen:
-            more["metrics"] = await self._watch()
+            steps["metrics"] = await self._watch()
         self.serving = True
         if workers:
-            self.keeping.start(self._jobs, self._broken, more)
+            kept = {name: step for name, step in steps.items() if name not in self._steps()}
+            self.keeping.start(self._jobs, self._broken, steps)
+            core.cluster.when_changed.append(lambda: self._follow(kept))
+            self._follow(kept)  # what came since the jobs were listed
         if doors:
-            await open_doors(self._stack, core, self.front, self._use_tls)
+            if self.duties.front:
+                if self.leases is not None:
+                    await self._able()
+                await open_doors(self._stack, core, self.front, self._use_tls)
             self.life.open = True
+
+    async def _able(self) -> None:
+        """Waits until mail is taken and read here: another front end may end as soon as this one is ready. Not for long, as
+        nobody waits for the sick (law 14).
+        """
+        core, now = self.core, self.world.clock.monotonic
+        ends_at = now() + limits.NODE_OPEN_WAIT_S
+        while now() < ends_at and not (core.cluster.takes_mail() and (core.index.catching_up or not core.index.unsettled)):
+            await asyncio.sleep(_LOOK_S)
+
+    def _follow(self, kept: dict[str, Step]) -> None:
+        """Nodes came or went: their jobs come and go with them."""
+        if self.serving:
+            self.keeping.start(self._jobs, self._broken, self._steps() | kept)
+
+    def _process(self) -> Process:
+        duties, world, certificate = self.duties, self.world, self.core.certificate
+        tag = world.entropy.octets(8).hex()
+        machine = (
+            own_id(certificate) if certificate is not None else ""
+        ) or duties.machine  # its name in the cluster, if it has one
+        return Process(duties.part, machine, duties.pid, duties.version, world.clock.now(), tag, duties.died)
+
+    async def _admit(self, node: StorageNode) -> None:
+        leases = self.leases
+        if leases is None:
+            return await self.core.admission.admit(node)
+
+        async def may_take_in() -> bool:
+            return self.duties.keeper and await leases.take(f"admission {node.id}")
+
+        return await self.core.admission.admit_known(node, may_take_in)
+
+    def _steps(self) -> dict[str, Step]:
+        """What works in the background of this process."""
+        front: dict[str, Step] = {"outbound": self.front.outbound.step, "deadlines": self.front.sweep}
+        if self.leases is None:
+            return {**self.keeping.jobs(), **front}
+        steps = self.keeping.own_jobs(self.leases, self._awaiting)
+        if self.duties.keeper:
+            steps |= self.keeping.leased_jobs(self.leases)
+        if self.duties.front:
+            steps |= front
+            if self.front.exclusive is not None:
+                steps["maildrops"] = self.front.exclusive.step
+            if self.front.tallying is not None:
+                steps["tallies"] = self.front.tallying.step
+            if isinstance(self.world.net, SharedNetwork):
+                steps["share"] = self.world.net.step
+        return steps
+
+    async def _certificate_steps(self, doors: bool) -> dict[str, Step]:
+        """What keeps this process's certificate, and gives others theirs where one process does everything."""
+        core, registrar = self.core, None
+        steps: dict[str, Step] = {}
+        if core.certificate is None:
+            return steps
+        if doors and self.settings.peers.authority_listen and not self.duties.shared:
+            registrar, service = await open_authority(
+                self._stack, self.world, self.settings, self.data, core.index, core.certificate, self._broken
+            )
+            steps["authority"] = service.step
+        steps["certificate"] = make_renewer(self._stack, self.world, self.settings, core.certificate, registrar).step
+        return steps
 
     async def _watch(self) -> Callable[[], Awaitable[float]]:
         """Opens the listener of monitoring, which says from now on that mail is not taken yet; its worker."""
@@ -132,6 +222,7 @@ class PowerMail:
                 settings=self.settings,
                 data=self.data,
                 cluster=core.cluster,
+                following=core.following,
                 index=core.index,
                 directory=core.directory,
                 owners=core.owners,
@@ -151,6 +242,10 @@ class PowerMail:
                 reload=self.reload,
                 copy_databases=self._copy_databases,
                 outbound_troubles=front.outbound.troubles,
+                peer_certificate=core.certificate,
+                expeller=keeping.expeller,
+                leases=self.leases,
+                parts=self.duties.parts,
             )
         )
 
@@ -159,20 +254,23 @@ class PowerMail:
             self.world.log.event(Event.TROUBLE, worker="start", error=str(error))
 
     async def _copy_databases(self, path: str) -> None:
-        """The index first: what the directory knows more than it is an account without mail, never mail without its account."""
-        if not isinstance(self.core.index, SqliteIndex):
-            raise OperatorError("the index is in a database, which has backups of its own; mail lies on the nodes")
-        await self.core.index.copy_to(f"{path}/index.db")
-        if isinstance(self.core.directory, SqliteDirectory):  # a database of its own has backups of its own
+        """The index first: what the directory knows more than it is an account without mail, never mail without its account.
+        What is in a database of its own has backups of its own.
+        """
+        if isinstance(self.core.index, SqliteIndex):
+            await self.core.index.copy_to(f"{path}/index.db")
+        if isinstance(self.core.directory, SqliteDirectory):
             await self.core.directory.copy_to(f"{path}/directory.db")
 
     async def _refuse_dropped(self) -> None:
         """A member that left the settings may hold the only copies. Raises OperatorError with their number."""
         index, cluster = self.core.index, self.core.cluster
         members = {row.id: row.group or row.id for row in await index.node_rows()}
-        dropped = [name for name in members if name not in cluster.nodes]
+        expelled = {row.id for row in cluster.layout.rows if row.state is Standing.EXPELLED}  # known again to an older index
+        dropped = [name for name in members if name not in cluster.nodes and name not in expelled]
         if not dropped:
             return
+        members = {name: group for name, group in members.items() if name not in expelled}
         here = {name: group for name, group in members.items() if name not in dropped}
         lost = (await index.under_copied_total(here, 1))[0] - (await index.under_copied_total(members, 1))[0]
         if lost > 0:
@@ -182,32 +280,25 @@ class PowerMail:
             )
 
     def _take_lock(self) -> None:
-        try:
-            lock = self.world.disk.lock(f"{self.data}/lock")
-        except BlockingIOError as error:
-            raise OperatorError(f"another process serves {self.data}") from error
-        except OSError as error:
-            raise OperatorError(f"cannot write in {self.data}: {error.strerror}") from error
-        self._stack.callback(lock.release)
+        self._stack.callback(take_lock(self.world, self.data).release)
 
     def _check_secrets(self) -> None:
         """Files that only we may read (X07)."""
-        out = self.settings.outbound
-        names = [f"{self.data}/srs.keys"]
-        secret = self.settings.directory.database_password_file
-        names += [inside(self.data, name) for name in (out.smarthost_password_file, out.smarthost_token_file, secret)]
-        if self._use_tls:
-            names.append(inside(self.data, self.settings.tls.key))
-        if any(node.address for node in self.settings.cluster.nodes):
-            names.append(inside(self.data, self.settings.peers.key))
-        for name in names:
-            if not name.endswith("/") and self.world.disk.exists(name) and self.world.disk.mode(name) & 0o007:
+        peers = any(node.address for node in self.settings.cluster.nodes)
+        for name in secret_files(self.settings, self.data, peers, self._use_tls):
+            if self.world.disk.exists(name) and self.world.disk.mode(name) & 0o007:
                 raise OperatorError(f"{name} holds a secret and everybody may read it; run `chmod o-rwx {name}`")
 
     async def _catch_up(self) -> None:
         """At the start, so that all that is durable is listed, before anybody is let in; nobody waits for the sick (law 14)."""
         core = self.core
-        for step in (core.epochs.step, core.reconciler.settle, core.epochs.step):
+        settle = core.reconciler.settle
+        steps: tuple[Callable[[], Awaitable[object]], ...] = (core.epochs.step, settle, core.epochs.step)
+        if self._awaiting is not None:
+            steps = (self._awaiting.start,)
+        elif self.leases is not None:  # an epoch is a keeper's job
+            steps = (settle, core.epochs.step_here)
+        for step in steps:
             try:
                 await step()
             except Trouble as error:
@@ -221,9 +312,17 @@ class PowerMail:
 
         One that is there and cannot be used is set aside; a good one only with `replace`.
         """
-        if self.settings.index.database:
-            raise OperatorError("only an index in a file can be made anew; unset index.database")
         path = inside(self.data, self.settings.index.path)
+
+        async def read(to: str) -> Rebuilt:
+            return await self._read_nodes(to, progress, without)
+
+        if self.settings.index.database:
+            from powermail.app.rebuilding import into_database
+
+            self._take_lock()
+            return await into_database(self.world, self.settings, self.data, read, progress, replace)
+        refuse_moved(self.world, path)
         self._take_lock()
         if self.world.disk.exists(path):
             if cluster_of(path) and not replace:
@@ -237,6 +336,10 @@ class PowerMail:
             for suffix in ("", "-wal", "-shm"):
                 if self.world.disk.exists(f"{path}{suffix}"):
                     self.world.disk.rename(f"{path}{suffix}", f"{aside}{suffix}")
+        return await read(path)
+
+    async def _read_nodes(self, path: str, progress: Progress, without: Sequence[str]) -> Rebuilt:
+        """A new index at `path`, from all nodes, also those of other machines."""
         cluster = cluster_of_nodes(self.world, self.settings, self.data)
         nodes = make_nodes(self.world, self.settings, self.data, cluster, self._make_keys)
         for node in nodes:
@@ -256,6 +359,13 @@ class PowerMail:
             self.life.draining = True
             self.front.refuse()
 
+    async def leave(self) -> None:
+        """Takes no new connection, as others of this machine do; its clients may end what they are at. `stop` follows."""
+        self.front.close_listeners()
+        if isinstance(self.world.net, SharedNetwork):
+            await self.world.net.taken()
+        await self._sessions.wait(limits.WORKER_LEAVE_S)
+
     async def stop(self, drain_s: float = limits.DRAIN_TIMEOUT_S) -> None:
         """Drains: refuses the new, finishes what was promised, closes. Idempotent."""
         self.refuse()
@@ -272,8 +382,11 @@ class PowerMail:
         """So that the next start finds nothing to do: all entered, marks on the nodes, the slot stopped (law 10)."""
         core = self.core
         try:
-            await core.reconciler.settle()
-            await self.keeping.collect_all()
+            if self.leases is None:
+                await core.reconciler.settle()
+                await self.keeping.collect_all()
+            else:
+                await self.leases.stop()  # the others go on
             await core.index.rest()
             await core.marker.put_all()
         except Trouble as error:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 from powermail.app.directories import make_directory
 from powermail.app.indexes import make_index
 from powermail.base import limits
+from powermail.base.disk import Lock
 from powermail.base.errors import OperatorError
+from powermail.base.log import Event
 from powermail.base.net import parse_host_port
 from powermail.base.settings import Settings, inside
-from powermail.base.tls import peer_context
+from powermail.base.tls import PeerCertificate
 from powermail.base.world import World
-from powermail.cluster.cluster import Cluster
+from powermail.cluster.cluster import Cluster, Make
 from powermail.cluster.fetch import Fetcher
 from powermail.cluster.node_link import Where
 from powermail.cluster.remote import Bodies, RemoteNode
@@ -25,14 +27,18 @@ from powermail.index.sqlite import SqliteIndex
 from powermail.keeper.admission import Admission
 from powermail.keeper.checkpoint import heads
 from powermail.keeper.epochs import EpochKeeper, Marker
+from powermail.keeper.following import LayoutFollower, told
 from powermail.keeper.owners import Owners
 from powermail.keeper.reconcile import Reconciler
 from powermail.message.opener import Opener
 from powermail.storage.contract import StorageNode
+from powermail.storage.layout import LAYOUT_NAME, LayoutChange, LayoutRow, parse_layout
 from powermail.storage.log.keys import KeyIndex
 from powermail.storage.log.segments import OPEN_MAX_DEFAULT
 from powermail.storage.log.store import Options
 from powermail.storage.node import LocalNode
+from powermail.wire.node_identity import parse_names
+from powermail.wire.node_verbs import Role
 
 MakeKeys = Callable[[str, bytes], KeyIndex]
 
@@ -52,12 +58,22 @@ class Core:
     directory: Backend
     owners: Owners
     cluster: Cluster
+    following: LayoutFollower
     fetcher: Fetcher
     opener: Opener
     epochs: EpochKeeper
     marker: Marker
     admission: Admission
     reconciler: Reconciler
+    certificate: PeerCertificate | None  # what is shown to other machines, if this is of a cluster
+
+    @property
+    def reads_logs(self) -> bool:
+        """True if this process may read nodes' logs: they are here, or its certificate is a keeper's."""
+        if self.certificate is None:
+            return True
+        names = parse_names([("URI", uri) for uri in self.certificate.facts.uris])
+        return any(name.cluster == self.index.cluster and name.role is Role.KEEPER for name in names)
 
     def abandon(self) -> None:
         """Lets go of all files as they are: the process was killed (simulator)."""
@@ -68,30 +84,127 @@ class Core:
                 node.abandon()
 
 
-def make_nodes(world: World, settings: Settings, data: str, cluster: str, make_keys: MakeKeys) -> list[StorageNode]:
-    """The nodes of the settings, not opened yet. Raises OperatorError."""
+def take_lock(world: World, data: str) -> Lock:
+    """That no other installation serves this data directory. Raises OperatorError."""
+    try:
+        return world.disk.lock(f"{data}/lock")
+    except BlockingIOError as error:
+        raise OperatorError(f"another process serves {data}") from error
+    except OSError as error:
+        raise OperatorError(f"cannot write in {data}: {error.strerror}") from error
+
+
+def make_nodes(
+    world: World,
+    settings: Settings,
+    data: str,
+    cluster: str,
+    make_keys: MakeKeys,
+    certificate: PeerCertificate | None = None,
+) -> list[StorageNode]:
+    """The nodes of the settings and of the last layout that was kept here, not opened yet; `certificate` is shown to those of
+    other machines. Raises OperatorError.
+    """
+    make = node_maker(world, settings, data, cluster, make_keys, certificate)
+    rows = {node.id: LayoutRow(node.id, node.group, node.address, priority=node.priority) for node in settings.cluster.nodes}
+    path = f"{data}/{LAYOUT_NAME}"
+    if world.disk.exists(path):
+        try:
+            layout = parse_layout(world.disk.read_file(path), cluster)
+            rows = {row.id: row for row in layout.members()} | {  # not what was expelled, though the settings name it still
+                name: row for name, row in rows.items() if all(name != known.id for known in layout.rows)
+            }
+        except (OSError, ValueError) as error:
+            world.log.event(Event.TROUBLE, worker="layout", error=f"{path}: {error}")
+    return [node for row in rows.values() if (node := make(row)) is not None]
+
+
+def node_maker(
+    world: World,
+    settings: Settings,
+    data: str,
+    cluster: str,
+    make_keys: MakeKeys,
+    certificate: PeerCertificate | None,
+    outdated: Callable[[int, bytes], None] | None = None,
+) -> Make:
+    """Makes the nodes that a layout names: here, if the settings have their path; else over the network, by their address.
+
+    `outdated` hears of a newer layout from nodes that refuse this process for its old one.
+    """
     bodies = Bodies()
-    nodes: list[StorageNode] = list(make_local_nodes(world, settings, data, cluster, make_keys))
-    for node in settings.cluster.nodes:
-        if node.address:
-            context = peers_context(settings, data, server_side=False)
-            where = Where(cluster, *parse_host_port(node.address), lambda context=context: context)  # type: ignore[misc]
-            nodes.append(RemoteNode(world, node.id, node.group, node.priority, where, bodies))
-    return sorted(nodes, key=lambda node: [each.id for each in settings.cluster.nodes].index(node.id))
+    here = {node.id for node in settings.cluster.nodes if node.path}
+
+    def make(row: LayoutRow) -> StorageNode | None:
+        if row.id in here:
+            local = make_local_nodes(world, settings, data, cluster, make_keys, row.id)[0]
+            local.group, local.priority = row.group, row.priority
+            return local
+        if not row.address:
+            return None
+        try:
+            where = Where(cluster, *parse_host_port(row.address), shown, told=outdated)
+        except OperatorError as error:
+            world.log.event(Event.TROUBLE, node=row.id, error=str(error))
+            return None
+        return RemoteNode(world, row.id, row.group, row.priority, where, bodies)
+
+    def shown() -> ssl.SSLContext:
+        nonlocal certificate
+        certificate = certificate or peer_certificate(world, settings, data)
+        return certificate.client()
+
+    return make
 
 
-def peers_context(settings: Settings, data: str, server_side: bool) -> ssl.SSLContext:
+def told_by(settings: Settings) -> list[LayoutChange]:
+    """What the settings say of nodes, for the layout."""
+    return [
+        LayoutChange(
+            node.id,
+            node.group,
+            node.address or None,
+            priority=node.priority,
+            told=told(node.group, node.priority, node.address),
+        )
+        for node in settings.cluster.nodes
+    ]
+
+
+SRS_KEYS = "srs.keys"  # in the data directory; the same on all front ends
+
+
+def srs_keys(world: World, data: str) -> bytes:
+    """The keys of rewritten senders: the first line signs, all verify; made at the first start."""
+    path = f"{data}/{SRS_KEYS}"
+    if not world.disk.exists(path):
+        world.disk.replace_file(path, world.entropy.octets(16).hex().encode() + b"\n")
+    return world.disk.read_file(path)
+
+
+def peer_certificate(world: World, settings: Settings, data: str) -> PeerCertificate:
     """How this process shows itself to others of the cluster. Raises OperatorError."""
     peers = settings.peers
-    paths = [inside(data, name) for name in (peers.certificate, peers.key, peers.authority)]
-    try:
-        return peer_context(server_side, *paths)
-    except (OSError, ssl.SSLError) as error:
-        raise OperatorError(f"cannot use {', '.join(paths)} between machines: {error}") from error
+    certificate, key, authority = (inside(data, name) for name in (peers.certificate, peers.key, peers.authority))
+    if world.disk.exists(key) and world.disk.mode(key) & 0o007:  # X07
+        raise OperatorError(f"{key} holds a secret and everybody may read it; run `chmod o-rwx {key}`")
+    return PeerCertificate((certificate, key, authority), world.disk, world.log)
 
 
-def make_local_nodes(world: World, settings: Settings, data: str, cluster: str, make_keys: MakeKeys) -> list[LocalNode]:
-    """Those that are served in this process."""
+def own_certificate(world: World, settings: Settings, data: str) -> PeerCertificate | None:
+    """The same if this installation is of a cluster: it speaks to nodes of other machines, or has a certificate to renew.
+
+    Raises OperatorError.
+    """
+    wanted = any(node.address for node in settings.cluster.nodes) or bool(settings.peers.authority_listen)
+    there = world.disk.exists(inside(data, settings.peers.certificate))
+    return peer_certificate(world, settings, data) if wanted or there else None
+
+
+def make_local_nodes(
+    world: World, settings: Settings, data: str, cluster: str, make_keys: MakeKeys, only: str = ""
+) -> list[LocalNode]:
+    """Those that are served in this process, all or one."""
     configured = [node for node in settings.cluster.nodes if node.path]
     if not configured:
         return []
@@ -100,6 +213,7 @@ def make_local_nodes(world: World, settings: Settings, data: str, cluster: str, 
     return [
         LocalNode(world, cluster, node.id, inside(data, node.path).rstrip("/"), node.group, node.priority, options, make_keys)
         for node in configured
+        if only in ("", node.id)
     ]
 
 
@@ -114,9 +228,18 @@ async def open_core(stack: AsyncExitStack, world: World, settings: Settings, dat
     directory = make_directory(world, settings, data, index.owners)
     stack.push_async_callback(directory.close)
     await directory.open(make=False)
-    nodes = make_nodes(world, settings, data, index.cluster, make_keys)
-    cluster = Cluster(world, nodes, settings.cluster.copies_required, settings.cluster.policy)
+    certificate = own_certificate(world, settings, data)
+
+    def outdated(version: int, octets: bytes) -> None:
+        following.learn(version, octets)
+
+    make = node_maker(world, settings, data, index.cluster, make_keys, certificate, outdated)
+    wanted = settings.cluster
+    cluster = Cluster(world, [], wanted.copies_required, wanted.policy, make, wanted.reserve_octets)
     stack.push_async_callback(cluster.close)
+    following = LayoutFollower(world, cluster, index, f"{data}/{LAYOUT_NAME}")
+    stack.callback(following.close)
+    await following.start(told_by(settings))
     fetcher = Fetcher(world, cluster, index.note_bad)
     epochs = EpochKeeper(world, cluster, index, heads)
     return Core(
@@ -127,10 +250,12 @@ async def open_core(stack: AsyncExitStack, world: World, settings: Settings, dat
         directory=directory,
         owners=Owners(world, directory, index),
         cluster=cluster,
+        following=following,
         fetcher=fetcher,
         opener=Opener(index, fetcher),
         epochs=epochs,
         marker=Marker(world, cluster, index),
         admission=Admission(world, cluster, index, epochs),
         reconciler=Reconciler(world, cluster, index, epochs),
+        certificate=certificate,
     )

@@ -26,7 +26,7 @@ def make_directory(world: World, settings: Settings, data: str, last_known: Last
     if not chosen.find:
         from powermail.directory.accounts import SqlDirectory
 
-        return SqlDirectory(world, chosen.backend, _address(world, settings, data), chosen.connections)
+        return SqlDirectory(world, chosen.backend, address_of(world, settings, data), chosen.connections)
     from powermail.directory.file import SqliteFile
     from powermail.directory.foreign import ForeignDirectory, Texts
     from powermail.directory.server import Server
@@ -34,11 +34,12 @@ def make_directory(world: World, settings: Settings, data: str, last_known: Last
     texts = Texts(chosen.find, chosen.serves, chosen.identify, chosen.listing)
     if chosen.backend == "sqlite":
         return ForeignDirectory(world, SqliteFile(world, inside(data, chosen.path)), texts, last_known)
-    server = Server(world, chosen.backend, _address(world, settings, data), chosen.connections, read_only=True)
+    server = Server(world, chosen.backend, address_of(world, settings, data), chosen.connections, read_only=True)
     return ForeignDirectory(world, server, texts, last_known)
 
 
-def _address(world: World, settings: Settings, data: str) -> Address:
+def address_of(world: World, settings: Settings, data: str) -> Address:
+    """Where the directory's database is. Raises OperatorError."""
     from powermail.directory.database import parse
 
     chosen = settings.directory
@@ -69,7 +70,7 @@ async def initialise_directory(world: World, settings: Settings, data: str) -> l
         )
     from powermail.directory.accounts import SqlDirectory
 
-    directory = SqlDirectory(world, chosen.backend, _address(world, settings, data), 1)
+    directory = SqlDirectory(world, chosen.backend, address_of(world, settings, data), 1)
     try:
         return await directory.initialise()
     finally:

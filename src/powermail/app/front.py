@@ -6,7 +6,9 @@ import ssl
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
-from powermail.app.core import Core
+from powermail.app.core import Core, srs_keys
+from powermail.app.roles import listening
+from powermail.app.tallies import Tallying
 from powermail.base import limits
 from powermail.base.command import output_of
 from powermail.base.errors import OperatorError
@@ -14,6 +16,7 @@ from powermail.base.lane import Lane
 from powermail.base.log import Event
 from powermail.base.net import Listener, parse_host_port
 from powermail.base.settings import Settings, inside
+from powermail.base.sharing import SharedNetwork
 from powermail.base.tasks import Tasks
 from powermail.base.tls import Certificates, client_context
 from powermail.base.world import World
@@ -24,7 +27,9 @@ from powermail.directory.authenticate import Authenticator
 from powermail.directory.resolve import DirectoryCache, Resolver
 from powermail.door.clients import Networks
 from powermail.door.connection import Door
+from powermail.keeper.leases import Leases
 from powermail.mail.address import AddressError, load_idna, parse
+from powermail.mailbox.exclusive import Exclusive
 from powermail.mailbox.maildrop import Maildrops
 from powermail.outbound.bounce import Bouncer
 from powermail.outbound.routing import Login, Route, Smarthost
@@ -53,12 +58,19 @@ class Front:
     listening: dict[str, int] = field(default_factory=dict)
     certificates: Certificates | None = None
     certificates_lane: Lane | None = None
+    exclusive: Exclusive | None = None  # maildrops, where other processes serve them too
+    process: str = ""  # among several: a word that no other has
+    tallying: Tallying | None = None  # counts behind limits, shared with the others
 
-    def refuse(self) -> None:
-        """From now on nobody new comes in, and sessions are told to go."""
+    def close_listeners(self) -> None:
+        """From now on nobody new comes in."""
         for listener in self.listeners:
             listener.close()
         self.listeners.clear()
+
+    def refuse(self) -> None:
+        """From now on nobody new comes in, and sessions are told to go."""
+        self.close_listeners()
         for door in self.doors:
             door.drain()
 
@@ -70,6 +82,10 @@ class Front:
             await self.certificates_lane.run(self.certificates.reload)
         return 1.0
 
+    def open_connections(self) -> int:
+        """How many clients there are at all doors."""
+        return sum(door.connections for door in self.doors)
+
     def certificate_ends(self) -> float | None:
         """When the certificate ends, in UTC; None without one."""
         return self.certificates.ends_at if self.certificates is not None else None
@@ -79,8 +95,12 @@ class Front:
         return {door.name: door.connections for door in (*self.doors, *self.watched_by)}
 
 
-def make_front(stack: AsyncExitStack, core: Core, tasks: Tasks, sessions: Tasks, outgoing: Tasks) -> Front:
-    """Composes a front end without doors. `tasks` finish what was promised; clients have `sessions`, next hops `outgoing`."""
+def make_front(
+    stack: AsyncExitStack, core: Core, tasks: Tasks, sessions: Tasks, outgoing: Tasks, leases: Leases | None = None
+) -> Front:
+    """Composes a front end without doors. `tasks` finish what was promised; clients have `sessions`, next hops `outgoing`.
+    `leases` where other processes share the index.
+    """
     world, settings = core.world, core.settings
     cache = DirectoryCache(core.owners, world.clock, world.counters, settings.directory.cache_ttl_s, settings.directory.stale_s)
     try:
@@ -93,7 +113,7 @@ def make_front(stack: AsyncExitStack, core: Core, tasks: Tasks, sessions: Tasks,
     authenticator = Authenticator(world, resolver, writable, settings.directory.upgrade_passwords, trusted.__contains__)
     stack.callback(authenticator.close)
     srs_domain = settings.outbound.srs_domain or settings.hostname
-    rewriter = Rewriter(srs_domain, _srs_keys(world, core.data), core.index.find_return)
+    rewriter = Rewriter(srs_domain, srs_keys(world, core.data).split(), core.index.find_return)
     delivery = DeliveryService(
         world,
         core.cluster,
@@ -112,15 +132,13 @@ def make_front(stack: AsyncExitStack, core: Core, tasks: Tasks, sessions: Tasks,
     router = Smarthost(_route(world, settings, core.data))
     outbound = Outbound(world, core.index, core.opener, bouncer, settings.outbound, settings.hostname, router, outgoing)
     stack.push_async_callback(outbound.stop)
-    return Front(resolver, authenticator, delivery, rewriter, outbound, sessions)
-
-
-def _srs_keys(world: World, data: str) -> list[bytes]:
-    """The first line of `srs.keys` signs, all verify; made at the first start."""
-    path = f"{data}/srs.keys"
-    if not world.disk.exists(path):
-        world.disk.replace_file(path, world.entropy.octets(16).hex().encode() + b"\n")
-    return [line for line in world.disk.read_file(path).split() if line]
+    front = Front(resolver, authenticator, delivery, rewriter, outbound, sessions)
+    if leases is not None:
+        front.exclusive = Exclusive(core.index, world.clock, tasks, leases.process.owner)
+        front.process = f"{leases.process.tag[:4]}."
+        front.tallying = Tallying(core.index)
+        front.tallying.share(*authenticator.tallies)
+    return front
 
 
 def _route(world: World, settings: Settings, data: str) -> Route | None:
@@ -183,7 +201,9 @@ def _make_doors(core: Core, front: Front, tls: ssl.SSLContext | None) -> tuple[d
         bool(settings.outbound.smarthost),
         trusted,
     )
-    maildrops = Maildrops(core.index, core.opener, front.sessions)
+    if front.tallying is not None:
+        front.tallying.share(smtp.rate.hour)
+    maildrops = Maildrops(core.index, core.opener, front.sessions, front.exclusive)
     pop = PopService(
         world, settings.pop, settings.hostname, maildrops, front.authenticator, tls, settings.directory.apop, trusted
     )
@@ -198,6 +218,7 @@ def _make_doors(core: Core, front: Front, tls: ssl.SSLContext | None) -> tuple[d
             refuse_smtp,
             smtp_max,
             settings.smtp.connections_per_address_max,
+            front.process,
         )
 
     pop_door = Door(
@@ -208,6 +229,7 @@ def _make_doors(core: Core, front: Front, tls: ssl.SSLContext | None) -> tuple[d
         refuse_pop,
         pop_max,
         settings.pop.connections_per_address_max,
+        front.process,
     )
     return {kind: smtp_door(kind) for kind in (Kind.SMTP, Kind.SUBMISSION, Kind.LMTP)}, pop_door
 
@@ -226,25 +248,27 @@ async def open_doors(stack: AsyncExitStack, core: Core, front: Front, use_tls: b
     load_idna()
     doors, pop_door = _make_doors(core, front, tls)
     front.doors = [*doors.values(), pop_door]
+    if isinstance(world.net, SharedNetwork):
+        world.net.counts(front.open_connections)
     submission = doors[Kind.SUBMISSION]
     proxied = {submission: bool(settings.smtp.proxy_from), pop_door: bool(settings.pop.proxy_from)}
-    plan: list[tuple[str, list[str], Door, bool]] = [
-        ("smtp", settings.smtp.listen, doors[Kind.SMTP], False),
-        ("submission", settings.smtp.submission, submission, False),
-        ("submissions", settings.smtp.submissions, submission, True),
-        ("lmtp", settings.smtp.lmtp, doors[Kind.LMTP], False),
-        ("pop3", settings.pop.listen, pop_door, False),
-        ("pop3s", settings.pop.listen_tls, pop_door, True),
-    ]
-    for name, addresses, door, implicit in plan:
+    plan: dict[str, tuple[Door, bool]] = {
+        "smtp": (doors[Kind.SMTP], False),
+        "submission": (submission, False),
+        "submissions": (submission, True),
+        "lmtp": (doors[Kind.LMTP], False),
+        "pop3": (pop_door, False),
+        "pop3s": (pop_door, True),
+    }
+    for name, address in listening(settings):
+        door, implicit = plan[name]
         if implicit and tls is None:
             continue
-        for address in addresses:
-            host, port = parse_host_port(address)
-            if implicit and tls is not None and proxied[door]:  # a PROXY header may stand before the handshake
-                listener = await world.net.listen(host, port, door.with_tls(tls))
-            else:
-                listener = await world.net.listen(host, port, door, tls if implicit else None)
-            front.listeners.append(listener)
-            front.listening.setdefault(name, listener.port)
-            world.log.event(Event.LISTENING, door=name, address=f"{host}:{listener.port}")
+        host, port = parse_host_port(address)
+        if implicit and tls is not None and proxied[door]:  # a PROXY header may stand before the handshake
+            listener = await world.net.listen(host, port, door.with_tls(tls))
+        else:
+            listener = await world.net.listen(host, port, door, tls if implicit else None)
+        front.listeners.append(listener)
+        front.listening.setdefault(name, listener.port)
+        world.log.event(Event.LISTENING, door=name, address=f"{host}:{listener.port}")

@@ -15,12 +15,30 @@ if TYPE_CHECKING:
 
 
 def make_index(world: World, settings: Settings, data: str) -> SqliteIndex | PostgresIndex:
-    """The index of the settings, not opened yet."""
+    """The index of the settings, not opened yet. Raises OperatorError."""
     if settings.index.database:
         from powermail.index.postgres import PostgresIndex
 
         return PostgresIndex(world, settings.index.database)
-    return SqliteIndex(world, inside(data, settings.index.path))
+    path = inside(data, settings.index.path)
+    refuse_moved(world, path)
+    return SqliteIndex(world, path)
+
+
+def note_of(path: str) -> str:
+    """The file that says where the index with this path was moved to."""
+    return f"{path}.moved"
+
+
+def refuse_moved(world: World, path: str) -> None:
+    """Two indexes of one history would give one number twice. Raises OperatorError if the one there was moved, also if an older
+    backup of it was put back.
+    """
+    if world.disk.exists(note_of(path)):
+        said = world.disk.read_file(note_of(path)).decode(errors="replace").strip()
+        raise OperatorError(
+            f"the index {path} was {said}: set index.database to it. If that database is lost for good, remove {note_of(path)}"
+        )
 
 
 async def migrate_index(world: World, settings: Settings, data: str) -> None:
@@ -62,4 +80,4 @@ async def _refuse_used(world: World, path: str) -> None:
     finally:
         await file.close()
     if totals["mailboxes"] or totals["messages"] or totals["queue"]:
-        raise OperatorError(f"the index {path} shows mail already: an installation in use cannot be moved to a database yet")
+        raise OperatorError(f"the index {path} shows mail already: `powermail index move --to` takes it along")

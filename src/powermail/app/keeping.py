@@ -15,14 +15,21 @@ from powermail.base.tasks import Tasks, Worker
 from powermail.keeper.checkpoint import Checkpointer
 from powermail.keeper.collect import Collector
 from powermail.keeper.compact import Compactor
+from powermail.keeper.drain import Drainer
+from powermail.keeper.entering import Awaiting, Entering
 from powermail.keeper.epochs import Marker
+from powermail.keeper.expelling import Expeller
 from powermail.keeper.forget import Forgetter
+from powermail.keeper.leases import Leases, Step
 from powermail.keeper.purges import Purges
+from powermail.keeper.rebalance import Rebalancer
 from powermail.keeper.repair import Repairer
 from powermail.keeper.scrub import Scrubber
 from powermail.storage.contract import StorageNode
 
 _DAY_S = 86_400.0
+# What every process does for itself: its own view of nodes, its own marks, its own memory. All else is leased.
+_OWN = ("health", "marks", "owners", "purges", "layout")
 
 
 @dataclass
@@ -38,18 +45,27 @@ class Keeping:
     scrubber: Scrubber
     checkpointer: Checkpointer
     purges: Purges
+    drainer: Drainer
+    rebalancer: Rebalancer
+    expeller: Expeller
     workers: list[Worker] = field(default_factory=list)
+    _running: dict[str, tuple[Worker, asyncio.Task[None]]] = field(default_factory=dict)
 
-    def jobs(self) -> dict[str, Callable[[], Awaitable[float]]]:
+    def jobs(self) -> dict[str, Step]:
         """Every job by its name: those of one node carry its name."""
         core = self.core
-        steps: dict[str, Callable[[], Awaitable[float]]] = {
+        steps: dict[str, Step] = {
             "epochs": core.epochs.step,
             "repair": self.repairer.step,
             "checkpoint": self.checkpointer.step,
             "forget": self.forgetter.step,
             "owners": core.owners.step,
             "purges": self.purges.step,
+            "layout": core.following.step,
+            "expelled": self.expeller.step,
+            "spread": core.following.spread,
+            "drain": self.drainer.step,
+            "rebalance": self.rebalancer.step,
         }
         of_nodes: dict[str, Callable[[StorageNode], Awaitable[float]]] = {
             "health": core.cluster.watch,
@@ -63,18 +79,55 @@ class Keeping:
         }
         for name, step in of_nodes.items():
             for node in core.cluster.nodes.values():
-                steps[f"{name} {node.id}"] = _bound(step, node)
+                steps[f"{name} {node.id}"] = self._bound(step, node)
         return steps
 
-    def start(
-        self, tasks: Tasks, broken: Callable[[BaseException], None], more: dict[str, Callable[[], Awaitable[float]]]
-    ) -> None:
-        """Starts every job, and `more`, as workers owned by `tasks`."""
+    def _bound(self, step: Callable[[StorageNode], Awaitable[float]], node: StorageNode) -> Step:
+        """A step on whatever serves a node by then: one that has another address was made anew."""
+        return lambda: step(self.core.cluster.nodes.get(node.id, node))
+
+    def own_jobs(self, leases: Leases, awaiting: Awaiting | None) -> dict[str, Step]:
+        """What each of several processes does for itself, a front end too; `awaiting` where it may not read logs."""
+        core = self.core
+        steps = {name: step for name, step in self.jobs().items() if name.split(" ")[0] in _OWN}
+        steps["settle"] = awaiting.step if awaiting is not None else core.epochs.step_here
+        for node in core.cluster.nodes.values():
+            steps[f"settle {node.id}"] = self._bound(awaiting.look if awaiting is not None else self._settle, node)
+        steps["leases"], steps["process"] = leases.renew, leases.show
+        return steps
+
+    def leased_jobs(self, leases: Leases) -> dict[str, Step]:
+        """What one keeper of all does at a time. The scans of a round go with its rows."""
+        steps = {
+            name: leases.leased("forget" if name.startswith("scan ") else name, step)
+            for name, step in self.jobs().items()
+            if name.split(" ")[0] not in _OWN
+        }
+        steps["clear"] = leases.leased("clear", leases.clear)
+        steps["enter"] = leases.leased("enter", Entering(self.core.cluster, self.core.index, self.core.reconciler, leases).step)
+        return steps
+
+    async def _settle(self, node: StorageNode) -> float:
+        """Readers of this process wait until it has seen the logs entered to their ends: it does not wait for a keeper's turn.
+        Two that enter the same batch do not both: compare-and-set (law 6).
+        """
+        index = self.core.index
+        if not index.unsettled or index.catching_up or not index.numbering:
+            return 1.0
+        return await self.core.reconciler.step(node)
+
+    def start(self, tasks: Tasks, broken: Callable[[BaseException], None], steps: dict[str, Step]) -> None:
+        """Starts each of these as a worker owned by `tasks`, if it does not work yet; ends those that are not among them."""
         world = self.core.world
-        for name, step in {**self.jobs(), **more}.items():
-            worker = Worker(name, step, world.clock, world.log, broken)
-            self.workers.append(worker)
-            tasks.start(worker.run(), f"worker {name}")
+        for name in [name for name in self._running if name not in steps]:
+            worker, task = self._running.pop(name)
+            task.cancel()
+            self.workers.remove(worker)
+        for name, step in steps.items():
+            if name not in self._running:
+                worker = Worker(name, step, world.clock, world.log, broken)
+                self.workers.append(worker)
+                self._running[name] = worker, tasks.start(worker.run(), f"worker {name}")
 
     async def collect_all(self) -> None:
         """A bounded part of what waits to be deleted, on every node at once; nobody waits for a sick one (law 14)."""
@@ -94,10 +147,6 @@ class Keeping:
         while await self.checkpointer.write_due(now):
             pass
         await self.checkpointer.write_queue()
-
-
-def _bound(step: Callable[[StorageNode], Awaitable[float]], node: StorageNode) -> Callable[[], Awaitable[float]]:
-    return lambda: step(node)
 
 
 def make_keeping(stack: AsyncExitStack, core: Core) -> Keeping:
@@ -120,4 +169,7 @@ def make_keeping(stack: AsyncExitStack, core: Core) -> Keeping:
         scrubber,
         checkpointer,
         purges,
+        Drainer(world, cluster, index, core.reconciler, core.following),
+        Rebalancer(world, cluster, index, core.fetcher),
+        Expeller(cluster, index),
     )

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 
-from powermail.app.core import MakeKeys, make_local_nodes, peers_context
+from powermail.app.authority import make_renewer
+from powermail.app.core import MakeKeys, make_local_nodes, peer_certificate, take_lock
 from powermail.app.setup import cluster_of_nodes
+from powermail.authority.renewing import NAME
 from powermail.base import limits
-from powermail.base.errors import OperatorError
 from powermail.base.net import parse_host_port
-from powermail.base.settings import Settings, inside
+from powermail.base.settings import Settings
 from powermail.base.tasks import Tasks, Worker
 from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
+from powermail.noded.obeyed import Obeyed
 from powermail.noded.service import NodeService
 from powermail.storage.contract import StorageNode
 from powermail.storage.log.keys import SqliteKeyIndex
@@ -29,8 +31,10 @@ class NodeProcess:
         data: str,
         broken: Callable[[BaseException], None],
         make_keys: MakeKeys = SqliteKeyIndex,
+        lock: bool = True,
     ) -> None:
-        """`broken` is called when a storage invariant broke: the process must stop."""
+        """`broken` is called when a storage invariant broke: the process must stop. `lock`: no parent has the directory's."""
+        self._lock = lock
         self._world = world
         self._settings = settings
         self._data = data
@@ -43,27 +47,23 @@ class NodeProcess:
     async def start(self) -> None:
         """Opens the nodes and listens. Raises OperatorError; then `stop` clears away what was opened."""
         world, settings, data = self._world, self._settings, self._data
-        try:
-            lock = world.disk.lock(f"{data}/lock")
-        except BlockingIOError as error:
-            raise OperatorError(f"another process serves {data}") from error
-        except OSError as error:
-            raise OperatorError(f"cannot write in {data}: {error.strerror}") from error
-        self._stack.callback(lock.release)
-        key = inside(data, settings.peers.key)
-        if world.disk.exists(key) and world.disk.mode(key) & 0o007:  # X07
-            raise OperatorError(f"{key} holds a secret and everybody may read it; run `chmod o-rwx {key}`")
+        if self._lock:
+            self._stack.callback(take_lock(world, data).release)
         cluster_id = cluster_of_nodes(world, settings, data)
         nodes = make_local_nodes(world, settings, data, cluster_id, self._make_keys)
         cluster = Cluster(world, nodes, 1, settings.cluster.policy)
         self._stack.push_async_callback(cluster.close)
-        context = peers_context(settings, data, server_side=True)
+        certificate = peer_certificate(world, settings, data)
         await cluster.start(_admitted)
         for node in nodes:
             worker = Worker(f"health {node.id}", _bound(cluster.watch, node), world.clock, world.log, self._broken)
             self._tasks.start(worker.run(), worker.name)
+        obeyed = Obeyed(world, f"{data}/obeyed")
         served: dict[str, StorageNode] = {node.id: node for node in nodes}
-        self._service = NodeService(world, cluster_id, served, self._tasks, context, self._broken)
+        self._service = NodeService(world, cluster_id, served, self._tasks, certificate.server, self._broken, obeyed)
+        renewer = make_renewer(self._stack, world, settings, certificate)
+        renewing = Worker(NAME, renewer.step, world.clock, world.log, self._broken)
+        self._tasks.start(renewing.run(), renewing.name)
         for address in settings.peers.listen:
             await self._service.listen(*parse_host_port(address))
 

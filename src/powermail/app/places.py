@@ -1,4 +1,4 @@
-"""Owns what is remembered of where nodes lie: whether on a disk of their own.
+"""Owns what is remembered of where nodes lie: whether on a disk of their own; and which files hold secrets.
 
 Danger: when the disk of a node is not mounted, its place is an empty directory of another disk. A node made anew there would
 fill the wrong disk, and be gone with the next mount.
@@ -10,9 +10,19 @@ from collections.abc import Sequence
 
 import msgspec
 
+from powermail.base.settings import Settings, inside
 from powermail.base.world import World
 
 _NAME = "places.json"
+
+
+def secret_files(settings: Settings, data: str, peers: bool, tls: bool = True) -> list[str]:
+    """Files that only who serves may read (X07); `peers`: it speaks to other machines."""
+    out, directory = settings.outbound, settings.directory
+    names = ["srs.keys", out.smarthost_password_file, out.smarthost_token_file, directory.database_password_file]
+    names += [settings.tls.key] if tls else []
+    names += [settings.peers.key] if peers else []
+    return [inside(data, name) for name in names if name]
 
 
 class Places:

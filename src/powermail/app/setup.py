@@ -9,16 +9,18 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from powermail.base.certificates import facts_of
 from powermail.base.clock import utc
 from powermail.base.errors import OperatorError
-from powermail.base.settings import SETTINGS_NAME, Settings, load
+from powermail.base.settings import SETTINGS_NAME, Settings, inside, load
 from powermail.base.tls import make_self_signed
 from powermail.base.world import World
 from powermail.directory import password as pw
 from powermail.directory.contract import Account
 from powermail.directory.sqlite import SqliteDirectory
-from powermail.index.sqlite import SqliteIndex
+from powermail.index.sqlite import SqliteIndex, cluster_of
 from powermail.storage.identity import make_store
+from powermail.wire.node_identity import parse_names
 
 
 class NodePlace(NamedTuple):
@@ -29,7 +31,7 @@ class NodePlace(NamedTuple):
     group: str
 
 
-_THREE = (NodePlace("a", "nodes/a", "rack-a"), NodePlace("b", "nodes/b", "rack-b"), NodePlace("c", "nodes/c", "rack-c"))
+THREE = (NodePlace("a", "nodes/a", "rack-a"), NodePlace("b", "nodes/b", "rack-b"), NodePlace("c", "nodes/c", "rack-c"))
 
 
 class FirstMailbox(NamedTuple):
@@ -49,12 +51,12 @@ def parse_place(text: str) -> NodePlace:
 
 
 def copies_of(places: Sequence[NodePlace]) -> int:
-    """Two copies where there are two groups."""
-    return min(2, len({place.group for place in places}))
+    """Two copies where there are two groups, or where nodes are still to come."""
+    return min(2, len({place.group for place in places})) or 2
 
 
-def settings_text(hostname: str, places: Sequence[NodePlace] = _THREE) -> str:
-    """The settings of a new installation: by default three nodes in three groups, two copies of each message."""
+def settings_text(hostname: str, places: Sequence[NodePlace] = THREE) -> str:
+    """The settings of a new installation: by default three nodes in three groups; two copies of each message."""
     copies = copies_of(places)
     lines = [
         "# PowerMail settings. Every key with its default and meaning: docs/settings.md",
@@ -68,16 +70,16 @@ def settings_text(hostname: str, places: Sequence[NodePlace] = _THREE) -> str:
     return "\n".join(lines) + "\n"
 
 
-async def initialise(world: World, data: str, hostname: str, places: Sequence[NodePlace] = ()) -> FirstMailbox:
+async def initialise(world: World, data: str, hostname: str, places: Sequence[NodePlace] = THREE) -> FirstMailbox:
     """Makes the data directory beside its final name, then renames it; one that exists and is empty is filled.
 
-    Nothing stays of one that could not be made. Raises OperatorError.
+    Without places it is the first machine of a cluster whose nodes are on others. Nothing stays of one that could not be made.
+    Raises OperatorError.
     """
     data = data.rstrip("/")
     there = os.path.isdir(data)
     if there and [name for name in os.listdir(data) if name != "lost+found"]:
         raise OperatorError(f"{data} exists and is not empty; nothing was changed")
-    places = places or _THREE
     load(settings_text(hostname, places), {}, (), "init")
     building = f"{data}/.new" if there else f"{data}.new"
     elsewhere: list[str] = []  # stores made outside, to be taken away again if something fails
@@ -140,14 +142,31 @@ async def make_index(world: World, path: str, cluster: str) -> None:
 
 
 def cluster_of_nodes(world: World, settings: Settings, data: str) -> str:
-    """The cluster that the nodes of the settings belong to, as their identities say. Raises OperatorError."""
+    """The cluster that the nodes of the settings belong to, as their identities say, or the certificate that is shown to other
+    machines; before there is either, the index in a file. Raises OperatorError.
+    """
     for node in settings.cluster.nodes:
         if node.address:
             continue
         path = node.path if node.path.startswith("/") else f"{data}/{node.path}"
         if world.disk.exists(f"{path}/identity"):
             return str(msgspec.json.decode(world.disk.read_file(f"{path}/identity"), type=dict[str, Any])["cluster"])
-    raise OperatorError("no node has an identity: are the disks mounted?")
+    certificate = inside(data, settings.peers.certificate)
+    if world.disk.exists(certificate):  # also where the disks of all nodes are new
+        try:
+            uris = facts_of(world.disk.read_file(certificate)).uris
+        except ValueError as error:
+            raise OperatorError(f"{certificate} cannot be read: {error}") from error
+        for name in parse_names(("URI", uri) for uri in uris):
+            return name.cluster
+    if settings.cluster.nodes:
+        raise OperatorError("no node has an identity: are the disks mounted?")
+    if not settings.index.database and (found := cluster_of(inside(data, settings.index.path))):
+        return found
+    raise OperatorError(
+        "there are no nodes here, and nothing else that says of which cluster this is: `powermail cluster init` comes before "
+        "`powermail index move`"
+    )
 
 
 def shared_disks(world: World, paths: dict[str, str]) -> list[list[str]]:

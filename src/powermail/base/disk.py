@@ -171,6 +171,10 @@ class SystemLock:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
 
+    def fileno(self) -> int:
+        """Its descriptor: a child that inherits it holds the lock too, for as long as it lives."""
+        return self._descriptor
+
     def release(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
@@ -215,15 +219,15 @@ class SystemDisk:
 
     def replace_file(self, path: str, octets: bytes, mode: int = 0o600) -> None:
         temporary = f"{path}.new"
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        descriptor = _open_alone(temporary, mode)
         try:
             view = memoryview(octets)
             while view:
                 view = view[os.write(descriptor, view) :]
             os.fsync(descriptor)
+            os.rename(temporary, path)
         finally:
             os.close(descriptor)
-        os.rename(temporary, path)
         self.sync_directory(os.path.dirname(path))
 
     def rename(self, old: str, new: str) -> None:
@@ -259,3 +263,21 @@ class SystemDisk:
             os.close(descriptor)
             raise
         return SystemLock(descriptor)
+
+
+def _open_alone(path: str, mode: int) -> int:
+    """A file to be written anew and renamed, which no other process writes meanwhile: several share a data directory."""
+    while True:
+        # no link is followed: root may write in the directory of another user
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # for as long as another takes to write a small file
+            if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
+                os.ftruncate(descriptor, 0)
+                return descriptor
+        except FileNotFoundError:
+            pass  # the other has renamed it just now, as below
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)

@@ -34,8 +34,21 @@ class CommitRefused(NodeReadOnly):
     """A node refused a commit for good: the key is not here, has no tombstone, and nothing was written (law 5)."""
 
 
+class NeverAsked(NodeTrouble):
+    """What should have been asked of a node was never sent to it whole: nothing of it can be there (law 5)."""
+
+
 class OlderCheckpoint(NodeTrouble):
     """What was to be kept under a name is older than what the node has there: nothing was replaced (law 11)."""
+
+
+class LayoutOutdated(NodeTrouble):
+    """A node obeys a newer layout than this process goes by: nothing was done. It says which, and gives it as it is written
+    down: whoever takes it and asks again is heard (P14).
+    """
+
+    version = 0
+    layout = b""
 
 
 class MarkRefused(NodeTrouble):

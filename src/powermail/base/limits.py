@@ -93,12 +93,30 @@ NODE_PROBE_INTERVAL_S: Final = 1.0
 NODE_PROBE_TIMEOUT_S: Final = 10.0  # F14: fenced within this
 NODE_RECEIPT_TIMEOUT_S: Final = 4.0  # P20: a blip is at most 5 s; then the next node in placement order
 NODE_READ_TIMEOUT_S: Final = 4.0  # P20: then another copy is read
+READ_LATE_UNKNOWN_S: Final = 0.1  # P20: then another copy is asked beside one that has no history yet
+READ_LATE_MIN_S: Final = 0.005  # no read is late before: a turn of a busy loop takes as long
+READ_LATE_MAX_S: Final = 0.25  # every read is late then
+READ_LATE_SHARE: Final = 0.1  # of all reads may be asked twice
+READ_LATE_BURST: Final = 10  # and so many at once
+READ_NEAR_S: Final = 0.005  # who takes no longer is as near as any
+READ_RANKS_S: Final = 0.25  # how old the order may be in which nodes are read
+READ_HISTORY_S: Final = 60.0  # what a node took longer ago says nothing of it now
 NODE_SLOW_S: Final = 0.25  # a write or probe that takes longer makes a node the last choice (P20)
 NODE_SLOW_REMEMBERED_S: Final = 10.0  # for so long after the last sign of it
 NODE_PRESENCE_CHECK_S: Final = 0.05  # how long a node may write before it looks whether its directory is still there
+LAYOUT_JUMP: Final = 1000  # versions that a layout is put back ahead of the last that is known: others may know of later ones
+LAYOUT_LOOK_S: Final = 1.0  # how often a process asks whether the layout has changed
+MOVE_LOOK_S: Final = 2.0  # how often a keeper looks how far a drain is
+MOVE_LOOK_SHARE: Final = 20.0  # so many times as long as a look took until the next: it counts all messages
+MOVE_IDLE_S: Final = 5.0  # how often it looks whether there is anything to move
+MOVE_COPIES_PER_S: Final = 100.0  # for estimates: copies that repair makes in a second
+MOVE_OCTETS_PER_S: Final = 20 * MIB  # and octets
+REBALANCE_SLACK: Final = 0.05  # nodes whose disks are filled so much more or less than the others are left alone
+REBALANCE_BATCH: Final = 32  # copies that are moved in one step
 PLACEMENT_LOOK_S: Final = 0.05  # how old the figures of nodes may be by which a message is placed
 PLACEMENT_DRAWS: Final = 16  # placements drawn by the same figures, then taken in turn
 READ_SMALL_OCTETS_MAX: Final = 64 * KIB  # as stored; a message up to this is read whole, with its neighbours
+READ_SMALL_ALL_OCTETS_MAX: Final = 4 * MIB  # uncompressed, of one call: four times what a session reads ahead
 READ_STRETCH_OCTETS_MAX: Final = 256 * KIB  # of a log, for neighbours
 READ_AHEAD_MESSAGES: Final = 256  # how many a reader that goes through a mailbox is ahead
 READ_AHEAD_OCTETS_MAX: Final = 1 * MIB  # and what they hold of memory for one session
@@ -120,6 +138,10 @@ BOOTS_MAX: Final = 1000  # openings that a node's chain remembers (law 12)
 # -- nodes over the network (docs/peer-protocol.md) ---------------------------------------------------------------
 NODE_PAYLOAD_OCTETS_MAX: Final = 1 * MIB  # meta and body of one frame; the receive buffer of a connection holds one
 NODE_META_OCTETS_MAX: Final = 65_535  # what its field can say
+NODE_MARK_OCTETS_MAX: Final = 1 * MIB  # a mark in a body: 40,000 writer slots
+NODE_LAYOUT_OCTETS_MAX: Final = 1 * MIB  # a layout: 5,000 nodes
+NODE_EXPEL_IDS_MAX: Final = 512  # ids that one operation names
+NODE_EXPELLED_MAX: Final = 10_000  # ids that a machine remembers as expelled
 NODE_PIECE_OCTETS: Final = 64 * KIB  # of a body: small commits beside bulk take 1 ms; with 256 KiB 4 ms, with 4 MiB 23 ms
 NODE_WINDOW_OCTETS: Final = 4 * MIB  # payload of unanswered operations on one connection
 NODE_WINDOW_OPERATIONS: Final = 1024  # unanswered operations on one connection
@@ -128,7 +150,7 @@ NODE_ANSWER_OCTETS_MAX: Final = 64 * MIB  # of one answer; lists come in pages f
 NODE_PAGE_OCTETS: Final = 4 * MIB  # of checkpoints in one answer, or what one record takes
 NODE_PAGE_NAMES: Final = 8  # names of checkpoints looked through for one answer
 NODE_PAGE_ITEMS_MAX: Final = 10_000  # of a scan or an inventory
-NODE_KEYS_MAX: Final = 65_536  # named in one operation
+NODE_KEYS_MAX: Final = 65_536  # named in one operation, each once
 NODE_TEXT_CHARS_MAX: Final = 512  # of a reason that is told to a peer
 NODE_HELLO_TIMEOUT_S: Final = 10.0  # from the TLS handshake to the first frame
 NODE_FRAME_TIMEOUT_S: Final = 10.0  # for one frame that has begun: 6.5 KB/s, which any line between machines carries
@@ -137,9 +159,16 @@ NODE_SILENCE_S: Final = 15.0  # a peer that asks nothing, no ping either, for so
 NODE_WRITE_TIMEOUT_S: Final = 15.0  # a peer that does not read
 NODE_ANSWERS_OCTETS_MAX: Final = 4 * MIB  # answers that a peer has not read yet; beyond it its reads wait
 NODE_READS_AT_ONCE: Final = 16  # of one connection
+NODE_READING_OCTETS_MAX: Final = RECORD_BODY_OCTETS_MAX  # what the reads under way on one connection may answer together
+NODE_SLICE_KEYS: Final = 256  # of those that one operation names are asked of a node at once
 NODE_HELD_OCTETS_MAX: Final = 128 * MIB  # unanswered operations of all connections; beyond it the bulk ones are not read
 NODE_PING_INTERVAL_S: Final = 1.0  # law 2: how old a stamp gets
-NODE_PING_TIMEOUT_S: Final = 4.0  # P20: a blip is at most 5 s; then the connection is given up
+NODE_PING_TIMEOUT_S: Final = 4.0  # P20: a blip is at most 5 s; without an answer and any progress the connection is given up
+NODE_BULK_TIMEOUT_S: Final = 15.0  # the same of the bulk connection, which a node with too much to hold does not read meanwhile
+NODE_PINGS_RESERVED: Final = 2  # operations of a window that are kept for pings, with their octets
+NODE_UNSENT_OCTETS: Final = 256 * KIB  # that wait to go out, before no more is asked: a ping waits behind so much at most
+NODE_ROOM_WAIT_S: Final = 3.0  # how long a COMMIT waits for room in the window; then it was never asked
+NODE_OVERDUE_S: Final = 15.0  # after its deadline an operation without an answer, where none is given, ends the connection
 NODE_PINGS_PER_S_MAX: Final = 50  # of one connection
 NODE_STAT_INTERVAL_S: Final = 0.1  # how often a node looks whether its figures have changed, and pushes them
 NODE_CALL_GRACE_S: Final = 1.0  # how much longer the far end waits than the node, to hear its reason
@@ -152,6 +181,23 @@ NODE_SESSIONS_MAX: Final = 4096  # instances whose session number is remembered
 NODE_CLAIMS_MAX: Final = 500_000  # keys, twice, whose bringer is remembered for an abort
 NODE_CLAIM_S: Final = 60.0  # for at least so long: an abort is confirmed within the window only (law 5)
 
+# -- certificates and enrolment (docs/peer-protocol.md, section 8) -------------------------------------------------
+AUTHORITY_DAYS: Final = 7300.0  # the authority of a cluster lives for twenty years
+CERTIFICATE_DAYS: Final = 90.0  # of everybody else
+CERTIFICATE_RENEW_SHARE: Final = 2 / 3  # of its life: a month is left to mend an authority that is away
+CERTIFICATE_BACKDATED_S: Final = 3600.0  # begins so long before it is made: clocks of machines differ
+CERTIFICATE_LOOK_S: Final = 60.0  # how often a process looks whether its certificate is to be renewed, or its files changed
+EXPELLED_LOOK_S: Final = 10.0  # how often a keeper looks whether nodes are to hear of somebody who was expelled
+TOKEN_LIVES_S: Final = 3600.0  # from `node add` to `join`
+TOKEN_KEPT_S: Final = 86_400.0  # after its end: who lost the answer may ask for it again
+TOKEN_GUESSES_MAX: Final = 10  # wrong secrets for one token, of 2^128; then it is worth nothing
+GROUP_CHARS_MAX: Final = 64  # of the name of a failure domain
+ENROLMENT_FRAME_OCTETS_MAX: Final = 32 * KIB  # a request or a certificate has less than 2 KiB, settings of a front end a few
+ENROLMENT_REQUEST_OCTETS_MAX: Final = 8 * KIB  # a request for a certificate with a P-256 key has some 300
+ENROLMENT_TIMEOUT_S: Final = 20.0  # for all of one connection
+ENROLMENT_CONNECTIONS_MAX: Final = 64
+ENROLMENT_CONNECTIONS_PER_ADDRESS_MAX: Final = 8
+
 # -- index and directory ------------------------------------------------------------------------------------------
 INDEX_GATHER_S: Final = 0.003  # how long a transaction waits for deliveries that are on their way
 INDEX_BUSY_TIMEOUT_S: Final = 5.0  # how long a statement waits for another process that has the database locked
@@ -162,7 +208,16 @@ SLOT_SILENT_S: Final = 86_400.0  # law 10: a writer slot that was not used for s
 INDEX_WRITERS: Final = 2  # connections of one process that write: one batch is on its way while the next is gathered
 INDEX_READERS_MAX: Final = 8  # connections of one process that read
 INDEX_CONNECT_S: Final = 2.0  # for each address of the database by itself; P20 with the wait below
-INDEX_COMMAND_S: Final = 5.0  # for each statement; a connection that was cut would hang for ever
+INDEX_COMMAND_S: Final = 5.0  # for each statement, at both ends; a connection that was cut would hang for ever
+INDEX_LOCK_S: Final = 1.0  # how long a statement waits for what somebody else holds; then the batch is halved
+INDEX_LOCK_TRIES: Final = 3  # of a transaction that waited so long for one row; `INDEX_WAIT_S_DEFAULT` is over by then
+INDEX_IDLE_S: Final = 5.0  # a process that stops in a transaction holds up the others so long; the server ends it
+INDEX_KEEPALIVE_S: Final = 10.0  # either end asks whether the other is there, after so long without a word
+INDEX_KEEPALIVES: Final = 3  # so many times; a machine that died is known after 40 s, and its locks are free before
+INDEX_CLOSE_S: Final = 10.0  # how long a stop waits for what is under way there; the nodes' records have it anyway
+INDEX_LONG_S: Final = 600.0  # for a statement of a move: it counts, or empties, a table of any size
+MOVE_PAGE_ROWS: Final = 2000  # rows of an index that are moved in one transaction, at most
+MOVE_PAGE_OCTETS: Final = 4 * MIB  # about so many octets of them: a part of a view has 200 KB
 INDEX_TURN_S: Final = 5.0  # how long a call waits for a connection that is free
 INDEX_TRIES_MAX: Final = 8  # of a transaction that others stand in the way of
 INDEX_WAIT_S_DEFAULT: Final = 3.0  # P20: with a node's receipt a blip is at most 5 s; then reconcile enters it
@@ -191,10 +246,11 @@ EPOCH_JUMP: Final = 1_000_000  # law 11: how far numbers leap for each epoch, an
 UNCLEAN_JUMP: Final = 10_000  # law 10: the same after a process that did not say that it stopped (SQLite)
 NUMBERS_AT_ONCE_MAX: Final = 2000  # law 10: given in one transaction to one mailbox; a COPY of more is refused
 VIEW_TAIL_ROWS: Final = 2000  # entries and changes behind a stored view before it is merged
+VIEW_AT_ONCE_ROWS: Final = 500  # of a view are unpacked on the event loop, in half a millisecond; more in a lane
 VIEW_PART_ROWS: Final = 4096  # entries in one part of a stored view, and in one record of a checkpoint
 UID_MAX: Final = 2**32 - 1
 KEYWORDS_MAX: Final = 48  # of a mailbox: flag bits 15 to 62; system flags have those below, the sign none
-INDEX_VIEWS_MAX: Final = 10_000  # views of mailboxes that the writing lane of an index keeps
+INDEX_VIEWS_MAX: Final = 10_000  # views of mailboxes that an index keeps to go on from
 INDEX_VIEWS_MESSAGES_MAX: Final = 500_000  # and the messages in them, of 52 octets each
 UIDVALIDITY_CLOCK_MAX: Final = 3_000_000_000  # where a clock beyond 2065 begins: epochs leap through the rest
 CHANGE_UIDS_MAX: Final = 1 << 24  # UIDs in one change, so that damaged ones are not unpacked into all memory
@@ -205,6 +261,8 @@ QUEUE_RETRY_FIRST_S: Final = 60.0
 QUEUE_RETRY_MAX_S: Final = 4 * 3600.0
 QUEUE_AHEAD_MAX_S: Final = 2 * QUEUE_RETRY_MAX_S  # a row that is due later than that was dated by a clock that ran ahead
 QUEUE_LEASE_S: Final = 300.0
+QUEUE_LEASE_MARGIN_S: Final = 60.0  # a lease that is over so soon is not worked on any more
+LEASE_S_MAX: Final = 3600.0  # of a background job: one that ends later was dated by a clock that ran ahead
 QUEUE_CONCURRENCY_DEFAULT: Final = 20
 QUEUE_PER_DESTINATION_MAX: Final = 10_000  # rows waiting for one destination address's domain
 QUEUE_ATTEMPTS_KEPT: Final = 20  # of each row, for the operator
@@ -255,7 +313,28 @@ COMPACT_DEAD_FRACTION: Final = 0.5
 CONNECTIONS_MAX_DEFAULT: Final = 2000
 CONNECTIONS_PER_ADDRESS_MAX_DEFAULT: Final = 100
 WORKER_PAUSE_MAX_S: Final = 30.0  # how long a background job waits after trouble before it tries again
+TASK_CANCEL_AGAIN_S: Final = 1.0  # a task that goes on although it was cancelled is told again
 WORKER_LONG_S: Final = 10.0  # a step that takes longer is said in `status`
+LISTEN_BACKLOG: Final = 1024  # connections that wait to be taken, for each address
+WORKERS_MAX: Final = 64  # front-end processes of one machine
+WORKER_SLACK: Final = 2  # connections more than its fair share that a front-end process still takes
+WORKER_TURN_S: Final = 0.01  # how long one that has more leaves the next ones to the others
+WORKER_SILENT_S: Final = 3.0  # one that shows nothing for so long hangs or is gone, and has no share
+WORKER_NOTE_S: Final = 0.5  # how often it shows that it is there
+WORKER_LEAVE_S: Final = 10.0  # how long the clients of one that is replaced may go on; then they hear 421
+PART_PAUSE_FIRST_S: Final = 0.2  # before a process that died is started again; doubles
+PART_PAUSE_MAX_S: Final = 30.0
+PART_STEADY_S: Final = 60.0  # one that lived for so long begins with the first pause again
+PART_READY_S: Final = 60.0  # how long a process that replaces another has to get ready
+JOB_LEASE_S: Final = 10.0  # a keeper that dies is replaced within this and a look
+JOB_LOOK_S: Final = 3.0  # how often a job that another keeper has is asked for
+JOB_RENEW_S: Final = 3.0  # how often a keeper says that it goes on
+TALLY_S: Final = 5.0  # how old what other processes have counted may be: failed log-ins, recipients of an account
+TALLIES_SHOWN_MAX: Final = 10_000  # counts of others that a process goes by, the highest first
+JOB_FORGOTTEN_S: Final = 3600.0  # leases that are over for so long are cleared away
+PROCESS_NOTE_S: Final = 5.0  # how often a process writes that it is there
+PROCESS_LEASE_S: Final = 20.0  # one that has written nothing for so long counts as dead
+MAILDROP_LEASE_S: Final = 60.0  # RFC 1939 §8: what a process holds that died is free after this
 DESCRIPTORS_RESERVED: Final = 96  # for databases, the log, control, and what is accepted only to be refused
 SEGMENTS_OPEN_SHARE: Final = 4  # a quarter of all descriptors may be segments of nodes
 CONTROL_LINE_OCTETS_MAX: Final = 1 * MIB
@@ -267,6 +346,7 @@ OPERATOR_DIRECTORY_S: Final = 1.5  # how long it waits for a directory that did 
 OPERATOR_NODE_S: Final = 2.5  # how long a command on a stopped installation waits for a node that hangs
 OPERATOR_COPY_S: Final = 2.5  # how long `where` waits for a node's verdict on a copy
 OPERATOR_LOOK_S: Final = 0.2  # how long each part is asked when an operation did not answer
+CONFIG_LOOK_S: Final = 10.0  # how long `config check` waits for one kind of look: a disk or a name server may hang
 OPERATOR_BEAT_S: Final = 1.0  # how often a long operation shows that it lives
 OWNERS_KNOWN_MAX: Final = 200_000  # account ids whose address was compared in this process
 CERTIFICATE_WARN_DAYS: Final = 14.0  # before its end
@@ -284,11 +364,14 @@ assert 2 * NODE_RECEIPT_TIMEOUT_S < COMMIT_WINDOW_S - SPARE_MARGIN_S, "a spare c
 _SLOWEST_S: Final = SMTP_DATA_RATE_GRACE_S + 2 * CHUNK_OCTETS / SMTP_DATA_RATE_OCTETS_PER_S_MIN
 assert _SLOWEST_S < STREAM_ABANDONED_S, "the slowest sender is not given up"
 assert max(INDEX_BATCH_MAX, RECONCILE_BATCH) <= NUMBERS_AT_ONCE_MAX, "one batch of either is one transaction"
+assert WORKER_PAUSE_MAX_S < QUEUE_LEASE_MARGIN_S < QUEUE_LEASE_S / 3, "a lease is let go of before it is over"
 assert EPOCH_JUMP > UNCLEAN_JUMP >= 2 * MARK_NUMBERS_MAX + NUMBERS_AT_ONCE_MAX, (
     "no number given since the last mark is given again: while one is on its way as many more may be given"
 )
 assert NODE_PIECE_OCTETS + NODE_META_OCTETS_MAX <= NODE_PAYLOAD_OCTETS_MAX <= NODE_WINDOW_OCTETS
 assert min(STAMP_AGE_MAX_S, NODE_SILENCE_S) > NODE_PING_INTERVAL_S + NODE_PING_TIMEOUT_S, "law 2: stamps stay young"
+assert NODE_BULK_TIMEOUT_S > NODE_CALL_TIMEOUT_S + NODE_CALL_GRACE_S, "what is held back is over before the link is given up"
+assert NODE_ROOM_WAIT_S + 0.5 < NODE_RECEIPT_TIMEOUT_S, "who waits for a receipt hears that it was never asked for"
 assert NODE_CLAIM_S > COMMIT_WINDOW_S + INDEX_WAIT_S_DEFAULT, "what an abort may still confirm is remembered"
 assert DIRECTORY_STATEMENT_S + DIRECTORY_CONNECT_S + DIRECTORY_NEXT_HOST_S < DIRECTORY_WAIT_S < DIRECTORY_RESOLVE_S, (
     "a look-up has time for a second host"
@@ -297,3 +380,7 @@ assert DIRECTORY_OWNERS_S < DIRECTORY_WAIT_S < DIRECTORY_STALE_S
 assert NODE_SLOW_S < NODE_READ_TIMEOUT_S < 5.0, "P20: a blip is at most 5 s"
 assert SMTP_COMMAND_LINE_OCTETS_MAX > PATH_OCTETS_MAX + ENVID_OCTETS_MAX + ORCPT_OCTETS_MAX + 512
 assert RECONCILE_INTERVAL_S + RECONCILE_GRACE_S < 120.0, "section 6: in the index within two minutes"
+assert JOB_RENEW_S < JOB_LEASE_S / 2 and JOB_LEASE_S + JOB_LOOK_S < PROCESS_LEASE_S <= LEASE_S_MAX, (
+    "one lost renewal loses nothing"
+)
+assert WORKER_NOTE_S < WORKER_SILENT_S / 2

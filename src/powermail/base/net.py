@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import socket
 import ssl
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol
+from urllib.parse import urlsplit, urlunsplit
 
 from powermail.base import limits
 from powermail.base.errors import OperatorError
@@ -78,7 +80,13 @@ class SocketNetwork:
         handshake = limits.TLS_HANDSHAKE_TIMEOUT_S if tls else None
         try:
             server = await loop.create_server(
-                factory, host or None, port, ssl=tls, backlog=1024, ssl_handshake_timeout=handshake, reuse_address=True
+                factory,
+                host or None,
+                port,
+                ssl=tls,
+                backlog=limits.LISTEN_BACKLOG,
+                ssl_handshake_timeout=handshake,
+                reuse_address=True,
             )
         except OSError as error:
             raise OperatorError(
@@ -144,6 +152,17 @@ async def _upgrade_with(
     return await task
 
 
+def keep_alive(transport: asyncio.BaseTransport, seconds: int, count: int) -> None:
+    """The kernel asks a silent peer `count` times, every `seconds`; then the connection breaks. A local socket needs none."""
+    own = transport.get_extra_info("socket")
+    if own is None or own.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", seconds), ("TCP_KEEPINTVL", seconds), ("TCP_KEEPCNT", count)):
+        if hasattr(socket, name):  # not every system has all
+            own.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
 def descriptors() -> int:
     """How many files and sockets this process may have open, raised to what the system allows it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -151,6 +170,13 @@ def descriptors() -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
     return soft if soft != resource.RLIM_INFINITY else 1 << 20
+
+
+def without_password(url: str) -> str:
+    """The address of a database as people may see it."""
+    parsed = urlsplit(url)
+    user, at, hosts = parsed.netloc.rpartition("@")
+    return urlunsplit((parsed.scheme, f"{user.partition(':')[0]}{at}{hosts}", parsed.path, "", ""))
 
 
 def parse_host_port(text: str) -> tuple[str, int]:

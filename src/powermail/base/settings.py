@@ -117,6 +117,15 @@ class PeersSettings(Struct, forbid_unknown_fields=True, frozen=True):
     certificate: Annotated[str, _says("PEM file; its names say cluster, roles and id")] = "tls/peer.pem"
     key: Annotated[str, _says("PEM file with its key, mode 0600")] = "tls/peer.key"
     authority: Annotated[str, _says("PEM file with the cluster's authority")] = "tls/authority.pem"
+    authority_at: Annotated[list[str], _says("host:port of who renews the certificate; empty: nobody does")] = field(
+        default_factory=list
+    )
+    authority_listen: Annotated[list[str], _says("where this machine gives certificates; empty: it does not")] = field(
+        default_factory=list
+    )
+    authority_key: Annotated[str, _says("PEM file with the authority's key, mode 0600, only where that is listened for")] = (
+        "authority/key.pem"
+    )
 
 
 class SmtpSettings(Struct, forbid_unknown_fields=True, frozen=True):
@@ -215,6 +224,11 @@ class Settings(Struct, forbid_unknown_fields=True, frozen=True):
     """Everything an operator may turn."""
 
     hostname: Annotated[str, _says("this host's name in banners, trace fields and DSNs")] = "localhost"
+    workers: Annotated[
+        int,
+        Meta(ge=0, le=limits.WORKERS_MAX),
+        _says("front-end processes of this machine, which need index.database; 0: 1 up to two cores, half of more as a role"),
+    ] = 0
     cluster: ClusterSettings = ClusterSettings()
     index: IndexSettings = IndexSettings()
     directory: DirectorySettings = DirectorySettings()
@@ -238,6 +252,11 @@ def check(settings: Settings) -> None:
     _check_networks(settings)
     _check_metrics(settings.metrics)
     _check_directory(settings.directory)
+    if settings.workers > 1 and not settings.index.database:
+        raise OperatorError(
+            f"workers = {settings.workers} needs an index in a database (index.database): with SQLite one process does "
+            "everything"
+        )
     cluster = settings.cluster
     ids = [node.id for node in cluster.nodes]
     groups = {node.group for node in cluster.nodes}

@@ -34,21 +34,26 @@ class Tasks:
 
     async def drain(self, timeout_s: float) -> None:
         """Waits for all tasks to finish by themselves; those left after the time are cancelled."""
+        await self.wait(timeout_s)
+        await self.cancel()
+
+    async def wait(self, timeout_s: float) -> None:
+        """Waits for all tasks to finish by themselves, for so long at most."""
         deadline = asyncio.get_running_loop().time() + timeout_s
         while self._tasks:
             left = deadline - asyncio.get_running_loop().time()
             if left <= 0:
                 break
             await asyncio.wait(list(self._tasks), timeout=left)
-        await self.cancel()
 
     async def cancel(self) -> None:
-        """Cancels all tasks and waits until they are gone."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.gather(*tasks, return_exceptions=True)
+        """Cancels all tasks and waits until they are gone. One that goes on all the same is told again: a library that it waits
+        in may have lost the word, and a stop must end.
+        """
+        while tasks := list(self._tasks):
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=limits.TASK_CANCEL_AGAIN_S)
 
     def abandon(self) -> None:
         """Cancels all tasks and waits for none: their process was killed (simulator)."""

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from powermail.base.certificates import facts_of
 from powermail.base.disk import Disk
 from powermail.base.errors import OperatorError
 from powermail.base.log import Event, Log
@@ -37,16 +38,17 @@ def client_context(verify: bool, authorities: str = "") -> ssl.SSLContext:
     return context
 
 
-def peer_context(server_side: bool, certificate: str, key: str, authority: str) -> ssl.SSLContext:
+def peer_context(server_side: bool, certificate: str, key: str, authority: str, others: bool = False) -> ssl.SSLContext:
     """A context of one end between machines of a cluster: TLS 1.3, both ends show a certificate of the cluster's authority.
 
     Who the other end is stands in its certificate and is the caller's to judge; host names say nothing. Nothing is resumed: a
-    certificate is looked at anew on each connection. Raises OSError or ssl.SSLError.
+    certificate is looked at anew on each connection. With `others` a client may come without one: who joins has none yet; one
+    that is shown is looked at all the same. Raises OSError or ssl.SSLError.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False
-    context.verify_mode = ssl.CERT_REQUIRED
+    context.verify_mode = ssl.CERT_OPTIONAL if others else ssl.CERT_REQUIRED
     context.load_verify_locations(cafile=authority)
     context.load_cert_chain(certificate, key)
     if server_side:
@@ -100,6 +102,68 @@ class Certificates:
         self._seen = marks
         self.ends_at = _ends_at(marks[0])
         self._log.event(Event.CERTIFICATE, reloaded=self._certificate)
+        return True
+
+
+class PeerCertificate:
+    """What a process shows to others of its cluster: contexts that never change, made anew when the files do.
+
+    A connection keeps the generation that it began with; who makes one asks here for the newest.
+    """
+
+    def __init__(self, paths: tuple[str, str, str], disk: Disk, log: Log) -> None:
+        """`paths` of certificate, key and authority. Raises OperatorError when they cannot be used at the start."""
+        self.paths = paths
+        self._disk = disk
+        self._log = log
+        try:
+            self._take(self._read())
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            raise OperatorError(f"cannot use {', '.join(self.paths)} between machines: {error}") from error
+
+    def _read(self) -> tuple[bytes, ...]:
+        return tuple(self._disk.read_file(path) for path in self.paths)
+
+    def _take(self, octets: tuple[bytes, ...]) -> None:
+        """Raises OSError, ValueError; then nothing has changed."""
+        facts = facts_of(octets[0])
+        server, client = peer_context(True, *self.paths), peer_context(False, *self.paths)
+        joining = peer_context(True, *self.paths, others=True)
+        self._server, self._client, self._joining = server, client, joining
+        self._seen, self.facts = octets, facts
+
+    def server(self) -> ssl.SSLContext:
+        """For a connection that comes in."""
+        return self._server
+
+    def client(self) -> ssl.SSLContext:
+        """For a connection that goes out."""
+        return self._client
+
+    def joining(self) -> ssl.SSLContext:
+        """For one that comes in to the authority."""
+        return self._joining
+
+    @property
+    def authority(self) -> bytes:
+        """The cluster's authority, as PEM."""
+        return self._seen[2]
+
+    def days_left(self, now: float) -> float:
+        """Until it ends."""
+        return (self.facts.ends_at - now) / 86_400.0
+
+    def reload(self) -> bool:
+        """Takes new files if they changed and are good. Blocks on the disk: call in a lane."""
+        try:
+            octets = self._read()
+            if octets == self._seen:
+                return False
+            self._take(octets)
+        except (OSError, ValueError) as error:
+            self._log.event(Event.CERTIFICATE_BAD, error=str(error), kept="the old one")
+            return False
+        self._log.event(Event.CERTIFICATE, reloaded=self.paths[0])
         return True
 
 

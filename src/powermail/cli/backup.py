@@ -2,6 +2,7 @@
 before anything is replaced.
 
 The databases are copied while they are used, the index first: what the directory knows more than it is an account without mail.
+What is in a database of its own is backed up there: what that must do is said, and stands in the backup.
 Messages are not in it: they lie on the nodes, R times. After a restore, the nodes tell the index what it missed (laws 10, 11).
 """
 
@@ -22,6 +23,7 @@ from powermail.admin.control import user_name
 from powermail.admin.system import CopyTo, copy_databases_row
 from powermail.base.errors import OperatorError
 from powermail.base.log import NullLog
+from powermail.base.net import without_password
 from powermail.base.settings import SETTINGS_NAME, Settings, inside, load_file
 from powermail.base.world import system_world
 from powermail.cli import ownership
@@ -47,23 +49,26 @@ class Manifest(Struct):
     cluster: str
     made_at: float
     files: dict[str, Part]
+    elsewhere: list[str] = []  # what is in a database, and so not in here
 
 
 class BackedUp(Struct):
-    """A backup that was made and read again."""
+    """A backup that was made and read again; `elsewhere` says what must be backed up by other means, and how."""
 
     path: str
     files: int
     octets: int
+    elsewhere: list[str]
 
 
 class Restored(Struct):
-    """What was put back, or would be; `set_aside` holds what was there before."""
+    """What was put back, or would be; `set_aside` holds what was there before, `elsewhere` says what is not in the backup."""
 
     path: str
     files: list[str]
     set_aside: str
     restored: bool
+    elsewhere: list[str]
 
 
 def _measure(path: str) -> Part:
@@ -91,6 +96,8 @@ def _plain_files(data: str, settings: Settings) -> Iterator[tuple[str, str]]:
     """(name in the backup, path) of what is no database. What lies outside of the data directory is not ours to copy."""
     names = [SETTINGS_NAME, "srs.keys", settings.tls.certificate, settings.tls.key, settings.outbound.smarthost_password_file]
     names.append(settings.directory.database_password_file)
+    peers = settings.peers
+    names += [peers.certificate, peers.key, peers.authority, peers.authority_key]
     for name in dict.fromkeys(names):
         if name and not name.startswith("/") and os.path.exists(f"{data}/{name}"):
             yield f"files/{name}", f"{data}/{name}"
@@ -98,8 +105,23 @@ def _plain_files(data: str, settings: Settings) -> Iterator[tuple[str, str]]:
 
 def _databases(data: str, settings: Settings) -> dict[str, str]:
     """Those that are files of ours: a directory in a database of its own, or of somebody else, has backups of its own."""
+    index = {} if settings.index.database else {"index.db": inside(data, settings.index.path)}
     directory = {"directory.db": inside(data, settings.directory.path)} if settings.directory.in_file else {}
-    return {"index.db": inside(data, settings.index.path), **directory}
+    return {**index, **directory}
+
+
+def _elsewhere(settings: Settings) -> list[str]:
+    """What is in a database, and what a backup of that must do."""
+    said = []
+    if settings.index.database:
+        said.append(
+            f"the index is in {without_password(settings.index.database)}: back it up there, as of one moment (`pg_dump`, or a"
+            " base backup with WAL), at most cluster.tombstone_days old when it is put back; then the nodes tell what it missed"
+        )
+    if not settings.directory.in_file:
+        place = settings.directory.database or settings.directory.path
+        said.append(f"the directory is in {without_password(place)}: back it up there, after the index or with it")
+    return said
 
 
 async def backup(common: Common, to: str) -> BackedUp:
@@ -144,10 +166,11 @@ async def _fill(common: Common, settings: Settings, to: str) -> BackedUp:
     from powermail.app.setup import cluster_of_nodes
 
     cluster = cluster_of_nodes(system_world(NullLog()), settings, common.data)
-    manifest = Manifest(__version__, cluster, time.time(), dict(sorted(files.items())))
+    elsewhere = _elsewhere(settings)
+    manifest = Manifest(__version__, cluster, time.time(), dict(sorted(files.items())), elsewhere)
     system_world(NullLog()).disk.replace_file(f"{to}/{MANIFEST}", msgspec.json.format(msgspec.json.encode(manifest), indent=1))
     _verified(to)
-    return BackedUp(to, len(files), sum(part.octets for part in files.values()))
+    return BackedUp(to, len(files), sum(part.octets for part in files.values()), elsewhere)
 
 
 def _verified(path: str) -> Manifest:
@@ -186,12 +209,13 @@ async def restore(common: Common, source: str, yes: bool) -> Restored:
         raise OperatorError(f"a server runs on {data}: stop it first; nothing was changed") from error
     try:
         _same_cluster(settings, data, manifest.cluster)
+        _refuse_moved(settings, data)
         places = {name: f"{data}/{name.removeprefix('files/')}" for name in manifest.files if name.startswith("files/")}
-        places |= _databases(data, settings)
+        places |= {name: path for name, path in _databases(data, settings).items() if name in manifest.files}
         there = [path for path in places.values() if os.path.exists(path)]
         aside = _aside(data) if there else ""
         if there and not yes:
-            return Restored(data, sorted(places.values()), aside, False)
+            return Restored(data, sorted(places.values()), aside, False, manifest.elsewhere)
         for path in there:
             for suffix in ("", "-wal", "-shm"):
                 if os.path.exists(f"{path}{suffix}"):
@@ -209,7 +233,7 @@ async def restore(common: Common, source: str, yes: bool) -> Restored:
         raise OperatorError(f"cannot restore to {data}: {error.filename}: {error.strerror}") from error
     finally:
         lock.release()
-    return Restored(data, sorted(places.values()), aside, True)
+    return Restored(data, sorted(places.values()), aside, True, manifest.elsewhere)
 
 
 def _aside(data: str) -> str:
@@ -218,6 +242,14 @@ def _aside(data: str) -> str:
     while os.path.exists(aside):
         aside += "-"
     return aside
+
+
+def _refuse_moved(settings: Settings, data: str) -> None:
+    """A backup of before a move would be a second index of one history. Raises OperatorError."""
+    from powermail.app.indexes import refuse_moved
+
+    if not settings.index.database:
+        refuse_moved(system_world(NullLog()), inside(data, settings.index.path))
 
 
 def _same_cluster(settings: Settings, data: str, cluster: str) -> None:

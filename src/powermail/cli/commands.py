@@ -14,10 +14,9 @@ from typing import Annotated, Generic, Protocol
 import msgspec
 from msgspec import Struct
 
-from powermail.admin import accounts, nodes, owners, queue, system
+from powermail.admin import accounts, enrolment, members, owners, queue, system
 from powermail.admin.accounts import AccountFacts, AccountImport, Imported, Page
-from powermail.admin.control import NAME as CONTROL_NAME
-from powermail.admin.control import NotRunning, ask_raw, check_place
+from powermail.admin.control import NotRunning, ask_any, check_place
 from powermail.admin.messages import Findings, Listing, Loss, Where
 from powermail.admin.nodes import NodeFacts, Scrubbed
 from powermail.admin.operations import TABLE
@@ -28,10 +27,10 @@ from powermail.admin.table import Field, Operation, Q, R, Request, fields_of, fi
 from powermail.base import limits
 from powermail.base.errors import NoSuch, OperatorError
 from powermail.base.log import NullLog
-from powermail.base.settings import inside, reference_page
+from powermail.base.settings import SETTINGS_NAME, inside, reference_page
 from powermail.base.world import system_world
 from powermail.cli import backup as backups
-from powermail.cli import importing, ownership, pages, show, tracing
+from powermail.cli import checking, importing, joining, moving, ownership, pages, show, tracing
 from powermail.cli.reach import die, prepare, reach, settings_of
 from powermail.cli.words import Common, Entry, octets, seconds
 from powermail.directory import password as pw
@@ -132,8 +131,19 @@ def _hint(result: object) -> str:
         return "nothing was deleted; add --yes to delete it for good"
     if isinstance(result, owners.Adopted) and not result.adopted:
         return "nothing was changed; add --yes to do it"
-    if isinstance(result, nodes.Expelled) and not result.expelled:
+    if isinstance(result, members.Expelled) and not result.expelled:
         return "nothing was changed; add --yes to expel it for good"
+    if isinstance(result, enrolment.Refused) and not result.expelled:
+        return "nothing was changed; add --yes to expel it for good"
+    if isinstance(result, enrolment.Invited):
+        return f"run `{result.join}` on the new machine within the hour; the token is shown only now"
+    if isinstance(result, joining.Founded):
+        return (
+            "start the server again, then `powermail node add NAME --group GROUP` invites a machine. Keep a copy of the "
+            "authority's key where no mail server is"
+        )
+    if isinstance(result, joining.Joined):
+        return f"`{result.serve}` starts it" if result.serve and not result.renewed else ""
     if isinstance(result, backups.Restored) and not result.restored:
         return "nothing was changed; add --yes to set what is there aside and put the backup in its place"
     return ""
@@ -175,7 +185,7 @@ async def status(common: Common, request: Request) -> int:
     """A stopped server is said to be stopped; no lock is taken and nothing is opened."""
     settings = settings_of(common)
     try:
-        raw = await ask_raw(f"{common.data}/{CONTROL_NAME}", "status", {}, unseen)
+        raw = await ask_any(common.data, "status", {}, unseen)
     except NotRunning:
         said = [f"no server runs on {common.data}; `powermail serve --data {shlex.quote(common.data)}` starts it"]
         for node in settings.cluster.nodes:
@@ -258,6 +268,7 @@ class Init(Request):
     hostname: Annotated[str, option("this host's name in banners and trace fields")] = "localhost"
     node: Annotated[list[str], option("NAME=PATH:GROUP, a directory on a disk of its own; may be repeated. Default: three "
                                       "in the data directory")] = msgspec.field(default_factory=list)  # fmt: skip
+    without_nodes: Annotated[bool, option("for the first machine of a cluster: its nodes join on others")] = False
 
 
 class Made(Struct):
@@ -270,10 +281,12 @@ class Made(Struct):
 
 async def init(common: Common, request: Init) -> int:
     """Makes a new installation; as root in a directory of somebody else, it is theirs."""
-    from powermail.app.setup import copies_of, initialise, parse_place
+    from powermail.app.setup import THREE, copies_of, initialise, parse_place
 
     check_place(common.data)
-    places = [parse_place(text) for text in request.node]
+    if request.node and request.without_nodes:
+        raise OperatorError("init: --node and --without-nodes contradict each other; nothing was made")
+    places = [parse_place(text) for text in request.node] if request.node or request.without_nodes else THREE
     owner = os.stat(common.data) if os.path.isdir(common.data) else None
     first = await initialise(system_world(NullLog()), common.data, request.hostname, places)
     if owner is not None and os.geteuid() == 0 and owner.st_uid != 0:
@@ -282,7 +295,7 @@ async def init(common: Common, request: Init) -> int:
     if common.json:
         print_json(Made(common.data, first.address, first.password))
     else:
-        show.first_mailbox(common.data, first, len(places) or 3, copies_of(places) if places else 2)
+        show.first_mailbox(common.data, first, len(places), copies_of(places))
     return 0
 
 
@@ -290,20 +303,51 @@ class Serve(Request):
     """`--init` makes an installation first, if there is none."""
 
     init: Annotated[bool, option("make an installation first, if there is none")] = False
-    roles: Annotated[str, option("all, or node: only the nodes of the settings, for other machines")] = "all"
+    roles: Annotated[str, option("of front, node, keeper, authority, with commas: a process for each; or all")] = "all"
 
 
 async def serve(common: Common, request: Serve) -> int:
-    """Serves until interrupted."""
+    """Serves until interrupted: one process, or several where the settings or `--roles` ask for them."""
+    from powermail.app.roles import Role, parts
     from powermail.cli.serving import serve as run
 
-    if request.roles == "node":
-        from powermail.cli.serving_nodes import serve_nodes
+    if request.init and not os.path.exists(f"{common.data}/{SETTINGS_NAME}"):
+        return await run(common, True)
+    ownership.become_owner(common.data)
+    settings = settings_of(common)
+    plan = parts(settings, request.roles, os.cpu_count() or 1)
+    if not plan:
+        return await run(common, request.init)
+    if len(plan) == 1 and plan[0][1] in (Role.NODE, Role.AUTHORITY):
+        from powermail.cli.serving_nodes import serve_role
 
-        return await serve_nodes(common)
-    if request.roles != "all":
-        raise OperatorError(f"--roles {request.roles}: neither all nor node")
-    return await run(common, request.init)
+        return await serve_role(common, plan[0][1])
+    from powermail.cli.supervising import supervise
+
+    check_place(common.data)
+    return await supervise(common, settings, plan)
+
+
+async def cluster_init(common: Common, request: joining.ClusterInit) -> int:
+    """Makes the authority of a cluster, and the certificate of this machine, which is its first."""
+    return tell(common, joining.cluster_init(common, request))
+
+
+async def cluster_demo(common: Common, request: Request) -> int:
+    """Loaded for this command alone."""
+    from powermail.cli.tutorial import cluster_demo as run
+
+    return await run()
+
+
+async def cluster_show(common: Common, request: Request) -> int:
+    """The certificate of this machine."""
+    return tell(common, joining.cluster_show(common))
+
+
+async def join(common: Common, request: joining.Join) -> int:
+    """Makes this machine a member of a cluster."""
+    return tell(common, await joining.join(common, request))
 
 
 class Rebuild(Request):
@@ -427,6 +471,16 @@ async def config(common: Common, request: Config) -> int:
     return 0
 
 
+async def config_check(common: Common, request: Request) -> int:
+    """Settings, files, certificates, ports, disks, names and databases: what is wrong, and what mends it."""
+    found = await checking.check(common)
+    if common.json:
+        print_json(found)
+    else:
+        checking.tell(found)
+    return int(bool(found.findings))
+
+
 class Initialised(Struct):
     """The versions of our table that were reached now; none if it was there already."""
 
@@ -456,6 +510,16 @@ async def index_migrate(common: Common, request: Request) -> int:
     else:
         print("the tables of the index are as this program needs them")
     return 0
+
+
+async def index_move(common: Common, request: moving.IndexMove) -> int:
+    """Moves the index into a database, or back into a file; run again it goes on."""
+    return tell(common, await moving.move_index(common, request))
+
+
+async def directory_move(common: Common, request: moving.DirectoryMove) -> int:
+    """Moves the accounts from the file into a database; run again it goes on."""
+    return tell(common, await moving.move_directory(common, request))
 
 
 class PasswordHash(Request):
@@ -536,13 +600,20 @@ def _all() -> list[Runnable]:
         *(mine.get(name) or of(row) for name, row in TABLE.items() if row.command),
         Command("account import", Import, "add or change many, from JSON lines or CSV", account_import),
         Command("forward list", Request, "all forwards", forward_list),
+        Command("cluster init", joining.ClusterInit, "make an authority: the installation becomes a cluster", cluster_init),
+        Command("cluster show", Request, "the certificate of this machine", cluster_show),
+        Command("cluster demo", Request, "make a whole cluster on this machine, to learn by and to play with", cluster_demo),
+        Command("join", joining.Join, "make this machine a member of a cluster, with a token", join),
         Command("backup", Place, "copy all but the messages, while serving", backup),
         Command("restore", Restore, "put a backup back", restore),
         Command("trace", Trace, "tell a message's story from the log", trace),
         Command("rebuild", Rebuild, "make a new index from the nodes alone", rebuild),
         Command("index migrate", Request, "make the tables of the index in a database, or bring them on", index_migrate),
+        Command("index move", moving.IndexMove, "move the index of a stopped server into a database, or back", index_move),
         Command("directory init", Request, "make our table in a database, or bring it on", directory_init),
+        Command("directory move", moving.DirectoryMove, "move the accounts of a stopped server to a database", directory_move),
         Command("config", Config, "print the settings in force", config),
+        Command("config check", Request, "what is wrong with settings, files, ports and databases", config_check),
         Command("password hash", PasswordHash, "print a stored form for the directory", password_hash),
         Command("completion", Shell, "print a script that completes commands in a shell", completion),
         Command("man", Man, "print the manual page", man),

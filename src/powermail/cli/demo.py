@@ -351,7 +351,8 @@ class Demo:
         """Ends the server by its drain."""
         if self._process is not None and self._process.returncode is None:
             self._process.terminate()
-            await asyncio.wait_for(self._process.wait(), 40)
+            async with asyncio.timeout(40):
+                await self._process.wait()
         if hasattr(self, "_log"):
             self._log.close()
 

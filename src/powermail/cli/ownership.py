@@ -75,10 +75,16 @@ def _files(data: str, more: Sequence[str]) -> Iterator[str]:
         "srs.keys",
         "places.json",
         "purges.json",
+        "purges.json.lock",
         "scrub.state",
         "tls",
         "tls/certificate.pem",
         "tls/key.pem",
+        "tls/peer.pem",
+        "tls/peer.key",
+        "tls/authority.pem",
+        "authority",
+        "authority/key.pem",
     ):
         yield f"{data}/{name}"
     for path in more:

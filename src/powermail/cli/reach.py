@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from powermail.admin.control import NAME, NotRunning, ask_raw
+from powermail.admin.control import NotRunning, ask_any
 from powermail.admin.table import Operation, Q, R
 from powermail.base.log import NullLog
 from powermail.base.settings import SETTINGS_NAME, Settings, inside, load_file
@@ -62,7 +62,7 @@ class Reach:
         try:
             if self._opened is None:
                 try:
-                    return await ask_raw(f"{self._common.data}/{NAME}", name, arguments, meter.progress)
+                    return await ask_any(self._common.data, name, arguments, meter.progress)
                 except NotRunning:
                     from powermail.app.compose import PowerMail
 

@@ -12,7 +12,7 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -90,13 +90,7 @@ class Server:
         self._log.close()
 
     def _listen_to_signals(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._stop.set)
-        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
-        for number in signal.Signals:
-            if number.name in _IGNORED:
-                signal.signal(number, signal.SIG_IGN)
+        listen_to_signals(self._stop.set, self._hang_up)
 
     def _hang_up(self) -> None:
         async def again() -> None:
@@ -138,6 +132,17 @@ class Server:
             os.path.abspath(self._common.data),
             own_command(),
         )
+
+
+def listen_to_signals(stop: Callable[[], None], hang_up: Callable[[], None]) -> None:
+    """SIGTERM and SIGINT stop, SIGHUP is heard, and what else would end a process is ignored."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    loop.add_signal_handler(signal.SIGHUP, hang_up)
+    for number in signal.Signals:
+        if number.name in _IGNORED:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def reachable(addresses: Sequence[str]) -> str:

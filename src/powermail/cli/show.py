@@ -177,12 +177,50 @@ def status(result: Status) -> None:
     print(f"not redundant    {thin.messages} messages, {size(thin.octets)}{left}")
     print(f"totals           {cell(result.totals)}")
     print(f"connections      {cell(result.connections)}")
+    if result.certificate_days_left is not None:
+        print(f"certificate      {result.certificate_days_left} days left in the cluster")
+    _processes(result)
+    for move in result.moves:
+        left = f", about {move.seconds_left} s left" if move.seconds_left is not None else ""
+        why = f": {cell(move.note)}" if move.note else ""
+        print(f"move             {move.name}, {move.phase}, {move.percent} % ({move.done} of {move.total} copies){left}{why}")
     for worker in result.workers:
         print(f"worker           {worker.name.ljust(12)} {cell(worker.status)}, {worker.units} units, {worker.errors} errors")
     for problem in result.degraded:
         print(f"DEGRADED         {cell(problem)}")
     if not result.degraded:
         print("healthy")
+
+
+def _processes(result: Status) -> None:
+    """The cluster's processes, who does what, and the nodes as keepers have noted them; nothing where all is one process."""
+    if not result.processes:
+        return
+    print()
+    lines = [
+        (one.process + (" (here)" if one.here else ""), one.machine, str(one.pid), one.version, local(one.since),
+         f"{one.silent_s:.0f} s ago", one.died)
+        for one in result.processes
+    ]  # fmt: skip
+    table(("process", "machine", "pid", "version", "since", "heard", "died before"), lines)
+    by_process: dict[str, list[str]] = {}
+    for job in result.jobs:
+        by_process.setdefault(f"{job.process} on {job.machine} (pid {job.pid})", []).append(job.job)
+    for who, jobs in by_process.items():
+        print(f"jobs             {cell(who)}: {', '.join(cell(job) for job in jobs)}")
+    for member in result.members:
+        said = [word for word, holds in (("blocked", member.blocked), ("owes a walk", member.owes_walk)) if holds]
+        said += [] if member.compared else ["not compared yet"]
+        said += [f"missing since {local(member.missing_since)}"] if member.missing_since else []
+        print(f"member           {cell(member.id)}: {', '.join(said) or 'there'}")
+    print()
+
+
+def parts(names: Sequence[str], ports: dict[str, int]) -> None:
+    """The welcome of several processes."""
+    print(f"PowerMail is ready: {', '.join(f'{name} {port}' for name, port in ports.items()) or 'no doors here'}")
+    print(f"processes: {', '.join(names)}; SIGHUP replaces front ends and keepers one after the other")
+    print("Ctrl-C drains and stops.", flush=True)
 
 
 def rebuilt(result: Rebuilt) -> None:
@@ -212,9 +250,12 @@ def doubts(result: DirectoryFindings) -> None:
 
 def first_mailbox(data: str, first: FirstMailbox, nodes: int, copies: int) -> None:
     """What `init` says, once."""
-    print(f"made {data} with {nodes} storage nodes and {copies} copies of each message")
+    print(f"made {data} with {nodes or 'no'} storage nodes and {copies} copies of each message")
     print(f"first mailbox  {first.address}\npassword       {first.password}   (shown only now)")
-    print(f"start it with  powermail serve --data {shlex.quote(data)}")
+    if nodes:
+        print(f"start it with  powermail serve --data {shlex.quote(data)}")
+    else:
+        print(f"go on with     powermail cluster init --data {shlex.quote(data)}")
 
 
 def try_it(

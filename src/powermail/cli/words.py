@@ -26,9 +26,11 @@ GROUPS = {
     "account": "mailboxes",
     "forward": "forwards",
     "node": "storage nodes",
+    "cluster": "machines and their certificates",
     "queue": "mail that waits to leave",
     "index": "what each mailbox shows, in a database",
     "directory": "who exists",
+    "config": "print the settings in force",
     "password": "password hashes",
 }
 
@@ -159,11 +161,14 @@ def parser(entries: Sequence[Entry]) -> Parser:
     _add_common(top)
     words = top.add_subparsers(metavar="COMMAND", dest="command")
     groups: dict[str, argparse._SubParsersAction[Parser]] = {}
+    single: dict[str, Parser] = {}  # commands of one word: one of them may have actions beside what it does by itself
     for entry in entries:
         group, _, name = entry.command.rpartition(" ")
         where = words
         if group:
-            if group not in groups:
+            if group in single and group not in groups:
+                groups[group] = single[group].add_subparsers(metavar="ACTION")
+            elif group not in groups:
                 made = words.add_parser(group, help=GROUPS[group], description=GROUPS[group], allow_abbrev=False)
                 _add_common(made)
                 groups[group] = made.add_subparsers(metavar="ACTION", required=True)
@@ -171,6 +176,8 @@ def parser(entries: Sequence[Entry]) -> Parser:
         made = where.add_parser(name, help=entry.text, description=f"{entry.text}.", allow_abbrev=False)
         _add_common(made)
         made.set_defaults(full=entry.command)
+        if not group:
+            single[entry.command] = made
         for one in entry.fields:
             _add_field(made, one)
     return top

@@ -1,6 +1,8 @@
 """Owns the view of all nodes: who is there, who takes mail, one loop of health for each.
 
-A node's trouble, whatever it is, is that node's state with its reason: it takes no mail, the others go on (law 14).
+A node's trouble, whatever it is, is that node's state with its reason: it takes no mail, the others go on (law 14). Which nodes
+there are is the layout's to say, and health never changes it. Nodes come and go while it runs: `nodes` is replaced as a whole,
+so that whoever goes through it sees the nodes there were.
 """
 
 from __future__ import annotations
@@ -15,9 +17,12 @@ from powermail.base.log import Event
 from powermail.base.tasks import report_bug
 from powermail.base.world import World
 from powermail.cluster.placement import Candidate, place
+from powermail.cluster.remote import RemoteNode
 from powermail.storage.contract import NodeState, Stamp, StorageNode
+from powermail.storage.layout import COUNTS, NO_LAYOUT, Layout, LayoutRow, Standing
 
 Admit = Callable[[StorageNode], Awaitable[None]]
+Make = Callable[[LayoutRow], StorageNode | None]  # a node of the layout, not opened yet; None if it is out of reach from here
 _AWAY = (NodeState.MISSING, NodeState.CLOSED, NodeState.OPENING)
 
 
@@ -35,11 +40,28 @@ class _Watched:
 class Cluster:
     """The nodes of a cluster as one front end sees them."""
 
-    def __init__(self, world: World, nodes: Sequence[StorageNode], copies_required: int, policy: str) -> None:
+    def __init__(
+        self,
+        world: World,
+        nodes: Sequence[StorageNode],
+        copies_required: int,
+        policy: str,
+        make: Make | None = None,
+        reserve_octets: int = 0,
+    ) -> None:
+        """`nodes` are there from the beginning; `make` makes those that a layout names beside them. A node with less free space
+        than `reserve_octets` takes no mail.
+        """
         self.nodes: dict[str, StorageNode] = {node.id: node for node in nodes}
+        self.layout = NO_LAYOUT
+        self.when_changed: list[Callable[[], None]] = []  # called when nodes came or went
         self.copies_required = copies_required
         self._world = world
         self._policy = policy
+        self._make = make
+        self._reserve_octets = reserve_octets
+        self._rows: dict[str, LayoutRow] = {}
+        self._leaving: dict[asyncio.Task[None], str] = {}  # nodes that went, while they are closed
         self._admit: Admit | None = None
         self._watched = {node.id: _Watched() for node in nodes}
         self._opening: list[asyncio.Task[float]] = []
@@ -64,6 +86,89 @@ class Cluster:
         """Node to group."""
         return {node.id: node.group for node in self.nodes.values()}
 
+    def standing(self, name: str) -> Standing:
+        """What the layout says of a node; without one all that there are are active."""
+        row = self._rows.get(name)
+        if row is None:
+            return Standing.EXPELLED if self.layout.version else Standing.ACTIVE
+        return row.state
+
+    def counted(self) -> dict[str, str]:
+        """Node to group of those whose copies count for redundancy: not of nodes that are about to go."""
+        return {name: group for name, group in self.groups().items() if self.standing(name) in COUNTS}
+
+    def counted_there(self) -> dict[str, str]:
+        """Of those, nodes that are there: because of what is away, and may not come back, nothing is let go."""
+        counted = self.counted()
+        return {node.id: node.group for node in self.admitted() if node.id in counted}
+
+    def shown_state(self, node: StorageNode) -> str:
+        """The word for what a node does now: one that could take mail, and is not to, is what the layout says."""
+        standing = self.standing(node.id)
+        taken = node.state is NodeState.READ_WRITE and standing is not Standing.ACTIVE
+        return standing.value if taken else node.state.value
+
+    @staticmethod
+    def states() -> list[str]:
+        """All words that `shown_state` may say."""
+        return [*[state.value for state in NodeState], Standing.DRAINING.value, Standing.LEAVING.value]
+
+    def is_writable(self, node: StorageNode) -> bool:
+        """True if a node takes new copies: the layout has it so, and it is well."""
+        return node.state is NodeState.READ_WRITE and self.standing(node.id) is Standing.ACTIVE
+
+    # -- the layout -----------------------------------------------------------------------------------------------
+
+    def apply(self, layout: Layout) -> None:
+        """Goes by this layout from now on, without a restart; one that is no newer than the last changes nothing.
+
+        New nodes are made, and opened by their own loops. Nodes that are no members any more, or that have another address, are
+        closed behind what they still do: what was asked of them goes on to its end, and counts as it did then.
+        """
+        if layout.version <= self.layout.version:
+            return
+        before, self.layout = self.nodes, layout
+        rows = {row.id: row for row in layout.members()}
+        nodes: dict[str, StorageNode] = {}
+        for row in rows.values():
+            known, node = self._rows.get(row.id), before.get(row.id)
+            if known is not None and known.address != row.address and isinstance(node, RemoteNode):
+                node = None  # it is reached elsewhere now
+            if node is None and self._make is not None:
+                node = self._make(row)
+            if node is None:
+                continue
+            node.group, node.priority = row.group, row.priority
+            if isinstance(node, RemoteNode):
+                node.where.fence = layout.version  # its machine refuses who goes by an older one than it was told
+            nodes[row.id] = node
+        self._rows = rows
+        for name, node in nodes.items():
+            if before.get(name) is not node:
+                self._watched[name] = _Watched()
+        self.nodes = nodes
+        self._looked_at, self._enough = float("-inf"), False
+        for name, node in before.items():
+            if nodes.get(name) is not node:
+                self._let_go(node)
+        self._world.log.event(Event.LAYOUT, version=layout.version, nodes=" ".join(nodes))
+        if nodes.keys() != before.keys() or self._leaving:
+            for tell in self.when_changed:
+                tell()
+
+    def _let_go(self, node: StorageNode) -> None:
+        async def closing() -> None:
+            try:
+                await node.close()
+            except (Trouble, OSError) as error:
+                self._world.log.event(Event.TROUBLE, node=node.id, error=str(error))
+
+        task = asyncio.get_running_loop().create_task(closing(), name=f"let go of {node.id}")
+        self._leaving[task] = node.id
+        task.add_done_callback(lambda done: self._leaving.pop(done, None))
+
+    # -- who is there ---------------------------------------------------------------------------------------------
+
     def readable(self) -> list[StorageNode]:
         """Nodes that serve reads, in order of id."""
         return [node for node in self.nodes.values() if node.state not in _AWAY]
@@ -74,7 +179,7 @@ class Cluster:
 
     def trouble(self, name: str) -> str:
         """Why a node takes no part although it is configured: it cannot be opened, probed or admitted; "" if it does."""
-        return self._watched[name].trouble
+        return self._watched[name].trouble if name in self._watched else ""
 
     def stamps(self, nodes: Sequence[StorageNode]) -> dict[str, Stamp]:
         """The stamps that these nodes have now, to be frozen for a delivery (law 2); who has none is left out."""
@@ -122,14 +227,21 @@ class Cluster:
             if stat.write_s >= limits.NODE_SLOW_S:
                 self.note_slow(node.id)
             self._candidates.append(
-                Candidate(node.id, node.group, node.priority, stat.free_octets, stat.waiting_octets, self.is_slow(node.id))
+                Candidate(
+                    node.id,
+                    node.group,
+                    node.priority,
+                    stat.free_octets - self._reserve_octets,
+                    stat.waiting_octets,
+                    self.is_slow(node.id),
+                )
             )
         self._enough = len({node.group for node in self._takers}) >= self.copies_required
         return self._candidates
 
     def _takes(self, node: StorageNode) -> bool:
         watched = self._watched[node.id]
-        if node.state is not NodeState.READ_WRITE or watched.trouble:
+        if not self.is_writable(node) or watched.trouble or node.stat().free_octets < self._reserve_octets:
             return False
         if watched.admitted is None and not watched.provisional:
             return False
@@ -172,9 +284,11 @@ class Cluster:
 
         Raises nothing but InvariantBroken: any other exception is this node's trouble (law 14).
         """
+        if self.nodes.get(node.id) is not node:
+            return limits.NODE_PROBE_INTERVAL_S  # it went: its loop ends soon
         watched = self._watched[node.id]
         async with watched.looking:
-            if self._closed:
+            if self._closed or self.nodes.get(node.id) is not node:
                 return limits.NODE_PROBE_INTERVAL_S
             try:
                 await self._look_at(node, watched)
@@ -239,6 +353,8 @@ class Cluster:
         self._looked_at = float("-inf")
         for opening in self._opening:
             opening.cancel()
+        if self._leaving:
+            await asyncio.wait(list(self._leaving), timeout=2 * limits.NODE_CALL_TIMEOUT_S)
         if not self.nodes:
             return
         closing = {asyncio.ensure_future(node.close()): node for node in self.nodes.values()}

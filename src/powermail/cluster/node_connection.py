@@ -2,7 +2,11 @@
 each turn of the event loop.
 
 An operation that was asked ends in one of three ways: its answer, the error that its answer is, or NodeTrouble, which says
-that its outcome is unknown: the connection was lost, or the time is over. Nothing is ever asked twice here.
+that its outcome is unknown: the connection was lost, or the time is over. What was never sent whole is NeverAsked: a node does
+nothing before it has all of an operation. Nothing is ever asked twice here.
+
+A ping waits for no window and behind no body: bodies go out piece by piece while the transport takes them, one large one after
+the other, and what is asked while it does not take them waits here.
 """
 
 from __future__ import annotations
@@ -12,21 +16,28 @@ from collections import deque
 from typing import Any, Final, NamedTuple, Protocol
 
 from powermail.base import limits
-from powermail.base.errors import NodeTrouble
+from powermail.base.errors import NeverAsked, NodeTrouble
 from powermail.cluster import node_values as values
 from powermail.storage.contract import Position, Receipt
 from powermail.wire import node_forms as forms
+from powermail.wire import node_verbs as verbs
 from powermail.wire.node_client import Acks, Answer, Failed, GoneAway, Lost, NodeClient, Stat
 from powermail.wire.node_frames import NO_BODY, Pieces
 from powermail.wire.node_verbs import Verb
 
 NO_META: Final = forms.encode(forms.NOTHING)
 _LOOK_EVERY_S: Final = 0.25
+_PING_OCTETS: Final = len(NO_META)
+_SHORT_OCTETS: Final = 1024  # what asks to read has no more
 _new: Final = tuple.__new__  # of a named tuple, without the function in between: one for each message
 
 
 class Disconnected(NodeTrouble):
     """The node was not connected, or the connection was lost meanwhile: what was asked has an unknown outcome."""
+
+
+class NotConnected(Disconnected, NeverAsked):
+    """The node was not connected, or was no more when it could have been asked: it never heard of it."""
 
 
 class Owner(Protocol):
@@ -35,19 +46,22 @@ class Owner(Protocol):
     def pushed(self, stat: forms.StatForm) -> None:
         """Figures of the node."""
 
-    def leaving(self, connection: NodeConnection) -> None:
-        """The node asks for no more on this connection."""
+    def leaving(self) -> None:
+        """The node asks for no more."""
 
     def lost(self, connection: NodeConnection, why: str) -> None:
         """The connection is no more."""
 
 
-class _Waiting(NamedTuple):
-    """An operation for which the window has no room yet."""
+# Who waits for an answer, until when, to what; a bare tuple, because one is made for each message.
+_Asked = tuple[asyncio.Future[Any], float, Verb]
 
-    future: asyncio.Future[Any]
-    deadline: float
-    verb: Verb
+
+class _Waiting(NamedTuple):
+    """An operation for which there is no room yet."""
+
+    asked: _Asked
+    gives_up_at: float
     meta: bytes
     pieces: Pieces
     octets: int
@@ -65,15 +79,24 @@ class NodeConnection(asyncio.BufferedProtocol):
         self._owner = owner
         self._loop = asyncio.get_running_loop()
         self._machine = NodeClient()
-        self._pending: dict[int, tuple[asyncio.Future[Any], float, Verb]] = {}
+        self._window = limits.NODE_WINDOW_OCTETS, limits.NODE_WINDOW_OPERATIONS  # as the node keeps it
         self._waiting: deque[_Waiting] = deque()
+        self._full = False  # the transport takes no more
         self._flushing = False
         self._looking = False
+        self._looked_at = 0.0
+        self._answers = 0  # to other operations than pings
+        self._answered = (0, 0.0)  # how many there were, and since when
+        self.slowest_s = 0.0  # COMMIT that was answered since somebody set this to 0, about
+        self._octets_in = 0
+        self._octets_out = 0
+        self._seen = (0, 0, False)  # octets in, octets out, were any waiting: as progress was last looked for
 
     # -- asyncio's side --------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
+        self.transport.set_write_buffer_limits(high=limits.NODE_UNSENT_OCTETS)  # type: ignore[union-attr]
         if not self.made.done():
             self.made.set_result(None)
 
@@ -81,28 +104,36 @@ class NodeConnection(asyncio.BufferedProtocol):
         return self._machine.reader.room()
 
     def buffer_updated(self, nbytes: int) -> None:
+        self._octets_in += nbytes
+        leaving, lost = False, ""
         for event in self._machine.received(nbytes):
             if isinstance(event, Acks):
                 self._acknowledged(event)
             elif isinstance(event, Answer):
-                future = self._take(event.number)
+                future, _, verb = event.token
+                self._answers += verb is not verbs.PING
                 if not future.done():
                     future.set_result(event)
             elif isinstance(event, Failed):
-                future = self._take(event.number)
+                self._answers += 1
+                future = event.token[0]
                 if not future.done():
-                    future.set_exception(values.error_of(event.failure, event.text))
+                    future.set_exception(values.error_of(event.failure, event.text, event.version, event.body))
             elif isinstance(event, Stat):
                 self._owner.pushed(event.stat)
             elif isinstance(event, GoneAway):
-                self.going = True
-                self._owner.leaving(self)
+                leaving = True  # when all that came with it is heard
             elif isinstance(event, Lost):
-                self.abort(f"it breaks the protocol: {event.why}")
-                return
+                lost = event.why
+        if lost:
+            self.abort(f"it breaks the protocol: {lost}")
+            return
+        if leaving and not self.going:
+            self.leave()
+            self._owner.leaving()
         if self._waiting:
             self._ask_more()
-        if self.going and not self._pending:
+        if self.going and not self._machine.unanswered:
             self.close("it asked for no more")
 
     def eof_received(self) -> bool:
@@ -110,6 +141,15 @@ class NodeConnection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end(f"the connection was lost: {exc}" if exc is not None else "the connection was closed")
+
+    def pause_writing(self) -> None:
+        self._full = True
+
+    def resume_writing(self) -> None:
+        self._full = False
+        self._ask_more()
+        if self._machine.unfinished:
+            self._flush_soon()
 
     # -- asking ----------------------------------------------------------------------------------------------------
 
@@ -121,64 +161,102 @@ class NodeConnection(asyncio.BufferedProtocol):
         octets: int = 0,
         within_s: float = limits.NODE_CALL_TIMEOUT_S,
     ) -> asyncio.Future[Any]:
-        """Asks, now or when the window has room; the Answer, or for a COMMIT the Receipt. `octets` are the body's.
+        """Asks, now or when there is room; the Answer, or for a COMMIT the Receipt. `octets` are the body's.
 
-        The future raises what the node answers, or NodeTrouble.
+        The future raises what the node answers, NeverAsked, or NodeTrouble.
         """
         loop = self._loop
         future: asyncio.Future[Any] = loop.create_future()
         if self.closed or self.going:
-            future.set_exception(Disconnected(f"node {self._node} is not connected"))
+            future.set_exception(NotConnected(f"node {self._node} is not connected"))
             return future
         octets += len(meta)
-        deadline = loop.time() + within_s + limits.NODE_CALL_GRACE_S
+        now = loop.time()
+        asked = (future, now + within_s + limits.NODE_CALL_GRACE_S, verb)
         machine = self._machine
         if octets > limits.NODE_OPERATION_OCTETS_MAX or len(meta) > limits.NODE_META_OCTETS_MAX:
-            future.set_exception(NodeTrouble(f"node {self._node}: {verb.name} of {octets} octets is too large to ask"))
-        elif self._waiting or not machine.may_ask(octets):
-            self._waiting.append(_Waiting(future, deadline, verb, meta, pieces, octets))
+            future.set_exception(NeverAsked(f"node {self._node}: {verb.name} of {octets} octets is too large to ask"))
+        elif self._waiting or self._full or len(pieces) > 1 or not machine.may_ask(octets):
+            gives_up_at = now + limits.NODE_ROOM_WAIT_S if verb is verbs.COMMIT else asked[1]
+            self._waiting.append(_Waiting(asked, gives_up_at, meta, pieces, octets))
+            self._ask_more()
         else:
-            self._pending[machine.ask(verb, meta, pieces)] = (future, deadline, verb)
+            machine.ask(verb, meta, pieces, asked)
             if not self._flushing:
                 self._flushing = True
                 loop.call_soon(self._flush)
         if not self._looking:
-            self._looking = True
-            loop.call_later(_LOOK_EVERY_S, self._look)
+            self._look_again(now)
         return future
 
+    def ping(self) -> asyncio.Future[Any]:
+        """Asks for the stamp, before all that waits; the Answer, whenever it comes. Raises NotConnected in the future."""
+        future: asyncio.Future[Any] = self._loop.create_future()
+        future.add_done_callback(_seen)
+        if self.closed or self.going:
+            future.set_exception(NotConnected(f"node {self._node} is not connected"))
+            return future
+        asked = (future, float("inf"), verbs.PING)
+        if self._may_ping():
+            self._machine.ask(verbs.PING, NO_META, NO_BODY, asked)
+            self._flush_soon()
+        else:
+            self._waiting.appendleft(_Waiting(asked, float("inf"), NO_META, NO_BODY, _PING_OCTETS))
+        return future
+
+    def _may_ping(self) -> bool:
+        """True but while one operation fills the whole window."""
+        machine, (octets, operations) = self._machine, self._window
+        return machine.unanswered < operations and (not machine.unanswered or machine.open_octets + _PING_OCTETS <= octets)
+
     def _ask_more(self) -> None:
+        """Asks what waits, in order, as far as there is room now; what is short passes by what has many pieces."""
         waiting, machine = self._waiting, self._machine
-        while waiting and not self.closed:
+        passed: list[_Waiting] = []
+        short = False  # one that was passed by waits for the window: only what takes next to none of it passes by
+        while waiting:
             first = waiting[0]
-            if first.future.done():  # nobody waits any more: it is never asked
+            large = len(first.pieces) > 1
+            future, _, verb = first.asked
+            if future.done():  # nobody waits any more: it is never asked
                 waiting.popleft()
-            elif machine.may_ask(first.octets):
-                waiting.popleft()
-                self._pending[machine.ask(first.verb, first.meta, first.pieces)] = (first.future, first.deadline, first.verb)
-                self._flush_soon()
+                continue
+            if verb is verbs.PING:
+                room = self._may_ping()
+            elif large:
+                room = not (self._full or short or machine.unfinished) and machine.may_ask(first.octets)
+                short = short or not (room or machine.unfinished)
             else:
-                return
+                room = not (self._full or (short and first.octets > _SHORT_OCTETS)) and machine.may_ask(first.octets)
+            if room:
+                machine.ask(verb, first.meta, first.pieces, first.asked)
+                self._flush_soon()
+            elif self._full or not (large or short) or first.octets > machine.window_octets:
+                break
+            else:
+                passed.append(first)
+            waiting.popleft()
+        waiting.extendleft(reversed(passed))
 
     def welcomed(self, welcome: forms.Welcome) -> None:
-        """The node answered HELLO: its windows are kept to."""
-        self._machine.window_octets = max(1, min(welcome.octets, limits.NODE_WINDOW_OCTETS))
-        self._machine.window_operations = max(1, min(welcome.operations, limits.NODE_WINDOW_OPERATIONS))
-
-    @property
-    def open_operations(self) -> int:
-        """Operations without an answer."""
-        return self._machine.unanswered
+        """The node answered HELLO: its windows are kept to, and a little of them is kept for pings."""
+        octets = max(1, min(welcome.octets, limits.NODE_WINDOW_OCTETS))
+        operations = max(1, min(welcome.operations, limits.NODE_WINDOW_OPERATIONS))
+        self._window = octets, operations
+        self._machine.window_octets = max(1, octets - limits.NODE_PINGS_RESERVED * _PING_OCTETS)
+        self._machine.window_operations = max(1, operations - limits.NODE_PINGS_RESERVED)
 
     def _acknowledged(self, acks: Acks) -> None:
-        node, incarnation, pending = self._node, acks.incarnation, self._pending
-        for number, segment, offset in acks.receipts:
-            future = pending.pop(number)[0]
+        node, incarnation = self._node, acks.incarnation
+        self._answers += len(acks.tokens)
+        if acks.tokens:  # the first was asked first, nearly always
+            took_s = self._loop.time() - acks.tokens[0][1] + _COMMIT_S
+            if took_s > self.slowest_s:
+                self.slowest_s = took_s
+        for (_, segment, offset), asked in zip(acks.receipts, acks.tokens, strict=True):
+            future = asked[0]
             if not future.done():
                 future.set_result(_new(Receipt, (node, incarnation, _new(Position, (segment, offset)))))
-
-    def _take(self, number: int) -> asyncio.Future[Any]:
-        return self._pending.pop(number)[0]
 
     def _flush_soon(self) -> None:
         if not self._flushing:
@@ -187,22 +265,77 @@ class NodeConnection(asyncio.BufferedProtocol):
 
     def _flush(self) -> None:
         self._flushing = False
+        machine, transport = self._machine, self.transport
+        if transport is None or self.closed:
+            return
+        octets = machine.to_send(0 if self._full else limits.NODE_UNSENT_OCTETS)
+        if octets:
+            self._octets_out += len(octets)
+            transport.write(octets)
+        if self._waiting:
+            self._ask_more()
+        if machine.unfinished and not self._full:
+            self._flush_soon()
+
+    # -- deadlines and progress ------------------------------------------------------------------------------------
+
+    def moved(self) -> bool:
+        """True if octets came, or left where some waited to go out, since this was last asked."""
+        waiting = 0
         if self.transport is not None and not self.closed:
-            octets = self._machine.to_send()
-            if octets:
-                self.transport.write(octets)
+            waiting = self.transport.get_write_buffer_size()
+        octets_in, octets_out, waited = self._seen
+        self._seen = (self._octets_in, self._octets_out - waiting, waiting > 0 or self._full)
+        return self._seen[0] > octets_in or (waited and self._seen[1] > octets_out)
+
+    def owes_s(self) -> float:
+        """For how long the node has owed us what it gives at once while it is well: the oldest of COMMIT and PROBE."""
+        for _, (_, deadline, verb) in self._machine.open():
+            if verb in _WRITES:
+                within_s = _COMMIT_S if verb is verbs.COMMIT else limits.NODE_PROBE_TIMEOUT_S + limits.NODE_CALL_GRACE_S
+                return max(0.0, self._loop.time() - float(deadline) + within_s)
+        return 0.0
+
+    def _look_again(self, now: float) -> None:
+        self._looking = True
+        self._looked_at = now
+        self._loop.call_later(_LOOK_EVERY_S, self._look)
 
     def _look(self) -> None:
         """Ends what took too long; its number stays taken until the node answers."""
+        self._looking = False
+        if self.closed:
+            return
         now = self._loop.time()
-        for future, deadline, verb in [*self._pending.values(), *[(each[0], each[1], each[2]) for each in self._waiting]]:
-            if deadline <= now and not future.done():
-                future.set_exception(NodeTrouble(f"node {self._node}: {verb.name} takes too long"))
-        self._looking = bool(self._pending or self._waiting) and not self.closed
-        if self._looking:
-            self._loop.call_later(_LOOK_EVERY_S, self._look)
+        if now - self._looked_at <= 4 * _LOOK_EVERY_S:  # else it was we who stood still: what came meanwhile is read first
+            self._end_late(now)
+        if not self.closed and (self._machine.unanswered or self._waiting):
+            self._look_again(now)
+
+    def _end_late(self, now: float) -> None:
+        node, stuck = self._node, False
+        if self._answers != self._answered[0]:
+            self._answered = (self._answers, now)
+        for _, (future, deadline, verb) in self._machine.open():
+            if deadline <= now:
+                if not future.done():
+                    future.set_exception(NodeTrouble(f"node {node}: {verb.name} takes too long"))
+                stuck = stuck or max(deadline, self._answered[1]) + limits.NODE_OVERDUE_S <= now
+        for waiting in self._waiting:
+            future, _, verb = waiting.asked
+            if waiting.gives_up_at <= now and not future.done():
+                future.set_exception(NeverAsked(f"node {node}: no room to ask {verb.name}"))
+        if stuck:
+            self.abort("it leaves operations unanswered")
 
     # -- the end ---------------------------------------------------------------------------------------------------
+
+    def leave(self) -> None:
+        """Nothing new is asked; what is open is still answered, and then the connection closes."""
+        self.going = True
+        self._never_asked("it asks for no more")
+        if not self._machine.unanswered:
+            self.close("it asked for no more")
 
     def close(self, why: str) -> None:
         """Closes when what was written has gone out."""
@@ -216,6 +349,13 @@ class NodeConnection(asyncio.BufferedProtocol):
             self.transport.abort()
         self._end(why)
 
+    def _never_asked(self, why: str) -> None:
+        """What still waits to be asked never is."""
+        for waiting in self._waiting:
+            if not waiting.asked[0].done():
+                waiting.asked[0].set_exception(NotConnected(f"node {self._node}: {why}"))
+        self._waiting.clear()
+
     def _end(self, why: str) -> None:
         if self.closed:
             return
@@ -223,10 +363,19 @@ class NodeConnection(asyncio.BufferedProtocol):
         if not self.made.done():
             self.made.set_exception(Disconnected(why))
             self.made.exception()
-        ended = [future for future, _, _ in self._pending.values()] + [waiting.future for waiting in self._waiting]
-        self._pending.clear()
-        self._waiting.clear()
-        for future in ended:
-            if not future.done():
-                future.set_exception(Disconnected(f"node {self._node}: {why}"))  # one each: tracebacks do not grow together
+        unsent, kinds = self._machine.unsent(), (Disconnected, NotConnected)
+        for number, (future, _, _) in self._machine.open():
+            if not future.done():  # one each: tracebacks do not grow together
+                future.set_exception(kinds[number in unsent](f"node {self._node}: {why}"))
+        self._never_asked(why)
         self._owner.lost(self, why)
+
+
+def _seen(ping: asyncio.Future[Any]) -> None:
+    """Whoever waits for it hears of its end; nobody need."""
+    if not ping.cancelled():
+        ping.exception()
+
+
+_WRITES: Final = (verbs.COMMIT, verbs.VERBS["PROBE"])
+_COMMIT_S: Final = limits.NODE_CALL_TIMEOUT_S + limits.NODE_CALL_GRACE_S  # from when it is asked to its deadline

@@ -3,6 +3,9 @@
 The small connection is made first: its HELLO ends the older session on the node. If either is lost both are, and what was
 asked on them has an unknown outcome. Nothing counts before HELLO is answered: in TLS 1.3 a client hears that its certificate
 was refused only when it first reads.
+
+Slow is not dead (P20): a link is given up when a ping has no answer and no octet moves either way, not when time passes. A
+bulk connection that is not read while the small one answers is held back, and is waited for longer.
 """
 
 from __future__ import annotations
@@ -10,13 +13,14 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from powermail.base import limits
-from powermail.base.errors import NodeTrouble, OperatorError, PowerMailError
+from powermail.base.errors import LayoutOutdated, NodeTrouble, OperatorError, PowerMailError
 from powermail.base.world import World
 from powermail.cluster import node_values as values
-from powermail.cluster.node_connection import NO_META, Disconnected, NodeConnection
+from powermail.cluster.node_connection import NO_META, Disconnected, NodeConnection, NotConnected
 from powermail.storage.contract import Stamp
 from powermail.wire import node_forms as forms
 from powermail.wire import node_verbs as verbs
@@ -31,12 +35,24 @@ _SMALL, _BULK = 0, 1
 class Where:
     """Where a node is, and as whom it is spoken to. The context is asked for anew each time: certificates are renewed."""
 
-    def __init__(self, cluster: str, host: str, port: int, context: Callable[[], ssl.SSLContext], fence: int = 0) -> None:
+    def __init__(
+        self,
+        cluster: str,
+        host: str,
+        port: int,
+        context: Callable[[], ssl.SSLContext],
+        fence: int = 0,
+        told: Callable[[int, bytes], None] | None = None,
+    ) -> None:
+        """`told` hears of a newer layout, its version and its octets, when the node refuses this one: who takes it raises
+        `fence`, and the link is made with that (P14).
+        """
         self.cluster = cluster
         self.host = host
         self.port = port
         self.context = context
         self.fence = fence  # version of the layout that this process goes by
+        self.told = told
 
 
 class NodeLink:
@@ -60,23 +76,20 @@ class NodeLink:
         self._on_stat = on_stat
         self._on_lost = on_lost
         self._instance = world.entropy.octets(16)
-        self._session = 0
+        self.session = 0  # a number for each connecting
         self._small: NodeConnection | None = None
         self._bulk: NodeConnection | None = None
-        self._up = False
+        self.up = False  # operations are taken while it is True
         self._refusal = ""  # why the connection that is being made is none
-        self._beating: asyncio.Task[None] | None = None
-
-    @property
-    def up(self) -> bool:
-        """True while operations are taken."""
-        return self._up
+        self._beating: list[asyncio.Task[None]] = []
+        self._pinging: asyncio.Future[Any] | None = None  # a ping on its way on the small connection
+        self._pinged_at = 0.0  # our clock when it was asked
 
     # -- making and ending -----------------------------------------------------------------------------------------
 
     async def connect(self) -> None:
         """Makes both connections. Raises OperatorError when the far end is not what it should be, NodeTrouble."""
-        self._session += 1
+        self.session += 1
         self._refusal = ""
         try:
             async with asyncio.timeout(limits.NODE_CONNECT_TIMEOUT_S):
@@ -88,6 +101,8 @@ class NodeLink:
         except (OSError, PowerMailError) as error:
             text = self._refusal or str(error) or type(error).__name__
             self._drop(text)
+            if isinstance(error, LayoutOutdated) and self._where.told is not None:
+                self._where.told(error.version, error.layout)
             kind = OperatorError if isinstance(error, OperatorError) else Disconnected
             raise kind(f"node {self._node} at {self._where.host}:{self._where.port}: {text}") from error
         except asyncio.CancelledError:
@@ -96,8 +111,13 @@ class NodeLink:
         if self._small.closed or self._bulk.closed:
             self._drop(self._refusal)
             raise Disconnected(f"node {self._node}: {self._refusal or 'the connection was lost'}")
-        self._up = True
-        self._beating = asyncio.get_running_loop().create_task(self._beat(), name=f"pings to {self._node}")
+        self.up = True
+        create = asyncio.get_running_loop().create_task
+        for connection, patience_s, ping in (
+            (self._small, limits.NODE_PING_TIMEOUT_S, self._ping),
+            (self._bulk, max(limits.NODE_PING_TIMEOUT_S, limits.NODE_BULK_TIMEOUT_S), self._bulk.ping),
+        ):
+            self._beating.append(create(self._beat(connection, patience_s, ping), name=f"pings to {self._node}"))
 
     async def _dial(self, lane: int) -> NodeConnection:
         where = self._where
@@ -118,7 +138,7 @@ class NodeLink:
             self._node,
             self.incarnation,
             self._instance,
-            self._session,
+            self.session,
             lane,
             where.fence,
         )
@@ -137,12 +157,13 @@ class NodeLink:
                 connection.abort(why)
 
     def _drop(self, why: str) -> None:
-        self._up = False
+        self.up = False
+        self.stamp, self.stamp_at = None, float("-inf")  # what the next link leads to may be another opening
         small, self._small = self._small, None
         bulk, self._bulk = self._bulk, None
-        if self._beating is not None:
-            self._beating.cancel()
-            self._beating = None
+        for beating in self._beating:
+            beating.cancel()
+        self._beating, self._pinging = [], None
         for connection in (small, bulk):
             if connection is not None:
                 connection.close(why)
@@ -153,19 +174,16 @@ class NodeLink:
         self.incarnation = stat.incarnation or self.incarnation
         self._on_stat(stat)
 
-    def leaving(self, connection: NodeConnection) -> None:
+    def leaving(self) -> None:
         """What was asked is still answered there; both connections end when they have nothing open."""
-        if self._up:
-            self._up = False
-            for each in (self._small, self._bulk):
-                if each is not None:
-                    each.going = True
-                    if not each.open_operations:
-                        each.close("it asked for no more")
+        self.up = False
+        for each in (self._small, self._bulk):
+            if each is not None and not each.going:
+                each.leave()
 
     def lost(self, connection: NodeConnection, why: str) -> None:
         self._refusal = self._refusal or why
-        was_up = connection in (self._small, self._bulk) and (self._up or self._beating is not None)
+        was_up = connection in (self._small, self._bulk) and (self.up or bool(self._beating))
         if was_up:
             other = self._bulk if connection is self._small else self._small
             if connection.going and other is not None and not other.closed:
@@ -183,38 +201,100 @@ class NodeLink:
         octets: int = 0,
         within_s: float = limits.NODE_CALL_TIMEOUT_S,
     ) -> asyncio.Future[Any]:
-        """Asks on the connection that the verb and its size call for; the Answer, or the Receipt of a COMMIT."""
+        """Asks on the connection that the verb and its size call for; the Answer, or the Receipt of a COMMIT.
+
+        The future raises what the node answers, NeverAsked, or NodeTrouble.
+        """
         lane = verb.lane
         bulk = lane is Lane.BULK or (lane is Lane.BY_SIZE and len(pieces) > 1)
         connection = self._bulk if bulk else self._small
-        if connection is None or not self._up:
+        if connection is None or not self.up:
             future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-            future.set_exception(Disconnected(f"node {self._node} is not connected"))
+            future.set_exception(NotConnected(f"node {self._node} is not connected"))
             return future
         return connection.ask(verb, meta, pieces, octets, within_s)
 
+    def commit(self, meta: bytes, pieces: Pieces, octets: int) -> asyncio.Future[Any]:
+        """Asks to COMMIT; the Receipt. The future raises as that of `ask`."""
+        connection = self._small if len(pieces) == 1 else self._bulk
+        if connection is None or not self.up:
+            return self.ask(verbs.COMMIT)
+        return connection.ask(verbs.COMMIT, meta, pieces, octets)
+
     # -- stamps ----------------------------------------------------------------------------------------------------
 
-    async def hear(self) -> None:
-        """Asks for the stamp and the figures now. Raises NodeTrouble."""
-        asked_at = self._monotonic()
-        answer: Answer = await self.ask(verbs.PING, within_s=limits.NODE_PING_TIMEOUT_S)
-        if asked_at >= self.stamp_at:
-            self.stamp, self.stamp_at = values.stamp_of(answer.meta), asked_at
+    async def hear(self) -> Stamp | None:
+        """Asks for the stamp and the figures now; the stamp, which the node made after this was called. Raises NodeTrouble."""
+        try:
+            async with asyncio.timeout(limits.NODE_PING_TIMEOUT_S):
+                if self._pinging is not None:  # that was asked before: the next one is for all who come meanwhile
+                    await asyncio.wait([self._pinging])
+                answer: Answer = await asyncio.shield(self._pinging or self._ping())
+        except TimeoutError as error:
+            raise NodeTrouble(f"node {self._node}: PING takes too long") from error
+        return values.stamp_of(answer.meta)
 
-    async def _beat(self) -> None:
-        """Pings both connections; who does not answer in time is lost (P20)."""
-        while True:
-            for connection, ping in ((self._small, self.hear), (self._bulk, self._ping_bulk)):
-                try:
-                    async with asyncio.timeout(limits.NODE_PING_TIMEOUT_S):
-                        await ping()
-                except (NodeTrouble, TimeoutError):
-                    if connection is not None and self._up:
-                        connection.abort("no answer to a ping")
-                    return
+    def write_s(self) -> float:
+        """As this end sees it: how long the node has not answered what it answers at once while it is well, or the longest that
+        it took to answer a COMMIT since `probed`.
+        """
+        small = self._small
+        if small is None:
+            return 0.0
+        write_s = max(small.owes_s(), small.slowest_s)
+        return write_s if self._pinging is None else max(write_s, self._monotonic() - self._pinged_at)
+
+    def probed(self) -> None:
+        """A probe has ended: what took long before it is forgotten."""
+        if self._small is not None:
+            self._small.slowest_s = 0.0
+
+    def _ping(self) -> asyncio.Future[Any]:
+        if self._small is None or not self.up:
+            future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            future.set_exception(NotConnected(f"node {self._node} is not connected"))
+            return future
+        self._pinged_at = self._monotonic()
+        self._pinging = self._small.ping()
+        self._pinging.add_done_callback(partial(self._heard, self._pinged_at))
+        return self._pinging
+
+    def _heard(self, asked_at: float, pinging: asyncio.Future[Any]) -> None:
+        if self._pinging is pinging:
+            self._pinging = None
+        if pinging.cancelled() or pinging.exception() is not None or not self.up:
+            return
+        if asked_at >= self.stamp_at:
+            self.stamp, self.stamp_at = values.stamp_of(pinging.result().meta), asked_at
+
+    async def _beat(self, connection: NodeConnection, patience_s: float, ping: Callable[[], asyncio.Future[Any]]) -> None:
+        """Pings a connection; who neither answers nor makes progress is lost. Nothing new is asked of one who leaves."""
+        while not connection.closed:
+            if connection.going:
+                leaves_s = limits.NODE_CLOSE_WAIT_S + limits.NODE_CALL_GRACE_S
+                if await _is_silent(connection, leaves_s, asyncio.get_running_loop().create_future()):
+                    connection.abort("it asked for no more, and is silent")
+            elif await _is_silent(connection, patience_s, ping()):
+                connection.abort("no answer to a ping")
             await asyncio.sleep(limits.NODE_PING_INTERVAL_S)
 
-    async def _ping_bulk(self) -> None:
-        if self._bulk is not None:
-            await self._bulk.ask(verbs.PING, within_s=limits.NODE_PING_TIMEOUT_S)
+
+async def _is_silent(connection: NodeConnection, patience_s: float, asked: asyncio.Future[Any]) -> bool:
+    """Waits for an answer; True if there is none, and no octet moved for so long. Time in which we stood still ourselves
+    does not count: what came meanwhile is read first.
+    """
+    time, look_s = asyncio.get_running_loop().time, patience_s / 16
+    quiet_s, looked_at = 0.0, time()
+    connection.moved()
+    while not connection.closed:
+        await asyncio.wait([asked], timeout=look_s)
+        if asked.done():
+            if not asked.cancelled():
+                asked.exception()
+            return False
+        now = time()
+        quiet_s = 0.0 if connection.moved() else quiet_s + min(now - looked_at, 2 * look_s)
+        looked_at = now
+        if quiet_s >= patience_s:
+            return True
+    return False

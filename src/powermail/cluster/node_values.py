@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from struct import Struct
 from typing import Final
 
@@ -29,6 +29,7 @@ from powermail.wire.node_verbs import Failure
 KEY_OCTETS: Final = 16
 _new: Final = tuple.__new__  # of a named tuple, without the function in between: one for each message
 _COPY: Final = Struct("<16sQQ")  # a key and a position
+COPY_OCTETS: Final = _COPY.size
 HELD: Final = (Held.LIVE, Held.DEAD, Held.ABSENT, Held.UNKNOWN)
 _HELD_NUMBER: Final = {held: number for number, held in enumerate(HELD)}
 _DELIVERY_OR_REPAIR: Final = (Origin.DELIVERY, Origin.REPAIR)
@@ -42,6 +43,7 @@ _CLASSES: Final[tuple[tuple[type[errors.PowerMailError], Failure], ...]] = (
     (errors.CopyMissing, Failure.COPY_MISSING),
     (errors.CopyDamaged, Failure.COPY_DAMAGED),
     (errors.OperatorError, Failure.OPERATOR),
+    (errors.LayoutOutdated, Failure.FENCED),
     (errors.Trouble, Failure.TROUBLE),
 )
 _ERRORS: Final[dict[Failure, type[errors.PowerMailError]]] = {
@@ -65,15 +67,18 @@ def failure_of(error: BaseException) -> Failure | None:
     return None
 
 
-def error_of(failure: Failure, text: str) -> errors.PowerMailError:
+def error_of(failure: Failure, text: str, version: int = 0, layout: bytes = b"") -> errors.PowerMailError:
     """The error that a class stands for at the asking end; whatever is not known leaves the outcome unknown."""
-    return _ERRORS.get(failure, errors.NodeTrouble)(text)
+    error = _ERRORS.get(failure, errors.NodeTrouble)(text)
+    if isinstance(error, errors.LayoutOutdated):
+        error.version, error.layout = version, layout
+    return error
 
 
 # -- keys, copies --------------------------------------------------------------------------------------------------
 
 
-def join_keys(keys: Sequence[bytes]) -> bytes:
+def join_keys(keys: Iterable[bytes]) -> bytes:
     """Keys as a body."""
     return b"".join(keys)
 
@@ -177,6 +182,19 @@ def mark_form(mark: Mark) -> forms.MarkForm:
 def mark_of(form: forms.MarkForm) -> Mark:
     """The same, read."""
     return Mark(form.sequence, form.slots, form.epoch, form.uidvalidity, form.retired)
+
+
+def join_mark(mark: Mark, rest: bytes = b"") -> tuple[int, bytes]:
+    """A body with a mark in front: how many octets the mark has, and all of it."""
+    octets = forms.encode(mark_form(mark))
+    return len(octets), octets + rest
+
+
+def split_mark(octets: int, body: bytes) -> tuple[forms.MarkForm, bytes]:
+    """The mark in front of a body, and the rest. Raises Malformed, msgspec.DecodeError."""
+    if octets > len(body):
+        raise Malformed(f"a mark of {octets} octets in a body of {len(body)}")
+    return (forms.decode_mark(body[:octets]) if octets else forms.MarkForm()), body[octets:]
 
 
 def stat_form(stat: NodeStat, incarnation: str) -> forms.StatForm:

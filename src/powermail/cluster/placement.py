@@ -17,7 +17,7 @@ class Candidate(NamedTuple):
     id: str
     group: str
     priority: int
-    free_octets: int
+    free_octets: int  # above what is reserved
     waiting_octets: int
     slow: bool = False
 

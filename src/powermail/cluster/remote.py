@@ -8,8 +8,8 @@ refusal (law 5). The link is made again by itself, with growing pauses, until th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
-from typing import Any, Final
+from collections.abc import Awaitable, Iterable, Sequence
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -44,7 +44,7 @@ from powermail.wire.node_client import Answer
 from powermail.wire.node_frames import NO_BODY, Pieces, pieces_of
 from powermail.wire.node_verbs import VERBS
 
-_COMMIT: Final = VERBS["COMMIT"]
+T = TypeVar("T")
 _APPEND: Final = VERBS["APPEND"]
 _encode: Final = forms.encode
 _STATES: Final = {state.value: state for state in NodeState}
@@ -68,8 +68,13 @@ class Bodies:
     def of(self, chunks: Sequence[Chunk], record: bytes = b"") -> tuple[list[_ChunkForm], Pieces, int]:
         """Chunks without their octets, the body in pieces, and its octets."""
         if record is not self._record or not _same(chunks, self._chunks):
-            body = b"".join([record, *[stored for _, _, stored, _ in chunks]])
-            self._forms = [(number, flags, len(stored), octets) for number, flags, stored, octets in chunks]
+            if len(chunks) == 1:  # what nearly all are
+                ((number, flags, stored, octets),) = chunks
+                body = record + stored
+                self._forms = [(number, flags, len(stored), octets)]
+            else:
+                body = b"".join([record, *[stored for _, _, stored, _ in chunks]])
+                self._forms = [(number, flags, len(stored), octets) for number, flags, stored, octets in chunks]
             self._pieces, self._octets = pieces_of(body), len(body)
             self._record, self._chunks = record, chunks
         return self._forms, self._pieces, self._octets
@@ -91,6 +96,7 @@ class RemoteNode:
         self._world = world
         self._monotonic = world.clock.monotonic
         self._bodies = bodies or Bodies()
+        self.where = where
         self._link = NodeLink(world, node, where, self._pushed, self._lost)
         self._state = NodeState.OPENING
         self._reason = "not connected yet"
@@ -101,8 +107,9 @@ class RemoteNode:
         self._connecting: asyncio.Task[None] | None = None
         self._keeping: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
-        self._switch: bool | None = None  # as the operator set it here; None: never
+        self._switch = False  # the operator's, as it was last told to the node here; what counts is what the node says
         self._switching = 0  # settings of it that the node has not confirmed
+        self._probe_s = 0.0  # how long the last probe took, seen from here
 
     # -- what it is ------------------------------------------------------------------------------------------------
 
@@ -117,14 +124,29 @@ class RemoteNode:
     def incarnation(self) -> str:
         return self._incarnation
 
+    @property
+    def session(self) -> int:
+        """Another one whenever it was connected anew: the process that serves it may be another since."""
+        return self._link.session
+
     def stat(self) -> NodeStat:
-        return self._figures
+        figures, write_s = self._figures, self._link.write_s()
+        if write_s <= figures.write_s and self._probe_s <= figures.probe_s:
+            return figures
+        write_s, probe_s = max(figures.write_s, write_s), max(figures.probe_s, self._probe_s)
+        return msgspec.structs.replace(figures, write_s=write_s, probe_s=probe_s)  # P20: slow is what is slow from here
 
     def stamp(self) -> Stamp | None:
         link = self._link
         if not link.up or self._monotonic() - link.stamp_at > limits.STAMP_AGE_MAX_S:
             return None  # law 2
         return link.stamp
+
+    def stamp_age_s(self) -> float:
+        return max(0.0, self._monotonic() - self._link.stamp_at)
+
+    async def fresh_stamp(self) -> Stamp | None:
+        return await self._link.hear()
 
     async def hear(self) -> None:
         """Asks for stamp and figures now, beside the pings that do so all the time. Raises NodeTrouble."""
@@ -158,7 +180,7 @@ class RemoteNode:
         self._wake.set()
 
     def _away(self, state: NodeState, why: str) -> None:
-        self._incarnation, self._latest = "", None
+        self._incarnation, self._latest, self._probe_s = "", None, 0.0
         self._figures = msgspec.structs.replace(self._figures, state=state.value, reason=why)
         self._set(state, why)
 
@@ -207,8 +229,6 @@ class RemoteNode:
             if self._keeping is None and not self._shut:
                 self._keeping = asyncio.get_running_loop().create_task(self._keep(), name=f"keeps the link to {self.id}")
         self._world.counters.add("cluster.links_made")
-        if self._switch is not None:
-            self.block(self._switch)
 
     async def _keep(self) -> None:
         """Makes the link again whenever it is lost, with growing pauses."""
@@ -227,9 +247,10 @@ class RemoteNode:
                 continue  # it is in the state
 
     def block(self, blocked: bool) -> None:
-        self._switch = blocked
+        """Nothing of it is remembered here: others may set it too. Whoever admits the node anew says what the index says."""
         if not self._link.up:
-            return  # it is said when the link is there
+            return
+        self._switch = blocked
         self._switching += 1
         asked = self._link.ask(VERBS["BLOCK"], _encode(forms.Block(blocked)))
         asked.add_done_callback(self._switched)
@@ -268,27 +289,29 @@ class RemoteNode:
     ) -> Awaitable[Receipt]:
         found, pieces, octets = self._bodies.of(chunks, commit)
         boot, at = stamp if stamp is not None else ("", 0.0)
-        meta = _encode((key, count, boot, at, int(origin), len(commit), found))  # `forms.Commit`
-        return self._link.ask(_COMMIT, meta, pieces, octets)
+        meta = _encode((key, count, boot, at, origin, len(commit), found))  # `forms.Commit`
+        return self._link.commit(meta, pieces, octets)
 
     async def cancel(self, key: bytes) -> None:
         await self._ask("CANCEL", forms.KeyForm(key))
 
     async def delete(self, keys: Sequence[bytes], mark: Mark, at: float, stamp: Stamp | None = None) -> End:
-        body, form = values.join_keys(keys), values.mark_form(mark)
+        octets, body = values.join_mark(mark, values.join_keys(dict.fromkeys(keys)))
         if stamp is None:
-            answer = await self._ask("DELETE", forms.Delete(at, form), body)
+            answer = await self._ask("DELETE", forms.Delete(at, octets), body)
         else:
-            answer = await self._ask("ABORT", forms.Abort(at, form, values.stamp_form(stamp)), body)
+            answer = await self._ask("ABORT", forms.Abort(at, octets, values.stamp_form(stamp)), body)
         return End(answer.meta.incarnation, values.position_of(answer.meta))
 
     async def drop(self, copies: Sequence[tuple[bytes, Position]], mark: Mark) -> Dropped:
-        answer = await self._ask("DROP", values.mark_form(mark), values.join_copies(copies))
+        octets, body = values.join_mark(mark, values.join_copies(copies))
+        answer = await self._ask("DROP", forms.Marked(octets), body)
         live = tuple(_keys(self, answer.body))
         return Dropped(live, End(answer.meta.incarnation, values.position_of(answer.meta)))
 
     async def discard(self, key: bytes, mark: Mark) -> Held:
-        answer = await self._ask("DISCARD", forms.Discard(key, values.mark_form(mark)))
+        octets, body = values.join_mark(mark)
+        answer = await self._ask("DISCARD", forms.Discard(key, octets), body)
         return values.HELD[answer.meta.held]
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -305,21 +328,24 @@ class RemoteNode:
         return chunk
 
     async def read_small(self, keys: Sequence[bytes]) -> list[Whole | None]:
-        answer = await self._ask("READ_SMALL", body=values.join_keys(keys))
+        once = dict.fromkeys(keys)  # no key is named twice in one operation
+        answer = await self._ask("READ_SMALL", body=values.join_keys(once))
         try:
             found = [values.whole_of(form) for form in forms.decode_wholes(answer.body)]
         except msgspec.DecodeError as error:
             raise self._nonsense(error) from error
-        if len(found) != len(keys):
-            raise self._nonsense(f"{len(found)} messages for {len(keys)} keys")
-        return found
+        if len(found) != len(once):
+            raise self._nonsense(f"{len(found)} messages for {len(once)} keys")
+        return found if len(once) == len(keys) else _for_all(keys, once, found)
 
     async def has(self, keys: Sequence[bytes]) -> list[Held]:
-        answer = await self._ask("HAS", body=values.join_keys(keys))
+        once = dict.fromkeys(keys)
+        answer = await self._ask("HAS", body=values.join_keys(once))
         try:
-            return values.split_held(answer.body, len(keys))
+            found = values.split_held(answer.body, len(once))
         except values.Malformed as error:
             raise self._nonsense(error) from error
+        return found if len(once) == len(keys) else _for_all(keys, once, found)
 
     async def verify(self, key: bytes) -> Position:
         return values.position_of((await self._ask("VERIFY", forms.KeyForm(key))).meta)
@@ -334,7 +360,12 @@ class RemoteNode:
             raise self._nonsense(error) from error
 
     async def probe(self) -> None:
-        await self._ask("PROBE", within_s=limits.NODE_PROBE_TIMEOUT_S)
+        began = self._monotonic()
+        try:
+            await self._ask("PROBE", within_s=limits.NODE_PROBE_TIMEOUT_S)
+        finally:
+            self._probe_s = self._monotonic() - began
+            self._link.probed()
 
     async def fence(self, stamp: Stamp) -> Position:
         return values.position_of((await self._ask("FENCE", values.stamp_form(stamp))).meta)
@@ -361,7 +392,8 @@ class RemoteNode:
             raise self._nonsense(error) from error
 
     async def put_mark(self, mark: Mark) -> None:
-        await self._ask("MARK", values.mark_form(mark))
+        octets, body = values.join_mark(mark)
+        await self._ask("MARK", forms.Marked(octets), body)
 
     async def rebirth(self) -> Position:
         answer = await self._ask("REBIRTH")
@@ -372,42 +404,76 @@ class RemoteNode:
         await self._ask("LIFT_BIRTH")
 
     async def put_checkpoint(self, name: bytes, number: int, octets: bytes, mark: Mark, rank: Rank = NO_RANK) -> None:
-        await self._ask("PUT_CHECKPOINT", forms.PutCheckpoint(name, number, values.mark_form(mark), *rank), octets)
+        mark_octets, body = values.join_mark(mark, octets)
+        await self._ask("PUT_CHECKPOINT", forms.PutCheckpoint(name, number, mark_octets, *rank), body)
 
     async def checkpoints(self, after: bytes, limit: int) -> list[tuple[bytes, int, bytes]]:
         found: list[tuple[bytes, int, bytes]] = []
-        left, skip = limit, 0
-        while left > 0:
-            names = min(left, limits.NODE_PAGE_NAMES)
-            answer = await self._ask("CHECKPOINTS", forms.CheckpointsAsk(after, names, skip))
-            try:
-                part = [(form.name, form.number, form.octets) for form in forms.decode_checkpoints(answer.body)]
-            except msgspec.DecodeError as error:
-                raise self._nonsense(error) from error
-            found += part
-            skip += len(part)
-            if answer.meta.more and part:
-                continue
-            page = {name for name, _, _ in found[-skip:]} if skip else set()
+        while limit > 0:
+            names, skip, page = min(limit, limits.NODE_PAGE_NAMES), 0, dict[bytes, None]()
+            while True:
+                part, following = await self.checkpoints_page(after, names, skip)
+                found += part
+                page.update(dict.fromkeys([name for name, _, _ in part]))
+                if following <= skip:
+                    break
+                skip = following
             if len(page) < names:
                 break
-            left -= len(page)
-            after, skip = found[-1][0], 0
+            limit -= len(page)
+            after = found[-1][0]
         return found
+
+    async def checkpoints_page(self, after: bytes, limit: int, skip: int) -> tuple[list[tuple[bytes, int, bytes]], int]:
+        answer = await self._ask("CHECKPOINTS", forms.CheckpointsAsk(after, min(limit, limits.NODE_PAGE_NAMES), skip))
+        try:
+            part = [(form.name, form.number, form.octets) for form in forms.decode_checkpoints(answer.body)]
+        except msgspec.DecodeError as error:
+            raise self._nonsense(error) from error
+        return part, answer.meta.following
 
     async def compactable(self, below: Position, at: float) -> list[bytes] | None:
         answer = await self._ask("COMPACTABLE", forms.Compactable(*below, at), within_s=limits.NODE_COMPACT_TIMEOUT_S)
         return _keys(self, answer.body) if answer.meta.worth else None
 
     async def compact(self, below: Position, forgotten: Sequence[bytes], mark: Mark) -> int:
-        meta = forms.Compact(*below, values.mark_form(mark))
-        answer = await self._ask("COMPACT", meta, values.join_keys(forgotten), limits.NODE_COMPACT_TIMEOUT_S)
+        octets, body = values.join_mark(mark, values.join_keys(forgotten))
+        answer = await self._ask("COMPACT", forms.Compact(*below, octets), body, limits.NODE_COMPACT_TIMEOUT_S)
         return int(answer.meta.octets)
+
+    # -- membership: what the machine of the node obeys ------------------------------------------------------------
+
+    async def layout(self) -> tuple[int, int, bytes]:
+        """The newest layout that is known there: its version, the fence, and the layout as it is written down; 0 and nothing if
+        there is none. Raises NodeTrouble.
+        """
+        answer = await self._ask("LAYOUT")
+        return answer.meta.version, answer.meta.fence, answer.body
+
+    async def set_layout(self, version: int, fence: int, layout: bytes) -> tuple[int, int, bytes]:
+        """Tells of a layout. When it returns that is durable there, with the fence: who goes by an older layout is cut off and
+        refused, and nothing of theirs is still to be written. What is known there then: the octets only of a newer one.
+
+        Raises OperatorError for another layout of a version that is known there, NodeTrouble.
+        """
+        answer = await self._ask("SET_LAYOUT", forms.LayoutForm(version, fence), layout)
+        return answer.meta.version, answer.meta.fence, answer.body
+
+    async def expel(self, ids: Sequence[str]) -> None:
+        """Certificates of these ids admit nobody there any more; durable when it returns. Raises OperatorError, NodeTrouble."""
+        for start in range(0, len(ids), limits.NODE_EXPEL_IDS_MAX):
+            await self._ask("EXPEL", forms.Expel(tuple(ids[start : start + limits.NODE_EXPEL_IDS_MAX])))
 
     def _nonsense(self, why: object) -> NodeTrouble:
         """An answer that makes no sense: the node is not to be believed in this."""
         self._world.counters.add("cluster.nonsense")
         return NodeTrouble(f"node {self.id}: its answer makes no sense: {why}")
+
+
+def _for_all(keys: Sequence[bytes], once: Iterable[bytes], found: Iterable[T]) -> list[T]:
+    """What was said of each key, for keys of which some are asked for more than once."""
+    said = dict(zip(once, found, strict=True))
+    return [said[key] for key in keys]
 
 
 def _keys(node: RemoteNode, body: bytes) -> list[bytes]:

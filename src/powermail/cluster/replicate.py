@@ -14,14 +14,15 @@ from typing import Any
 
 from powermail.base import limits
 from powermail.base.digest import hash_octets
-from powermail.base.errors import CommitRefused, CopyDamaged, CopyMissing, NodeTrouble, NotRedundant, Trouble
+from powermail.base.errors import CommitRefused, CopyDamaged, CopyMissing, NeverAsked, NodeTrouble, NotRedundant, Trouble
 from powermail.base.log import Event
 from powermail.base.tasks import report_bug
 from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
 from powermail.cluster.packing import Packer
 from powermail.mail.envelope import Commit
-from powermail.storage.contract import Chunk, Mark, NodeState, Origin, Receipt, Stamp, StorageNode
+from powermail.storage.contract import Chunk, Mark, Origin, Receipt, Stamp, StorageNode
+from powermail.storage.layout import Standing
 
 _NO_COPY = (Trouble, TimeoutError, CopyMissing, CopyDamaged)
 
@@ -56,11 +57,13 @@ class Replication:
         self._streamed: dict[str, StorageNode] = {}  # nodes that were given chunks before any commit
         self._asked: dict[str, StorageNode] = {}  # to commit
         self._receipts: dict[str, Receipt] = {}
-        self._groups: dict[str, None] = {}  # of the receipts
+        # (node, incarnation, group) of the receipts, the group as it was when the node was asked: what a layout says since then
+        # makes no copy more or less redundant than it was written.
+        self._counted: dict[tuple[str, str, str], None] = {}
         self._refused: dict[str, None] = {}  # definitely
         self._why = ""  # what failed first
         self._stamps: dict[str, Stamp] | None = None  # once they are frozen
-        self._closes_at = 0.0  # when feeding spares ends, then (law 2)
+        self._closes_at: dict[str, float] = {}  # when feeding each spare ends, then: by the age of its stamp (law 2)
         self._digest = hashlib.sha256()
         self._open: list[bytes] = []
         self._open_octets = 0
@@ -145,7 +148,7 @@ class Replication:
                 return None
             self._spares.remove(spare)
             try:
-                async with asyncio.timeout(self._window_s()):
+                async with asyncio.timeout(self._window_s(spare)):
                     for number in range(count):
                         chunk = self._held.get(number) or await self._read_back(number, spare)
                         self._streamed[spare.id] = spare
@@ -156,13 +159,13 @@ class Replication:
             return spare
 
     def _may_be_asked(self, node: StorageNode) -> bool:
-        if self._stamps is not None and (node.id not in self._stamps or self._window_s() == 0.0):
+        if self._stamps is not None and (node.id not in self._stamps or self._window_s(node) == 0.0):
             return False
-        return node.state is NodeState.READ_WRITE
+        return self._cluster.is_writable(node)
 
-    def _window_s(self) -> float | None:
-        """How long spares may still be fed: not for ever once stamps are frozen, or the last would be too old (law 2)."""
-        return None if self._stamps is None else max(0.0, self._closes_at - self._world.clock.monotonic())
+    def _window_s(self, spare: StorageNode) -> float | None:
+        """How long it may still be fed: not for ever once stamps are frozen, or its own would be too old (law 2)."""
+        return None if self._stamps is None else max(0.0, self._closes_at[spare.id] - self._world.clock.monotonic())
 
     async def _read_back(self, number: int, but: StorageNode) -> Chunk:
         """An earlier chunk, from a node that has it; those that kept us waiting are asked last."""
@@ -193,10 +196,11 @@ class Replication:
         body = record.format()
         # law 2: all stamps are frozen when the first node is asked to commit, not while it streamed
         self._stamps = self._cluster.stamps([*self._targets, *self._spares])
-        self._closes_at = self._world.clock.monotonic() + limits.COMMIT_WINDOW_S - limits.SPARE_MARGIN_S
+        closes_at = self._world.clock.monotonic() + limits.COMMIT_WINDOW_S - limits.SPARE_MARGIN_S
+        self._closes_at = {spare.id: closes_at - spare.stamp_age_s() for spare in self._spares}
         await self._ask(self._targets, last, body)
-        while len(self._groups) < self._cluster.copies_required:
-            spare = await self._feed_spare(set(self._groups), len(self._sizes) - len(last))
+        while len(groups := {group for _, _, group in self._counted}) < self._cluster.copies_required:
+            spare = await self._feed_spare(groups, len(self._sizes) - len(last))
             if spare is None:
                 raise NotStored(self._why or "too few nodes have a stamp", self.undecided, tuple(self._refused))
             await self._ask([spare], last, body)
@@ -206,35 +210,37 @@ class Replication:
         """Asks nodes to commit, each with its frozen stamp, and waits for their answers."""
         assert self._stamps is not None
         count = len(self._sizes)
-        waiting: list[tuple[StorageNode, asyncio.Future[Receipt]]] = []
+        waiting: list[tuple[StorageNode, str, asyncio.Future[Receipt]]] = []
         for node in nodes:
             stamp = self._stamps.get(node.id)
-            if stamp is None:
-                continue
+            if stamp is None or self._cluster.standing(node.id) is not Standing.ACTIVE:
+                continue  # placed by an older layout: what the node took is not to grow any more
             self._asked[node.id] = node
             try:
                 answer = asyncio.ensure_future(node.commit(self.key, last, body, count, stamp, Origin.DELIVERY))
             except Exception as error:  # noqa: BLE001  whatever it is, this node gave no receipt
                 self._without_receipt(node, error)
             else:
-                waiting.append((node, answer))
+                waiting.append((node, node.group, answer))
         late = False
-        for node, receipt in waiting:
+        for node, group, coming in waiting:
             try:
-                if late and not receipt.done():
-                    receipt.cancel()  # all have had as long as the one that took too long
+                if late and not coming.done():
+                    coming.cancel()  # all have had as long as the one that took too long
                     raise TimeoutError
-                self._receipts[node.id] = await self._patience.wait(receipt)
+                receipt = self._receipts[node.id] = await self._patience.wait(coming)
             except Exception as error:  # noqa: BLE001  the same
                 late = late or isinstance(error, TimeoutError)
                 self._without_receipt(node, error)
             else:
-                self._groups[node.group] = None
+                self._counted[receipt.node, receipt.incarnation, group] = None
 
     def _without_receipt(self, node: StorageNode, error: Exception) -> None:
-        """Only a definite refusal says that the node holds no commit; else that is unknown (law 5)."""
+        """Only a definite refusal, or that it was never asked, says that it holds no commit; else that is unknown (law 5)."""
         if isinstance(error, CommitRefused):
             self._refused[node.id] = None
+        elif isinstance(error, NeverAsked):
+            del self._asked[node.id]
         self._note_failed(node, error)
 
     def _undecided(self) -> list[StorageNode]:

@@ -134,6 +134,18 @@ class DeliveryService:
             self.world.log.event(Event.INDEX_LATE, key=key, error=str(error) or "no answer in time")
             return None
 
+    async def bury(self, replication: Replication, connection: int) -> bool:
+        """Tombstones where an abort that was decided over that connection may find commits; with a proof of it (law 10). False
+        if not every node has confirmed one, or the index did not answer.
+        """
+        try:
+            mark = await self._index_patience.wait(self.index.proof(connection))
+        except (IndexTrouble, TimeoutError) as error:
+            self.world.counters.add("delivery.index_late")
+            self.world.log.event(Event.INDEX_LATE, key=replication.key, error=str(error) or "no answer in time")
+            return False
+        return await replication.bury(mark, self.world.clock.now())
+
 
 class Transaction:
     """One message. `write` while it streams, then `finish`, or `cancel`."""
@@ -278,9 +290,10 @@ class Transaction:
         if not error.undecided:
             world.counters.add("law.5.refused")
             return st.NOT_REDUNDANT.because(error)
+        connection = service.index.connection
         fate = await service.abort(self.key, error.undecided)  # before any node is told (law 5)
         if fate is Fate.ABORTED:
-            if await replication.bury(service.index.mark(), world.clock.now()):
+            if await service.bury(replication, connection):
                 world.counters.add("law.5.buried")
                 return st.NOT_REDUNDANT.because(error)
             world.counters.add("law.5.closed")

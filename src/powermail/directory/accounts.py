@@ -172,7 +172,7 @@ class SqlDirectory:
         return len(accounts)
 
     async def put(self, new: Sequence[Account], known: Sequence[Account]) -> None:
-        fresh = [_values(rows.check(account), self._fresh_id()) for account in new]
+        fresh = [_values(rows.check(account), int(account.id or self._fresh_id())) for account in new]
         changed = [_values(rows.check(account), int(account.id)) for account in known]
 
         async def enter(session: Session) -> None:

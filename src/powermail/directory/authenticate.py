@@ -57,6 +57,7 @@ class Authenticator:
         self._resolver = resolver
         self._writable = writable if upgrade else None
         self._limiter = FailureLimiter(world.clock)
+        self.tallies = (self._limiter.minute, self._limiter.day)
         self._lanes = [world.lane(f"password-{number}") for number in range(2)]
         self._next = 0
         self._salt = world.entropy.octets(32)

@@ -60,7 +60,10 @@ class Writable(Directory, Protocol):
         """Adds rows in one transaction. Raises OperatorError if an address exists or is malformed."""
 
     async def put(self, new: Sequence[Account], known: Sequence[Account]) -> None:
-        """Adds the new and replaces all but the id of the known, in one transaction. Raises as `add`."""
+        """Adds the new and replaces all but the id of the known, in one transaction. Raises as `add`.
+
+        What is new gets an id that nobody had; only who moves a directory gives one.
+        """
 
     def check(self, account: Account) -> Account:
         """The row as it may be stored. Raises OperatorError for what is no address, or no number that may be."""

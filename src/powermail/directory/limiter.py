@@ -7,6 +7,7 @@ from collections import OrderedDict
 
 from powermail.base import limits
 from powermail.base.clock import Clock
+from powermail.base.tally import Tally
 
 
 def ranges(client: str) -> tuple[str, ...]:
@@ -22,13 +23,20 @@ def ranges(client: str) -> tuple[str, ...]:
 
 
 class FailureLimiter:
-    """Counts failures in the running minute and day. Success of the owner is never locked out by others' failures."""
+    """Counts failures in the running minute and day, of all processes where they share it (TALLY_S late). Success of the owner
+    is never locked out by others' failures.
+    """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
+        self.minute, self.day = Tally("failed-minute", 60.0), Tally("failed-day", 86_400.0)
         self._counts: OrderedDict[str, tuple[float, int, float, int]] = OrderedDict()
 
     def _get(self, name: str) -> tuple[float, int, float, int]:
+        minute_at, in_minute, day_at, in_day = self._own(name)
+        return minute_at, max(in_minute, self.minute.known(name)), day_at, max(in_day, self.day.known(name))
+
+    def _own(self, name: str) -> tuple[float, int, float, int]:
         now = self._clock.monotonic()
         minute_at, in_minute, day_at, in_day = self._counts.get(name, (now, 0, now, 0))
         if now - minute_at >= 60.0:
@@ -50,8 +58,10 @@ class FailureLimiter:
     def failed(self, client: str, account: str) -> None:
         """Counts one wrong password."""
         for name in dict.fromkeys((*ranges(client), f"account {account[:255]}")):
-            minute_at, in_minute, day_at, in_day = self._get(name)
+            minute_at, in_minute, day_at, in_day = self._own(name)
             self._counts[name] = (minute_at, in_minute + 1, day_at, in_day + 1)
+            self.minute.add(name)
+            self.day.add(name)
             self._counts.move_to_end(name)
         while len(self._counts) > limits.AUTH_TRACKED_MAX:
             self._counts.popitem(last=False)

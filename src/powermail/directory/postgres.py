@@ -26,6 +26,8 @@ _KINDS = {
     "bool": "flag",
 }
 _READ_ONLY = "25006"
+# The third is what the driver says of a session that the server ended without being asked.
+_TROUBLE = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
 
 
 def meaning(error: Exception, host: Host) -> PowerMailError:
@@ -58,7 +60,7 @@ class PostgresSession:
         try:
             given = [values[name] for name in statement.order]
             found: Sequence[Row] = await self._connection.fetch(statement.numbered, *given, timeout=wait_s)
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+        except _TROUBLE as error:
             raise meaning(error, self.host) from error
         return found
 
@@ -66,7 +68,7 @@ class PostgresSession:
         try:
             given = [values[name] for name in statement.order]
             said = await self._connection.execute(statement.numbered, *given, timeout=wait_s)
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+        except _TROUBLE as error:
             raise meaning(error, self.host) from error
         count = str(said).rpartition(" ")[2]
         return int(count) if count.isdecimal() else 0
@@ -74,7 +76,7 @@ class PostgresSession:
     async def columns(self, statement: Statement, values: Mapping[str, Value], wait_s: float) -> list[Column]:
         try:
             prepared = await self._connection.prepare(statement.numbered, timeout=wait_s)
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+        except _TROUBLE as error:
             raise meaning(error, self.host) from error
         return [Column(one.name, _KINDS.get(one.type.name, one.type.name)) for one in prepared.get_attributes()]
 
@@ -109,7 +111,7 @@ class PostgresConnector:
             )
             if self._primary and await connection.fetchval("SHOW transaction_read_only") == "on":
                 raise Broken(f"directory: {host} takes no changes")
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError) as error:
+        except (*_TROUBLE, ValueError) as error:
             if connection is not None:
                 connection.terminate()
             state = str(getattr(error, "sqlstate", "") or "")

@@ -32,10 +32,10 @@ class Server:
         """`kind` is postgresql or mysql. `read_only`: nothing may be changed over it. Opens nothing yet."""
         self.kind = kind
         self._clock = world.clock
-        self._asking = Pool(_connector(kind, address, False, read_only), address.hosts, world.clock, size)
+        self._asking = Pool(connector(kind, address, False, read_only), address.hosts, world.clock, size)
         self._changing = self._asking
         if len(address.hosts) > 1 and not read_only:
-            self._changing = Pool(_connector(kind, address, True, False), address.hosts, world.clock, size)
+            self._changing = Pool(connector(kind, address, True, False), address.hosts, world.clock, size)
         self._changed_at = float("-inf")
 
     async def rows(self, statement: Statement, values: Mapping[str, Value] = _NOTHING) -> Sequence[Row]:
@@ -105,7 +105,7 @@ class Server:
         self.abandon()
 
 
-def _connector(kind: str, address: Address, primary: bool, read_only: bool) -> Callable[..., Awaitable[Session]]:
+def connector(kind: str, address: Address, primary: bool, read_only: bool) -> Callable[..., Awaitable[Session]]:
     """Loads the driver that is needed, and no other."""
     if kind == "postgresql":
         from powermail.directory.postgres import PostgresConnector

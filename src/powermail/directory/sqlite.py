@@ -212,7 +212,7 @@ class SqliteDirectory:
         try:
             for account in new:
                 try:
-                    self._db.execute(_INSERT, (self._fresh_id(), *_values(account)))
+                    self._db.execute(_INSERT, (int(account.id or self._fresh_id()), *_values(account)))
                 except sqlite3.IntegrityError as error:
                     if "UNIQUE" not in str(error):
                         raise

@@ -231,7 +231,9 @@ class Door:
         refuse: Callable[[Connection, str], bytes],
         connections_max: int,
         per_address_max: int,
+        process: str = "",
     ) -> None:
+        """`process` is a word that tells the sessions of several processes apart."""
         self.world = world
         self.name = name
         self.monotonic = world.clock.monotonic
@@ -242,7 +244,7 @@ class Door:
         self._max = connections_max
         self._clients = Clients(per_address_max)
         self._open: dict[Connection, None] = {}
-        self._cid = f"{name}-{int(world.clock.now()):x}"  # of this process and door; sessions count on
+        self._cid = f"{name}-{process}{int(world.clock.now()):x}"  # of this process and door; sessions count on
         self._accepted = 0
 
     def __call__(self) -> Connection:

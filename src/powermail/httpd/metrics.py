@@ -108,8 +108,9 @@ class Exposition(Collector):
         def each(values: Iterable[float]) -> Rows:
             return [((name,), value) for name, value in zip(nodes, values, strict=True)]
 
+        words = cluster.states()
         states = [
-            ((name, node.group, state.value), node.state is state) for name, node in nodes.items() for state in type(node.state)
+            ((name, node.group, word), cluster.shown_state(node) == word) for name, node in nodes.items() for word in words
         ]
         yield gauge("node_state", "1 for the state a node is in.", "node group state", states)
         refused = each(bool(cluster.trouble(name)) for name in nodes)

@@ -1,8 +1,9 @@
 """Owns the contracts of the index: the one truth of all front ends about mailboxes, copies, the queue and checkpoints.
 
-Five contracts, one object: `Mailboxes` (what each mailbox shows), `Copies` (fates, copies, nodes), `Queue`, `Checkpoints`
-(what goes to the nodes so that the index can be made anew) and `Epochs` (lost commits). Implementations: `index.memory`,
-`index.sqlite` and `index.postgres`; one suite for all (`tests/index`). The protocol they keep is docs/laws.md.
+Contracts of one object: `Mailboxes` (what each mailbox shows), `Copies` (fates, copies, nodes), `Queue`, `Checkpoints` (what
+goes to the nodes so that the index can be made anew), `Epochs` (lost commits), and those of who shares it (`index.sharing`).
+Implementations: `index.memory`, `index.sqlite` and `index.postgres`; one suite for all (`tests/index`). The protocol they keep
+is docs/laws.md.
 
 Rules: a method that changes something returns only when the change is durable, as one transaction whose last statement
 raises the writer slot's count (law 10). IndexTrouble means: try later, nothing is known about the outcome. While the index
@@ -18,6 +19,7 @@ from typing import NamedTuple, Protocol
 
 from msgspec import Struct
 
+from powermail.index.sharing import Identities, Leases, Membership, Tallies
 from powermail.index.view import Change, View
 from powermail.mail.envelope import Commit, Envelope, Target
 from powermail.storage.contract import START, Dropped, End, Held, Mark, Origin, Position, Receipt, Unread
@@ -207,7 +209,7 @@ class NodeRow(NamedTuple):
     boot: str  # the last opening the index has compared; "" until all that its admission owes was done (law 12)
     scan_round: int  # scanned whole for this round (law 9)
     owes_walk: bool  # after lost commits, until it was walked whole (law 11)
-    blocked: bool
+    blocked: bool  # as an earlier release remembers it: now it stands in the layout, which takes it over from here
     missing_since: float  # UTC; 0 while it is there
     owes_compare: bool = False  # its copies of the first release have no origin: compare once what it has with the index
 
@@ -311,6 +313,12 @@ class Copies(Protocol):
         log: what was found may have gone since, and who still wants to know looks again.
         """
 
+    async def let_go(self, key: bytes, copy: Receipt, groups: Mapping[str, str], required: int) -> bool:
+        """A good copy is not needed where it is: it is believed there no more, and a drop of it is ordered, in one transaction.
+        False, and nothing changed, unless the message is live and believed on nodes in `groups` (node to group) that span
+        `required` groups without it, and the copy is of the node's present incarnation (laws 6, 8).
+        """
+
     async def disbelieve(self, node: str, keys: Sequence[bytes]) -> None:
         """No longer believes that `node` holds these."""
 
@@ -362,7 +370,9 @@ class Copies(Protocol):
         """
 
     async def note_boot(self, node: str, incarnation: str, boot: str) -> None:
-        """The opening was compared with the index (law 12)."""
+        """The opening was compared with the index (law 12). The first one of an incarnation is not noted while the index
+        catches up: its history does not go back far enough (law 11).
+        """
 
     async def note_compared(self, node: str) -> None:
         """Every key the node has was compared with the index (`settle_inventory` without `enter`): `owes_compare` ends."""
@@ -370,8 +380,10 @@ class Copies(Protocol):
     async def set_node_flags(self, node: str, blocked: bool | None, missing_since: float | None) -> None:
         """Sets what is not None."""
 
-    async def expel(self, node: str) -> None:
-        """Ends a node's membership: its orders, drops, beliefs, suspicions and notes go; its incarnation is retired (law 9)."""
+    async def expel(self, node: str, version: int | None = None) -> bool:
+        """Ends a node's membership: its orders, drops, beliefs, suspicions and notes go; its incarnation is retired (law 9),
+        its row of the layout says so. False, and nothing changed, if `version` is given and the layout has another.
+        """
 
     async def unread(self, node: str, limit: int) -> list[Unread]:
         """Stretches of a node's log that could not be read."""
@@ -449,27 +461,30 @@ class Attempt(NamedTuple):
 class Queue(Protocol):
     """Mail that waits to leave. Finishing a row is an expunge: the last reference may go with it (law 8).
 
-    `finish`, `defer` and `give_back` may be repeated when their outcome is unknown; rows that are gone are passed over.
+    A row is its owner's from its lease until that is over, by the one clock of all who share the index: whatever clock a
+    machine has, no two work on one row while both renew in time. `owner` is new for each start of a process. `finish`, `defer`
+    and `give_back` may be repeated when their outcome is unknown; rows that are gone, or that somebody else has by now, are
+    passed over.
     """
 
     async def lease_due(self, owner: str, now: float, lease_s: float, limit: int, but: Sequence[str] = ()) -> list[QueueRow]:
-        """Takes due queue rows for `owner`, none of domains that are held or in `but`; rows of one message come together,
-        oldest first. A row that is due more than `QUEUE_AHEAD_MAX_S` from now is due, and a lease that ends later than twice
-        its time is over: the clock ran ahead when they were dated.
+        """Takes queue rows that are due at `now` for `owner`, none of domains that are held or in `but`; rows of one message
+        come together, oldest first. A row that is due more than `QUEUE_AHEAD_MAX_S` from now is due, and a lease that ends
+        later than twice its time is over: the clock ran ahead when they were dated.
         """
 
-    async def renew_leases(self, owner: str, until: float) -> None:
-        """What an owner has leased stays its own until then."""
+    async def renew_leases(self, owner: str, numbers: Sequence[int], lease_s: float) -> list[int]:
+        """Of these rows an owner keeps what it has leased, for so long from now; those that somebody else has by now."""
 
-    async def finish(self, rows: list[QueueRow]) -> None:
-        """These recipients are done."""
+    async def finish(self, rows: list[QueueRow], owner: str | None = None) -> None:
+        """These recipients are done; without `owner`, by the operator's hand, whoever has them."""
 
-    async def defer(self, rows: list[QueueRow], due_at: list[float], attempt: Attempt) -> None:
+    async def defer(self, rows: list[QueueRow], due_at: list[float], attempt: Attempt, owner: str) -> None:
         """Tries again later: counts one attempt more than the rows say, sets `delay_told` as they say, and remembers the last
         `QUEUE_ATTEMPTS_KEPT` attempts of each.
         """
 
-    async def give_back(self, rows: list[QueueRow], due_at: float) -> None:
+    async def give_back(self, rows: list[QueueRow], due_at: float, owner: str) -> None:
         """Tries again later; this was no attempt."""
 
     async def release_leases(self, owner: str) -> None:
@@ -560,7 +575,7 @@ class Checkpoints(Protocol):
         """
 
     async def checkpoint_done(self, plan: CheckpointPlan, nodes: Sequence[str], now: float) -> None:
-        """All its records are durable on these nodes."""
+        """All its records are durable on these nodes. It counts only in the epoch in which it was planned (law 11)."""
 
     async def checkpoints_lost(self, node: str) -> int:
         """A node is gone or was made anew: what had its checkpoint there gets a whole one soon; how many."""
@@ -572,8 +587,26 @@ class Checkpoints(Protocol):
 # -- epochs ---------------------------------------------------------------------------------------------------------------
 
 
+class EpochFacts(NamedTuple):
+    """How the index stands, read anew. `why`: what this process itself met that proves lost commits; "" if nothing.
+
+    `newcomers`: incarnations that were admitted since the index was last known to be whole, by node: if a loss is noticed,
+    their history does not go back far enough (law 11).
+    """
+
+    epoch: int
+    numbering: bool
+    catching_up: bool
+    why: str
+    newcomers: Mapping[str, str]
+
+
 class Epochs(Protocol):
-    """Whether the index may have lost commits, and what follows (laws 10, 11)."""
+    """Whether the index may have lost commits, and what follows (laws 10, 11).
+
+    Any process may do each step, and several at once: a step that belongs to an epoch names it, and changes nothing when
+    another has begun meanwhile. `catching_up`, `numbering`, `epoch` and `mark` are as this process saw them last.
+    """
 
     @property
     def catching_up(self) -> bool:
@@ -614,17 +647,31 @@ class Epochs(Protocol):
         """
 
     def mark(self) -> Mark:
-        """What this process knows to be committed: the slots and the epoch as its last transaction found them. It proves all
-        that this process has done, and nothing of what it read that others did: see `proof`. Never blocks.
+        """What this process knows to be committed: the slots and the epoch as it found them last. It proves all that this
+        process has done, and nothing of what others did: what goes to a node is a `proof`, or it may name a slot that was
+        pruned since. Never blocks.
         """
 
-    def lost(self, mark: Mark) -> str:
-        """Why a node's mark proves that commits were lost; "" if it does not (law 10)."""
+    async def epoch_facts(self) -> EpochFacts:
+        """How the index stands now."""
 
-    async def raise_epoch(self, marks: Sequence[Mark], why: str) -> int:
+    async def lost(self, mark: Mark, begun: bool = True) -> str:
+        """Why a node's mark proves that commits were lost; "" if it does not (law 10). It is compared with the index as it is
+        read now, behind the node's answer: others may have written since this process last looked. What this process knows to
+        be committed is compared too. `begun` False: also whether a node knows this epoch, which nobody has begun, from
+        another life of the index (law 11).
+        """
+
+    async def raise_epoch(self, marks: Sequence[Mark], why: str, found_in: int | None = None) -> int:
         """Commits were lost: a new epoch above all that is known, UIDVALIDITY's counter leaps, every node owes a walk, readers
         wait, and nothing is numbered until `begin_epoch` (law 11). The new epoch.
+
+        `found_in`: the epoch in which the loss was found, or an earlier one. 0 if another process has raised it since, and
+        nothing that is known proves a loss of the epoch there is now.
         """
+
+    async def know_newcomers(self, nodes: Mapping[str, str]) -> None:
+        """The index was found to be whole since these incarnations were admitted: they belong to its history (law 11)."""
 
     async def learn_heads(self, heads: Sequence[Head]) -> None:
         """Raises mailboxes to the numbers that checkpoints show, as `laws.learned` says; unknown ones teach only the counter of
@@ -636,23 +683,29 @@ class Epochs(Protocol):
         be on nodes of R groups before the epoch begins (law 11). Few, however many mailboxes there are.
         """
 
-    async def heads_written(self, heads: Sequence[Head]) -> None:
-        """These are durable on nodes of R groups: the mailboxes go on from there."""
+    async def heads_written(self, heads: Sequence[Head], epoch: int) -> bool:
+        """These are durable on nodes of R groups: the mailboxes go on from there, or from where they are if that is farther.
+        False if it is another epoch by now.
+        """
 
-    async def begin_epoch(self) -> None:
-        """The epoch is durable on R groups, heads of checkpoints were learned, far ones are durable: numbers may be given."""
+    async def begin_epoch(self, epoch: int) -> bool:
+        """The epoch is durable on R groups, heads of checkpoints were learned, far ones are durable: numbers may be given.
+        False if it is another epoch by now.
+        """
 
-    async def walked(self, node: str, incarnation: str, watermark: Position, end: Position, round: int) -> bool:
-        """A node was walked whole: its watermark is the end behind its fence (compare-and-set on the incarnation)."""
+    async def walked(self, node: str, incarnation: str, watermark: Position, end: Position, round: int, epoch: int) -> bool:
+        """A node was walked whole in this epoch: its watermark is the end behind its fence. False if it is of another
+        incarnation, or if it is another epoch by now (compare-and-set).
+        """
 
-    async def caught_up(self) -> None:
-        """Groups enough were walked: listings are complete again."""
+    async def caught_up(self, epoch: int) -> bool:
+        """Groups enough were walked: listings are complete again. False if it is another epoch by now."""
 
     async def rest(self) -> None:
         """The process stops in good order: its slot says so, and the next start needs no jump (law 10)."""
 
 
-class Index(Mailboxes, Copies, Queue, Checkpoints, Epochs, Protocol):
+class Index(Mailboxes, Copies, Queue, Leases, Tallies, Membership, Identities, Checkpoints, Epochs, Protocol):
     """The index."""
 
     @property

@@ -104,6 +104,22 @@ def learned(row: Numbers, head: Head) -> Numbers:
     )
 
 
+def written(row: Numbers, head: Head, start: int) -> Numbers:
+    """The row once nodes of R groups show these numbers: the bound goes on from there. Nothing goes back: others may have
+    learned more, or numbered in this epoch, since the record was made (law 11).
+    """
+    mine = brought(row, head.epoch)
+    jump = limits.UNCLEAN_JUMP * max(0, start - row.start)
+    uid_next, modseq = reached(head, mine.epoch)
+    return mine._replace(
+        uid_next=max(min(mine.uid_next + jump, limits.UID_MAX + 1), uid_next),
+        modseq=max(mine.modseq + jump, modseq),
+        start=max(start, row.start),
+        base_uid=max(mine.base_uid, uid_next),
+        base_modseq=max(mine.base_modseq, modseq),
+    )
+
+
 def reaches(row: Numbers, epoch: int, start: int) -> Numbers | None:
     """How far a mailbox may have got, if half of what it may get before a durable checkpoint is used: that must stand on nodes
     of R groups before the epoch begins, because no checkpoint can be written before the walks end (law 11). Else None.
@@ -139,28 +155,56 @@ def needs_checkpoint(row: Numbers) -> bool:
     return row.uid_next - row.base_uid >= half or row.modseq - row.base_modseq >= half
 
 
-def loss(mark: Mark, epoch: int, sequence: int, slots: Mapping[int, tuple[str, int]]) -> str:
-    """Why what a node remembers proves that this index lost commits; "" if it does not (law 10).
+def later(known: Mark, seen: Mark) -> Mark:
+    """What a process knows that knew one mark and has read another. Transactions end in any order, so that neither need be the
+    newer one: of one epoch each count is the higher, and a slot is gone if the mark that could name it does not (law 10).
+    """
+    if known.epoch != seen.epoch:
+        return max(known, seen, key=lambda mark: mark.epoch)
+    slots = {number: slot for number, slot in known.slots.items() if number in seen.slots or number > seen.sequence}
+    for number, (tag, count) in seen.slots.items():
+        mine = slots.get(number)
+        if (mine is None and number > known.sequence) or (mine is not None and mine[0] == tag and mine[1] < count):
+            slots[number] = tag, count
+    retired = tuple(sorted({*known.retired, *seen.retired}))
+    return Mark(max(known.sequence, seen.sequence), slots, known.epoch, max(known.uidvalidity, seen.uidvalidity), retired)
+
+
+def rival(mark: Mark, epoch: int, slots: Mapping[int, tuple[str, int]]) -> str:
+    """Why a node knows an epoch that has not begun yet from another life of the index; "" if it does not: a backup was restored
+    twice (law 11). `slots` are all there are: none is pruned before an epoch has begun.
+    """
+    if mark.epoch < epoch:
+        return ""
+    number = max(mark.slots, default=0)
+    mine = slots.get(number)
+    if mine is not None and mine[0] == mark.slots[number][0]:
+        return ""
+    return f"a node knows epoch {mark.epoch} from another life of the index"
+
+
+def loss(mark: Mark, epoch: int, sequence: int, slots: Mapping[int, tuple[str, int]], who: str = "a node") -> str:
+    """Why what a node remembers proves that this index lost commits; "" if it does not (law 10). `who` remembers it.
 
     A slot that is missing here with a number at or below the sequence was pruned: that proves nothing. Nor does what is of an
     older epoch: whatever was lost then was settled when the epoch was raised.
     """
     if mark.epoch > epoch:
-        return f"a node knows epoch {mark.epoch}, the index {epoch}"
+        return f"{who} knows epoch {mark.epoch}, the index {epoch}"
     if mark.epoch < epoch:
         return ""
     if mark.sequence > sequence:
-        return f"a node knows writer slot {mark.sequence}, the index gave only {sequence}"
+        return f"{who} knows writer slot {mark.sequence}, the index gave only {sequence}"
     for number, (tag, count) in sorted(mark.slots.items()):
         if number > sequence:
-            return f"a node knows writer slot {number}, the index gave only {sequence}"
+            return f"{who} knows writer slot {number}, the index gave only {sequence}"
         mine = slots.get(number)
         if mine is None:
             continue
         if mine[0] != tag:
             return f"writer slot {number} was given twice"
         if count > mine[1]:
-            return f"a node has seen transaction {count} of writer slot {number}, the index has {mine[1]}"
+            return f"{who} has seen transaction {count} of writer slot {number}, the index has {mine[1]}"
     return ""
 
 

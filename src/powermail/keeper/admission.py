@@ -8,6 +8,7 @@ Danger: an old disk that is believed brings back what was deleted (P8).
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from powermail.base import limits
@@ -93,7 +94,6 @@ class Admission:
         row = await self._row(node)
         if row is None or row.incarnation != facts.incarnation:
             raise IndexTrouble(f"node {node.id} is being admitted elsewhere")
-        node.block(row.blocked)
         if row.missing_since:
             await self._index.set_node_flags(node.id, None, 0.0)
         if not row.boot or facts.damaged:
@@ -102,6 +102,18 @@ class Admission:
             await self._count(node, facts)
         if row.boot or not (facts.birth > START or self._index.catching_up):
             await self._note_boot(node, facts)
+
+    async def admit_known(self, node: StorageNode, may_take_in: Callable[[], Awaitable[bool]]) -> None:
+        """The same where several processes look: an ordinary reopening is anybody's, but a disk that is new to the index, or an
+        older state of one, is taken in by the one who `may_take_in`. Raises as `admit`; NodeTrouble to all others meanwhile.
+        """
+        facts = await node.facts()
+        self._refuse_retired(node, facts)
+        row = await self._row(node)
+        ordinary = row is not None and row.incarnation == facts.incarnation and bool(row.boot) and not is_older(row, facts)
+        if not ordinary and not await may_take_in():
+            raise NodeTrouble(f"node {node.id} has a disk that is new or was put back: a keeper takes it in first")
+        await self.admit(node)
 
     def _refuse_retired(self, node: StorageNode, facts: NodeFacts) -> None:
         if facts.incarnation in (*self._index.mark().retired, *facts.mark.retired):
@@ -117,7 +129,6 @@ class Admission:
     async def _take_in(self, node: StorageNode, facts: NodeFacts) -> None:
         """Law 12: an incarnation that is new to the index, from its birth mark on."""
         await self._index.admit_node(node.id, node.group, facts.incarnation, "", facts.birth, facts.end)
-        self._epochs.note_new(node.id, facts.incarnation)
         while notes := await self._index.unread(node.id, limits.RECONCILE_BATCH):
             for note in notes:  # of another log, or before the birth mark: nothing there is ever entered
                 await self._index.clear_unread(node.id, note)

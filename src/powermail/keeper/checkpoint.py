@@ -10,7 +10,7 @@ would let the next one name keys whose new place nobody knows.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Sequence
 from typing import Any, TypeVar
 
 from powermail.base import limits
@@ -236,7 +236,36 @@ async def write_purged(world: World, cluster: Cluster, index: Index, account: st
     """PURGED(account), durable on nodes of R groups before any row of the account goes (law 13). Raises NotRedundant."""
     name = record_name(Kind.PURGED, account, "", 0)
     octets = encode_purged(account, world.entropy.octets(8), world.clock.now())
-    await _write_note(cluster.readable(), cluster.copies_required, name, octets, index.mark(), f"that {account} is purged")
+    mark = await index.proof(index.connection)
+    counted = cluster.counted()
+    nodes = [node for node in cluster.readable() if node.id in counted]  # what lies on a leaver is gone soon
+    await _write_note(nodes, cluster.copies_required, name, octets, mark, f"that {account} is purged")
+
+
+async def hand_on(cluster: Cluster, leaver: StorageNode, others: Container[str], mark: Mark) -> None:
+    """What is told by marks and notes alone (the epoch; how far mailboxes may have got; who is purged) is durable on nodes of R
+    groups without a node that leaves: fewer groups are asked for it then (laws 11, 13). Raises NotRedundant, NodeTrouble.
+    """
+    nodes, required = [node for node in cluster.admitted() if node.id in others], cluster.copies_required
+    groups: dict[str, None] = {}
+    for node in nodes:
+        with contextlib.suppress(NodeTrouble):
+            await node.put_mark(mark)
+            groups[node.group] = None
+    if len(groups) < required:
+        raise NotRedundant(f"only {len(groups)} groups took the mark")
+    async with contextlib.aclosing(pages_of(leaver)) as pages:
+        async for page in pages:
+            for name, number, octets in page:
+                if number == 0 and name != FIRST_RELEASE_MARK and _is_note(octets):
+                    await _write_note(nodes, required, name, octets, mark, f"that node {leaver.id} had")
+
+
+def _is_note(octets: bytes) -> bool:
+    try:
+        return decode_head(octets).kind in (Kind.PURGED, Kind.HEADS)
+    except BadRecord:
+        return False  # the other holders have it too
 
 
 def heads_record(world: World, heads: Sequence[Head]) -> tuple[bytes, bytes]:

@@ -66,7 +66,7 @@ class Collector:
         connection = self._index.connection
         keys = await self._index.suspects(node.id, self._suspect_after.get(node.id, b""), _SUSPECTS_AT_ONCE)
         self._suspect_after[node.id] = keys[-1] if len(keys) == _SUSPECTS_AT_ONCE else b""
-        groups = self._cluster.groups()
+        groups = self._cluster.counted_there()
         live = {message.key: message for message in await self._index.messages(keys)}
         for key in keys:
             message = live.get(key)

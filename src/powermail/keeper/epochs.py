@@ -1,15 +1,16 @@
 """Owns lost commits: marks on the nodes by which they are noticed, and what follows when they are (laws 10, 11).
 
 Order of an epoch: raised above what nodes of G-R+1 groups know; durable on R groups; heads of checkpoints learned from G-R+1
-groups; numbers are given again; every node is walked; when G-R+1 groups are, readers are let in. Each step may be interrupted:
-the index remembers how far it came, and a process that finds it half done begins with a higher epoch.
+groups; numbers are given again; every node is walked; when G-R+1 groups are, readers are let in. Each step may be interrupted,
+and goes on in whatever process comes to it next: all that an epoch owes is done again there, and may be done twice. Each change
+names the epoch that it belongs to, so that who was held up changes nothing of a later one.
 Danger: a number given before the epoch is durable, or the heads are known, may be given twice (P10).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from powermail.base import limits
@@ -46,27 +47,26 @@ class Marker:
         self._put: dict[str, _Put] = {}  # by node
 
     async def step(self, node: StorageNode) -> float:
-        """Puts the mark on one node if it is due. Raises NodeTrouble."""
+        """Puts the mark on one node if it is due. Raises NodeTrouble, IndexTrouble."""
         if node in self._cluster.admitted() and self._index.numbering and self._is_due(node):
             await self.put(node)
         return _LOOK_S
 
     def _is_due(self, node: StorageNode) -> bool:
+        """What others have done is only seen by a look at the index: often enough, and not each time."""
         put = self._put.get(node.id, _Put())
-        if put.incarnation != node.incarnation:
-            return True
-        if self._index.mark() == put.mark:
-            return False
-        if self._index.numbered - put.numbered >= limits.MARK_NUMBERS_MAX:
+        if put.incarnation != node.incarnation or self._index.numbered - put.numbered >= limits.MARK_NUMBERS_MAX:
             return True
         return self._world.clock.monotonic() - put.at >= limits.MARK_INTERVAL_S
 
     async def put(self, node: StorageNode) -> None:
-        """Puts the mark on one node. Raises NodeTrouble."""
-        numbered, mark, incarnation = self._index.numbered, self._index.mark(), node.incarnation
-        await node.put_mark(mark)
-        self._world.counters.add("law.10.marks")
-        self._put[node.id] = _Put(incarnation, mark, self._world.clock.monotonic(), numbered)
+        """Puts the mark on one node, as it is now, unless it has that one. Raises NodeTrouble, IndexTrouble."""
+        numbered, incarnation, at = self._index.numbered, node.incarnation, self._world.clock.monotonic()
+        mark = await self._index.proof(self._index.connection)
+        if self._put.get(node.id, _Put())[:2] != (incarnation, mark):
+            await node.put_mark(mark)
+            self._world.counters.add("law.10.marks")
+        self._put[node.id] = _Put(incarnation, mark, at, numbered)
 
     async def put_all(self, deadline_s: float = limits.NODE_CALL_TIMEOUT_S) -> None:
         """At start and at stop: every node that answers in time gets the mark; nobody waits for a sick one (law 14)."""
@@ -93,10 +93,10 @@ class EpochKeeper:
         self._index = index
         self._heads = heads
         self._lock = asyncio.Lock()
-        self._new: dict[str, str] = {}  # incarnations admitted since the index was known to be whole, by node
+        self._newcomers: Mapping[str, str] = {}  # incarnations admitted since the index was known to be whole, by node
         self._compared: dict[str, None] = {}  # nodes whose marks proved nothing since then
         self._settled: dict[str, tuple[str, int]] = {}  # incarnation, and connection to the index, by node
-        self._raised = 0  # the epoch that this process raised and has not begun yet
+        self._epoch = 0  # the epoch of which the following is known
         self._marks_read = False
         self._durable = False
         self._heads_read: dict[str, str] = {}  # incarnations whose heads were learned, by node
@@ -106,101 +106,128 @@ class EpochKeeper:
 
     async def compare(self, node: StorageNode, facts: NodeFacts) -> bool:
         """True if a node's mark proves that commits were lost: then the epoch was raised. Raises IndexTrouble."""
-        if not self._index.lost(facts.mark):
+        found_in = self._index.epoch
+        if not await self._index.lost(facts.mark):
             self._compared[node.id] = None
             return False
         async with self._lock:
-            why = self._index.lost(facts.mark)
+            why = await self._index.lost(facts.mark)
             if why:  # not dealt with while this waited
-                await self._raise([facts.mark], why)
+                await self._raise([facts.mark], why, found_in)
         return True
 
     async def raise_epoch(self, why: str) -> None:
         """Commits were lost, as something other than a mark shows. Raises IndexTrouble."""
+        found_in = self._index.epoch
         async with self._lock:
-            await self._raise([], why)
-
-    def note_new(self, node: str, incarnation: str) -> None:
-        """This incarnation was admitted just now: if a loss is noticed later, its history does not go back far enough."""
-        self._new[node] = incarnation
-        self._compared.clear()
+            await self._raise([], why, found_in)
 
     def note_settled(self, node: str, incarnation: str, connection: int) -> None:
         """This incarnation was compared, and then its log entered to its end, all over one connection to the index."""
         self._settled[node] = incarnation, connection
 
-    async def _raise(self, marks: list[Mark], why: str) -> None:
-        """From here on nothing is numbered. What other nodes know is read in `step`, which raises it again if need be."""
-        epoch = await self._index.raise_epoch(marks, why)  # law 11
+    async def _raise(self, marks: list[Mark], why: str, found_in: int) -> bool:
+        """From here on nothing is numbered. What other nodes know is read in `step`, which raises it again if need be. False if
+        another process was quicker.
+        """
+        epoch = await self._index.raise_epoch(marks, why, found_in)  # law 11
+        if not epoch:
+            await self._index.epoch_facts()  # known from now on
+            return False
         self._world.counters.add("law.11.epochs")
-        self._raised, self.why = epoch, why
-        self._marks_read = self._durable = False
-        self._heads_read.clear()
-        for row in await self._index.node_rows():
-            if row.boot and self._new.get(row.id) == row.incarnation:
-                await self._index.note_boot(row.id, row.incarnation, "")
-        self._new.clear()
+        self._take_up(epoch)
+        self.why = why
         self._compared.clear()
         self._world.log.event(Event.EPOCH_RAISED, epoch=epoch, error=why)
+        return True
+
+    def _take_up(self, epoch: int) -> None:
+        """Nothing of what this epoch owes is known to be done, whoever raised it."""
+        self._epoch = epoch
+        self._marks_read = self._durable = False
+        self._heads_read.clear()
 
     # -- coming back ------------------------------------------------------------------------------------------------
 
     async def step(self) -> float:
         """Goes on with an epoch that was raised as far as the nodes allow. Raises Trouble that says what lacks."""
-        if not self._index.numbering or self._index.lost(Mark()):  # what the index found out by itself needs no mark
+        facts = await self._index.epoch_facts()
+        if facts.why or not facts.numbering:
             async with self._lock:
                 await self._begin()
-        if self._index.catching_up:
-            await self._catch_up()
-        elif self._index.unsettled:
+            facts = await self._index.epoch_facts()
+        if facts.catching_up and facts.numbering:
+            await self._catch_up(facts.epoch)
+            return _LOOK_S
+        if not facts.catching_up:
+            await self._know_newcomers(facts.newcomers)
+        return await self.step_here()
+
+    async def step_here(self) -> float:
+        """What every process does for itself, whoever brings the index back: ends the wait of its own readers. Raises Trouble
+        that says what lacks.
+        """
+        if self._index.numbering and not self._index.catching_up and self._index.unsettled:
             await self._end_unsettled()
-        elif self._new:
-            old = [node for node in self._compared if node not in self._new]
-            if not self._lacks(await self._index.node_rows(), old, self._compared):
-                self._new.clear()  # the index has lost nothing so far: they belong to its history
         return _LOOK_S
 
-    async def _begin(self) -> None:
-        why = self._index.lost(Mark())
-        if why or not self._raised:
-            await self._raise([], why or "a process stopped before the new epoch had begun")
-        rows = await self._index.node_rows()
-        if not self._marks_read:
-            await self._read_marks(rows)
-        if not self._durable:
-            await self._make_durable()
-        await self._read_heads(rows)
-        await self._write_far_heads()
-        await self._index.begin_epoch()
-        self._world.log.event(Event.EPOCH_RAISED, epoch=self._index.epoch, begun=True)
-        self._raised = 0
+    async def _know_newcomers(self, newcomers: Mapping[str, str]) -> None:
+        """Incarnations that were admitted belong to the index's history once nodes of enough groups, compared since then, show
+        that it has lost nothing so far. Whoever admitted them may be another process.
+        """
+        if newcomers != self._newcomers:
+            self._newcomers = newcomers
+            self._compared.clear()
+        elif newcomers:
+            old = [node for node in self._compared if node not in newcomers]
+            if not self._lacks(await self._index.node_rows(), old, self._compared):
+                await self._index.know_newcomers(newcomers)
 
-    async def _read_marks(self, rows: Sequence[NodeRow]) -> None:
-        """Law 11: no node of G-R+1 groups with intact history knows a higher epoch."""
+    async def _begin(self) -> None:
+        facts = await self._index.epoch_facts()
+        if facts.why:
+            await self._raise([], facts.why, facts.epoch)
+            facts = await self._index.epoch_facts()
+        if facts.why or facts.numbering:
+            return  # another process has begun it; or the look at what is there is to be had once more
+        if facts.epoch != self._epoch:  # raised by another process, or before this one started
+            self._take_up(facts.epoch)
+        rows = await self._index.node_rows()
+        if not self._marks_read and not await self._read_marks(rows):
+            return
+        epoch = self._epoch
+        if not self._durable and not await self._make_durable(epoch):
+            return
+        await self._read_heads(rows)
+        if await self._write_far_heads(epoch) and await self._index.begin_epoch(epoch):
+            self._world.log.event(Event.EPOCH_RAISED, epoch=epoch, begun=True)
+
+    async def _read_marks(self, rows: Sequence[NodeRow]) -> bool:
+        """Law 11: no node of G-R+1 groups with intact history knows a higher epoch. False if another process was quicker."""
         answers = await self._ask_all(self._cluster.readable(), lambda node: node.facts())
         marks = {node: facts.mark for node, facts in answers.items()}
         whole = [node for node, facts in answers.items() if is_intact(rows, node, facts.incarnation)]
         self._ask_groups(rows, whole, list(marks), "marks of")
-        if any(self._index.lost(mark) or self._rivals(mark) for mark in marks.values()):
-            await self._raise(list(marks.values()), self.why)
+        for mark in marks.values():
+            if why := await self._index.lost(mark, begun=False):
+                if not await self._raise(list(marks.values()), self.why or why, self._epoch):
+                    return False
+                break
         self._marks_read = True
+        return True
 
-    def _rivals(self, mark: Mark) -> bool:
-        """True if a node knows this epoch, or a higher one, from another life of the index: a backup was restored twice."""
-        if mark.epoch < self._index.epoch:
+    async def _make_durable(self, epoch: int) -> bool:
+        """Law 11: the epoch stands on nodes of R groups before a number is given out in it. False if it is another by now."""
+        mark = await self._index.proof(self._index.connection)
+        if mark.epoch != epoch:
             return False
-        ours = self._index.mark().slots
-        number = max(mark.slots, default=0)
-        return number not in ours or ours[number][0] != mark.slots[number][0]
-
-    async def _make_durable(self) -> None:
-        """Law 11: the epoch stands on nodes of R groups before a number is given out in it."""
-        mark = self._index.mark()
         done = await self._ask_all(self._cluster.admitted(), lambda node: node.put_mark(mark))
-        groups = {self._cluster.nodes[node].group for node in done}
+        counted = self._cluster.counted()  # not who is about to go: fewer groups are asked then
+        groups = {counted[node] for node in done if node in counted}
         if len(groups) < self._cluster.copies_required:
-            raise NodeTrouble(f"epoch {self._raised} is durable on {len(groups)} of {self._cluster.copies_required} groups")
+            raise NodeTrouble(f"epoch {epoch} is durable on {len(groups)} of {self._cluster.copies_required} groups")
         self._durable = True
+        return True
 
     async def _read_heads(self, rows: Sequence[NodeRow]) -> None:
         """Law 11: no mailbox gets a number before the heads of its checkpoints were read."""
@@ -209,16 +236,20 @@ class EpochKeeper:
         whole = [node for node, incarnation in self._heads_read.items() if is_intact(rows, node, incarnation)]
         self._ask_groups(rows, whole, list(self._heads_read), "checkpoints of")
 
-    async def _write_far_heads(self) -> None:
+    async def _write_far_heads(self, epoch: int) -> bool:
         """Law 11: who has few numbers left below its bound goes on from what R groups know: no checkpoint is written before the
-        walks end. Raises NotRedundant.
+        walks end. False if it is another epoch by now. Raises NotRedundant.
         """
         connection = self._index.connection
         while heads := await self._index.far_heads(HEADS_MAX):
             record, mark = heads_record(self._world, heads), await self._index.proof(connection)  # law 10
-            await write_heads(self._cluster.admitted(), self._cluster.copies_required, record, mark)
-            await self._index.heads_written(heads)
+            counted = self._cluster.counted()
+            nodes = [node for node in self._cluster.admitted() if node.id in counted]
+            await write_heads(nodes, self._cluster.copies_required, record, mark)
+            if not await self._index.heads_written(heads, epoch):
+                return False
             self._world.counters.add("law.11.far_heads", len(heads))
+        return True
 
     async def _learn_heads(self, node: StorageNode) -> str:
         incarnation = node.incarnation
@@ -239,14 +270,14 @@ class EpochKeeper:
                 found[node.id] = answer
         return found
 
-    async def _catch_up(self) -> None:
+    async def _catch_up(self, epoch: int) -> None:
         rows = await self._index.node_rows()
         walked = [row.id for row in rows if not row.owes_walk]
         whole = [row.id for row in rows if not row.owes_walk and row.boot]
         self._ask_groups(rows, whole, walked, "walks of")
-        self._world.counters.add("law.11.caught_up")
-        await self._index.caught_up()  # every message has a copy, or a tombstone, on a node that was walked
-        self._world.log.event(Event.EPOCH_RAISED, epoch=self._index.epoch, caught_up=True)
+        if await self._index.caught_up(epoch):  # every message has a copy, or a tombstone, on a node that was walked
+            self._world.counters.add("law.11.caught_up")
+            self._world.log.event(Event.EPOCH_RAISED, epoch=epoch, caught_up=True)
 
     async def _end_unsettled(self) -> None:
         """Readers wait no more once what nodes of G-R+1 groups hold is entered: a backup that was put back so soon that no

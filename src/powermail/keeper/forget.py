@@ -53,7 +53,7 @@ class Forgetter:
         now = self._world.clock.monotonic()
         if left and self._round is None and now - self._raised_at >= limits.ROUND_INTERVAL_S:
             self._round = await self._index.raise_round()  # law 9: first the round, then the stamps
-            self._raised_at = now
+            self._raised_at = self._world.clock.monotonic()  # raised by now, however long that took
             self._world.counters.add("law.9.rounds")
         return _LOOK_S
 
@@ -68,7 +68,7 @@ class Forgetter:
         row = await known_row(self._index, node)
         if row is None or row.owes_walk or row.scan_round >= round_:
             return _LOOK_S
-        stamp = node.stamp()
+        stamp = await node.fresh_stamp()  # one that was heard before may be older than the round
         if stamp is None:
             raise NodeTrouble(f"node {node.id} gives no stamp, so round {round_} waits for it")
         await node.put_mark(await self._index.proof(self._index.connection))  # law 10: which writer slots stay

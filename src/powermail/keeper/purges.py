@@ -2,11 +2,14 @@
 
 They stand in one small file of the data directory; if it is lost, nothing is purged (P9). An orphan whose account is known
 again when the day comes is kept. An account that goes on loses what it had when the purge was ordered, not what came since.
+Danger: processes of one machine share the file. One that remembered what it read would purge what was undone elsewhere, so
+nobody does, and it is changed under a lock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import msgspec
 from msgspec import Struct
@@ -22,6 +25,8 @@ from powermail.keeper.checkpoint import write_purged
 
 _PAGE = 1000
 _LOOK_S = 60.0
+_TRIES = 100  # while another process changes the file, which takes it milliseconds
+_TURN_S = 0.02
 
 
 class Plan(Struct, frozen=True):
@@ -42,7 +47,6 @@ class Purges:
         self._directory = directory
         self._path = path
         self._lane = world.lane("purges")
-        self._plans: dict[str, Plan] | None = None
 
     def close(self) -> None:
         """Ends the lane."""
@@ -53,53 +57,67 @@ class Purges:
             return {}
         return msgspec.json.decode(self._world.disk.read_file(self._path), type=dict[str, Plan])
 
-    async def plans(self) -> dict[str, Plan]:
-        """All that is ordered. Raises Trouble when the file cannot be read: then nothing is purged."""
-        if self._plans is None:
-            try:
-                self._plans = await self._lane.run(self._read)
-            except (OSError, msgspec.DecodeError) as error:
-                raise Trouble(
-                    f"{self._path} cannot be read: {error}; move it away, and nothing is purged until it is ordered again"
-                ) from error
-        return self._plans
-
-    async def _write(self, plans: dict[str, Plan]) -> None:
+    def _replace(self, fresh: Mapping[str, Plan], goes: Callable[[str, Plan], bool]) -> int:
+        lock = self._world.disk.lock(f"{self._path}.lock")
         try:
-            await self._lane.run(self._world.disk.replace_file, self._path, msgspec.json.encode(plans))
-        except OSError as error:
-            raise Trouble(f"{self._path} cannot be written: {error}") from error
-        self._plans = plans
+            plans = self._read()
+            left = {account: plan for account, plan in plans.items() if not goes(account, plan)}
+            if fresh or len(left) < len(plans):
+                self._world.disk.replace_file(self._path, msgspec.json.encode({**left, **fresh}))
+            return len(plans) - len(left)
+        finally:
+            lock.release()
+
+    async def plans(self) -> dict[str, Plan]:
+        """All that is ordered, in whatever process. Raises Trouble when the file cannot be read: then nothing is purged."""
+        try:
+            return await self._lane.run(self._read)
+        except (OSError, msgspec.DecodeError) as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> Trouble:
+        return Trouble(f"{self._path} cannot be read: {error}; move it away, and nothing is purged until it is ordered again")
+
+    async def _change(self, fresh: Mapping[str, Plan], goes: Callable[[str, Plan], bool]) -> int:
+        """Adds to the file as it is now, and takes out of it; how many went. Raises Trouble."""
+        for _ in range(_TRIES):
+            try:
+                return await self._lane.run(self._replace, fresh, goes)
+            except BlockingIOError:
+                await asyncio.sleep(_TURN_S)  # another process writes it
+            except msgspec.DecodeError as error:
+                raise self._unreadable(error) from error
+            except OSError as error:
+                raise Trouble(f"{self._path} cannot be written: {error}") from error
+        raise Trouble(f"{self._path} cannot be written: another process holds its lock")
 
     async def order(self, accounts: Sequence[tuple[str, bool]], grace_s: float) -> float:
         """Orders purges of (account, orphan); when they are due. Raises Trouble: then none is ordered."""
         now = self._world.clock.now()
         fresh = {account: Plan(now, now + grace_s, orphan) for account, orphan in accounts}
-        await self._write({**await self.plans(), **fresh})
+        await self._change(fresh, lambda account, plan: False)
         return now + grace_s
 
-    async def undo(self, accounts: Sequence[str]) -> int:
+    async def undo(self, accounts: Collection[str]) -> int:
         """Forgets orders; how many there were. Raises Trouble."""
-        plans = await self.plans()
-        left = {account: plan for account, plan in plans.items() if account not in accounts}
-        if len(left) < len(plans):
-            await self._write(left)
-        return len(plans) - len(left)
+        return await self._change({}, lambda account, plan: account in accounts)
 
     async def step(self) -> float:
         """Does what is due. Raises Trouble."""
         now = self._world.clock.now()
-        for account, plan in list((await self.plans()).items()):
-            if plan.due_at > now:
-                continue
-            known = account in await self._directory.ids([account])
-            if plan.orphan and known:
-                self._world.log.event(Event.PURGED, account=account, messages=0, kept="its account is known again")
-            else:
-                messages = await self.run(account, plan)
-                self._world.log.event(Event.PURGED, account=account, messages=messages)
-            await self.undo([account])
+        for account, plan in (await self.plans()).items():
+            if plan.due_at <= now and (await self.plans()).get(account) == plan:  # not undone while others were purged
+                await self._do(account, plan)
         return _LOOK_S
+
+    async def _do(self, account: str, done: Plan) -> None:
+        known = account in await self._directory.ids([account])
+        if done.orphan and known:
+            self._world.log.event(Event.PURGED, account=account, messages=0, kept="its account is known again")
+        else:
+            messages = await self.run(account, done)
+            self._world.log.event(Event.PURGED, account=account, messages=messages)
+        await self._change({}, lambda name, plan: name == account and plan == done)  # one that was ordered since stays
 
     async def run(self, account: str, plan: Plan) -> int:
         """Purges now; how many messages left mailboxes. Repeating it goes on where it ended. Raises Trouble."""

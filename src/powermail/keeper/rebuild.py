@@ -211,7 +211,7 @@ class Rebuilder:
                 continue
             try:
                 facts = await node.facts()
-                stamp = node.stamp()
+                stamp = await node.fresh_stamp()
                 # Who still writes is waited for, so that what lies before the end is all that is shown (laws 2, 7).
                 end = facts.end if stamp is None else await node.fence(stamp)
             except NodeTrouble as error:

@@ -49,10 +49,13 @@ class Repairer:
         self.unrepairable_total = 0
 
     def counted_groups(self) -> dict[str, str]:
-        """Nodes whose copies count: all but those away or failed for longer than the setting."""
+        """Nodes whose copies count: not those that are about to go, nor those away or failed for longer than the setting."""
         now = self._world.clock.monotonic()
         counted = {}
+        here = self._cluster.counted()
         for node in self._cluster.nodes.values():
+            if node.id not in here:
+                continue
             if node.state in (NodeState.MISSING, NodeState.FAILED, NodeState.OPENING):
                 since = self._away_since.setdefault(node.id, now)
                 if now - since >= self._repair_after_s:
@@ -124,7 +127,7 @@ class Repairer:
         return frozenset(
             node.id
             for node in self._cluster.admitted()
-            if node.state is NodeState.READ_WRITE
+            if self._cluster.is_writable(node)
             and (row := rows.get(node.id)) is not None
             and row.incarnation == node.incarnation
             and not row.owes_walk
@@ -188,7 +191,7 @@ class Repairer:
                 raise
             await source.verify(key)
             # law 10: what says that it is bad is the node alone, and nothing of the index
-            return await target.discard(key, self._index.mark()) is Held.LIVE
+            return await target.discard(key, await self._index.proof(self._index.connection)) is Held.LIVE
         return True
 
     async def _note_bad(self, message: MessageFacts, source: StorageNode, error: CopyMissing | CopyDamaged) -> None:

@@ -55,7 +55,7 @@ class Walker:
         await self._check_belief(node)
         if walk.epoch != self._index.epoch:
             return False
-        done = await self._index.walked(node.id, walk.incarnation, walk.end, walk.end, walk.round)
+        done = await self._index.walked(node.id, walk.incarnation, walk.end, walk.end, walk.round, walk.epoch)
         del self._walks[node.id]
         self._world.counters.add("law.11.walks")
         self._world.counters.add("law.11.entered", walk.entered)
@@ -66,7 +66,7 @@ class Walker:
 
     async def _begin(self, node: StorageNode, row: NodeRow) -> _Walk:
         epoch, round_ = self._index.epoch, await self._index.raise_round()  # law 9: first the round, then the stamp
-        stamp = node.stamp()
+        stamp = await node.fresh_stamp()  # one that was heard before may be older than the round
         if stamp is None:
             raise NodeTrouble(f"node {node.id} gives no stamp, so it cannot be walked yet")
         return _Walk(row.incarnation, epoch, await node.fence(stamp), round_)

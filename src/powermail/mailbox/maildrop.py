@@ -1,6 +1,7 @@
 """Owns the maildrop: POP3's view of INBOX, fixed at login, exclusive to one session at a time.
 
-The stated rule: one POP3 session per account in a process; a second gets [IN-USE]. Numbers are fixed for the session;
+The stated rule: one POP3 session per account, whatever process serves it; a second gets [IN-USE]. Numbers are fixed for the
+session;
 what arrives later is seen next time. DELE takes effect at `update` only (P11). The unique-id is the message key.
 """
 
@@ -15,6 +16,7 @@ from powermail.base import limits
 from powermail.base.tasks import Tasks
 from powermail.cluster.packing import Small
 from powermail.index.contract import Index, MailboxFacts
+from powermail.mailbox.exclusive import Exclusive
 from powermail.message.opener import Opener
 
 _KEY_OCTETS = 16
@@ -192,6 +194,7 @@ class Maildrop:
         if not self._deleted or self._facts is None:
             return []
         numbers = sorted(self._deleted)
+        await self._drops.keep(self._account)
         await self._drops.index.expunge(self._facts.id, [self._uids[number - 1] for number in numbers])
         self._deleted.clear()
         return [self.key(number) for number in numbers]
@@ -202,16 +205,22 @@ class Maildrop:
         self._forget()
         self._drops.leave(self._account, self)
 
+    async def close(self) -> None:
+        """The same, and waits until the next session gets in, whatever process serves it."""
+        self.release()
+        await self._drops.given(self._account)
+
 
 class Maildrops:
     """Opens maildrops."""
 
-    def __init__(self, index: Index, opener: Opener, tasks: Tasks) -> None:
-        """`tasks` own what reads ahead of a session."""
+    def __init__(self, index: Index, opener: Opener, tasks: Tasks, exclusive: Exclusive | None = None) -> None:
+        """`tasks` own what reads ahead of a session. `exclusive` where other processes serve the same maildrops."""
         self.index = index
         self.opener = opener
         self.tasks = tasks
         self.ahead_octets = 0  # of all that was read ahead
+        self._exclusive = exclusive
         self._held: dict[str, Maildrop | None] = {}
 
     async def open(self, account: str) -> Maildrop:
@@ -220,15 +229,32 @@ class Maildrops:
             raise InUse
         self._held[account] = None
         try:
+            if self._exclusive is not None and not await self._exclusive.take(account):
+                raise InUse
             facts = await self.index.find_mailbox(account, "INBOX")
         except BaseException:
-            del self._held[account]
+            self._free(account)
             raise
         drop = Maildrop(self, account, facts)
         self._held[account] = drop
         return drop
 
+    async def keep(self, account: str) -> None:
+        """Before a session deletes: it still has the maildrop for itself. Raises IndexTrouble."""
+        if self._exclusive is not None:
+            await self._exclusive.keep(account)
+
+    async def given(self, account: str) -> None:
+        """Waits until who asks elsewhere gets a maildrop that was left here."""
+        if self._exclusive is not None:
+            await self._exclusive.given(account)
+
     def leave(self, account: str, drop: Maildrop) -> None:
         """The session is over."""
         if self._held.get(account) is drop:
-            del self._held[account]
+            self._free(account)
+
+    def _free(self, account: str) -> None:
+        del self._held[account]
+        if self._exclusive is not None:
+            self._exclusive.give(account)

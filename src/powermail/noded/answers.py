@@ -1,5 +1,8 @@
 """Owns what each verb of the node protocol does: an operation becomes a call of the storage contract, its result an answer.
 
+What answers with a list is asked of the node in slices, and only as far as the answer has room: nothing is held that a peer
+asked for beyond `answer_octets`. No key comes twice in one operation.
+
 What the table of verbs cannot say about roles is said here: a commit of a repair, and one without a stamp, is a keeper's
 (law 2); a front end's mark raises no epoch and retires nobody; it aborts only what it brought itself (`noded.claims`).
 """
@@ -7,7 +10,8 @@ What the table of verbs cannot say about roles is said here: a commit of a repai
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from typing import Any, Final
 
 from powermail.base import limits
@@ -22,8 +26,19 @@ from powermail.wire.node_server import Ask
 from powermail.wire.node_verbs import VERBS, Role
 
 Answered = tuple[Any, bytes]
+_new: Final = tuple.__new__  # of a named tuple, without the function in between: one for each message
+_DELIVERY: Final = Origin.DELIVERY
 _DONE: Final[Answered] = (forms.NOTHING, b"")
 _WHOLE_OCTETS: Final = 64  # what a message and each chunk take beside their octets
+_ITEM_OCTETS: Final = 512  # what one of a list takes, as a value and as it is written down
+RECORDS: Final = frozenset({VERBS["READ_COMMIT"].number, VERBS["READ_CHUNK"].number})  # answer with one record, of any size
+_ANSWER_OCTETS: Final = {
+    VERBS["READ_SMALL"].number: limits.NODE_PAGE_OCTETS + limits.READ_SMALL_ALL_OCTETS_MAX,
+    VERBS["REREAD"].number: limits.NODE_READING_OCTETS_MAX,
+    VERBS["CHECKPOINTS"].number: limits.NODE_READING_OCTETS_MAX,
+    VERBS["END"].number: limits.NODE_MARK_OCTETS_MAX,
+}
+_HAS: Final = VERBS["HAS"].number
 
 
 class NotAllowed(Exception):
@@ -91,31 +106,32 @@ class Answers:
         return values.stat_form(self.node.stat(), self.node.incarnation)
 
     async def look(self) -> None:
-        """Once a second: claims grow old. What the node cannot say now leaves the floor as it is."""
-        try:
+        """Once a second: claims grow old, also while the node does not say where its log ends."""
+        end = None
+        with suppress(NodeTrouble, TimeoutError):
             async with asyncio.timeout(limits.NODE_PING_INTERVAL_S):  # law 14: no other node waits for it
                 end = (await self.node.facts()).end
-        except (NodeTrouble, TimeoutError):
-            return
         self.claims.turn(self._monotonic(), end)
 
     # -- copies ----------------------------------------------------------------------------------------------------
 
-    def commit(self, peer: Peer, meta: forms.Commit, body: bytes) -> Awaitable[Receipt]:
-        """Asks the node to commit, at once. Raises NotAllowed, Malformed, Unsupported; the rest comes with the result."""
-        record = meta.record
+    def commit(self, peer: Peer, delivers: bool, meta: forms.Commit, body: bytes) -> Awaitable[Receipt]:
+        """Asks the node to commit, at once; `delivers` if the peer is a front end.
+
+        Raises NotAllowed, Malformed, Unsupported; the rest comes with the result.
+        """
+        key, record, boot = meta.key, meta.record, meta.boot
         if record > len(body):
             raise values.Malformed(f"a record of {record} octets in a body of {len(body)}")
         chunks = values.chunks_of(meta.chunks, body, record)
-        stamp = Stamp(meta.boot, meta.at) if meta.boot else None
-        if meta.origin or stamp is None or Role.FRONT not in peer.roles:
+        stamp: Stamp | None = _new(Stamp, (boot, meta.at)) if boot else None
+        origin = _DELIVERY
+        if meta.origin or stamp is None or not delivers:
             origin = self._origin(peer, meta.origin, stamp)
-        else:
-            origin = Origin.DELIVERY
         if stamp is not None:
             self._was_given(stamp)
-        self.claims.bring(meta.key, peer.id)
-        return self.node.commit(meta.key, chunks, body[:record], meta.count, stamp, origin)
+        self.claims.bring(key, peer.id)
+        return self.node.commit(key, chunks, body[:record], meta.count, stamp, origin)
 
     def _origin(self, peer: Peer, number: int, stamp: Stamp | None) -> Origin:
         origin = values.origin_of(number)
@@ -131,7 +147,7 @@ class Answers:
     def _was_given(self, stamp: Stamp) -> None:
         """Law 2: a stamp from the future would never grow too old."""
         newest = self._newest
-        if newest is not None and stamp.boot == newest.boot and stamp.at > newest.at:
+        if newest is not None and stamp[1] > newest[1] and stamp[0] == newest[0]:
             raise NotAllowed("stamp", "law 2: a stamp that this node has not given yet")
 
     async def _append(self, peer: Peer, meta: forms.Append, body: bytes) -> Answered:
@@ -145,8 +161,9 @@ class Answers:
         return _DONE
 
     async def _abort(self, peer: Peer, meta: forms.Abort, body: bytes) -> Answered:
+        form, body = values.split_mark(meta.mark, body)
         keys = self._keys(body)
-        mark = await self._mark_by(peer, meta.mark)
+        mark = await self._mark_by(peer, form)
         if Role.KEEPER not in peer.roles:
             await self._check_theirs(peer, keys)
         stamp = values.stamp_of(meta.stamp)
@@ -168,18 +185,20 @@ class Answers:
                     raise NotAllowed("not_theirs", "a copy that was here before")
 
     async def _delete(self, peer: Peer, meta: forms.Delete, body: bytes) -> Answered:
-        end = await self.node.delete(self._keys(body), values.mark_of(meta.mark), meta.at)
+        mark, body = values.split_mark(meta.mark, body)
+        end = await self.node.delete(self._keys(body), values.mark_of(mark), meta.at)
         return forms.EndForm(end.incarnation, *end.position), b""
 
-    async def _drop(self, peer: Peer, meta: forms.MarkForm, body: bytes) -> Answered:
-        copies = values.split_copies(body)
-        if len(copies) > limits.NODE_KEYS_MAX:
-            raise values.Malformed(f"{len(copies)} copies in one operation")
-        done = await self.node.drop(copies, values.mark_of(meta))
+    async def _drop(self, peer: Peer, meta: forms.Marked, body: bytes) -> Answered:
+        mark, body = values.split_mark(meta.mark, body)
+        if len(body) > limits.NODE_KEYS_MAX * values.COPY_OCTETS:
+            raise values.Malformed(f"{len(body) // values.COPY_OCTETS} copies in one operation")
+        done = await self.node.drop(values.split_copies(body), values.mark_of(mark))
         return forms.EndForm(done.end.incarnation, *done.end.position), values.join_keys(done.live)
 
     async def _discard(self, peer: Peer, meta: forms.Discard, body: bytes) -> Answered:
-        return values.held_form(await self.node.discard(meta.key, values.mark_of(meta.mark))), b""
+        mark = values.mark_of(_only_mark(meta.mark, body))
+        return values.held_form(await self.node.discard(meta.key, mark)), b""
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -192,15 +211,21 @@ class Answers:
 
     async def _read_small(self, peer: Peer, meta: forms.Nothing, body: bytes) -> Answered:
         """What is more than a page comes as None: it is read by itself."""
-        left, found = limits.NODE_PAGE_OCTETS, []
-        for whole in await self.node.read_small(self._keys(body)):
-            if whole is not None:
-                left -= _octets_of(whole)
-            found.append(values.whole_form(whole if left >= 0 else None))
+        keys, found = self._keys(body), list[forms.WholeForm | None]()
+        left = limits.NODE_PAGE_OCTETS
+        for some in _slices(keys):
+            if left <= 0:
+                found += [None] * len(some)
+                continue
+            for whole in await self.node.read_small(some):
+                if whole is not None:
+                    left -= _octets_of(whole)
+                found.append(values.whole_form(whole if left >= 0 else None))
         return forms.NOTHING, forms.encode(found)
 
     async def _has(self, peer: Peer, meta: forms.Nothing, body: bytes) -> Answered:
-        return forms.NOTHING, values.join_held(await self.node.has(self._keys(body)))
+        found = [values.join_held(await self.node.has(some)) for some in _slices(self._keys(body))]
+        return forms.NOTHING, b"".join(found)
 
     async def _verify(self, peer: Peer, meta: forms.KeyForm, body: bytes) -> Answered:
         return forms.PositionForm(*await self.node.verify(meta.key)), b""
@@ -225,8 +250,8 @@ class Answers:
         self._was_given(stamp)
         return forms.PositionForm(*await self.node.fence(stamp)), b""
 
-    async def _mark(self, peer: Peer, meta: forms.MarkForm, body: bytes) -> Answered:
-        await self.node.put_mark(await self._mark_by(peer, meta))
+    async def _mark(self, peer: Peer, meta: forms.Marked, body: bytes) -> Answered:
+        await self.node.put_mark(await self._mark_by(peer, _only_mark(meta.mark, body)))
         return _DONE
 
     async def _mark_by(self, peer: Peer, form: forms.MarkForm) -> Mark:
@@ -257,27 +282,23 @@ class Answers:
 
     async def _put_checkpoint(self, peer: Peer, meta: forms.PutCheckpoint, body: bytes) -> Answered:
         rank = Rank(meta.epoch, meta.uidvalidity, meta.modseq)
-        await self.node.put_checkpoint(meta.name, meta.number, body, values.mark_of(meta.mark), rank)
+        mark, record = values.split_mark(meta.mark, body)
+        await self.node.put_checkpoint(meta.name, meta.number, record, values.mark_of(mark), rank)
         return _DONE
 
     async def _checkpoints(self, peer: Peer, meta: forms.CheckpointsAsk, body: bytes) -> Answered:
-        records = await self.node.checkpoints(meta.after, min(meta.limit, limits.NODE_PAGE_NAMES))
-        found: list[forms.CheckpointForm] = []
-        octets = 0
-        for name, number, record in records[meta.skip :]:
-            octets += len(record)
-            if found and octets > limits.NODE_PAGE_OCTETS:
-                break
-            found.append(forms.CheckpointForm(name, number, record))
-        return forms.CheckpointsHead(meta.skip + len(found) < len(records)), forms.encode(found)
+        names = min(meta.limit, limits.NODE_PAGE_NAMES)
+        records, following = await self.node.checkpoints_page(meta.after, names, meta.skip)
+        return forms.CheckpointsHead(following), forms.encode([forms.CheckpointForm(*record) for record in records])
 
     async def _compactable(self, peer: Peer, meta: forms.Compactable, body: bytes) -> Answered:
         keys = await self.node.compactable(Position(meta.segment, meta.offset), meta.at)
         return forms.CompactableHead(keys is not None), values.join_keys(keys or [])
 
     async def _compact(self, peer: Peer, meta: forms.Compact, body: bytes) -> Answered:
-        mark = values.mark_of(meta.mark)
-        freed = await self.node.compact(Position(meta.segment, meta.offset), values.split_keys(body), mark)
+        mark, body = values.split_mark(meta.mark, body)
+        below = Position(meta.segment, meta.offset)
+        freed = await self.node.compact(below, values.split_keys(body), values.mark_of(mark))
         return forms.Freed(max(0, freed)), b""
 
     # -- life ------------------------------------------------------------------------------------------------------
@@ -292,10 +313,36 @@ class Answers:
         return _DONE
 
     def _keys(self, body: bytes) -> list[bytes]:
+        if len(body) > limits.NODE_KEYS_MAX * values.KEY_OCTETS:
+            raise values.Malformed(f"{len(body) // values.KEY_OCTETS} keys in one operation")
         keys = values.split_keys(body)
-        if len(keys) > limits.NODE_KEYS_MAX:
-            raise values.Malformed(f"{len(keys)} keys in one operation")
+        if len(set(keys)) < len(keys):
+            raise values.Malformed("a key that comes twice in one operation")
         return keys
+
+
+def _only_mark(octets: int, body: bytes) -> forms.MarkForm:
+    """A body that is a mark. Raises Malformed."""
+    form, rest = values.split_mark(octets, body)
+    if rest:
+        raise values.Malformed(f"{len(rest)} octets behind a mark")
+    return form
+
+
+def _slices(keys: list[bytes]) -> Iterator[list[bytes]]:
+    """Keys as they are asked of a node: others get their turn between."""
+    size = limits.NODE_SLICE_KEYS
+    return (keys[start : start + size] for start in range(0, len(keys), size))
+
+
+def answer_octets(ask: Ask, record: int) -> int:
+    """What the answer to a read takes of memory at most while it is made; `record` is what one record is taken to have."""
+    verb = ask.verb
+    if verb in RECORDS:
+        return record
+    if verb == _HAS:
+        return 8 * len(ask.body)
+    return _ANSWER_OCTETS.get(verb) or _ITEM_OCTETS * int(ask.meta.limit)
 
 
 def _octets_of(whole: Whole) -> int:

@@ -2,7 +2,8 @@
 
 The first who brings a key has it. What was here before anybody brought it belongs to nobody: a front end that brings the key
 of an old message does not get it by that. Two generations are kept, so that a claim lives for NODE_CLAIM_S at least, unless
-more than NODE_CLAIMS_MAX keys come meanwhile; an abort that comes later would not be confirmed anyway (law 5).
+more than NODE_CLAIMS_MAX keys come meanwhile; an abort that comes later would not be confirmed anyway (law 5). That holds also
+while the node does not say where its log ends: then all that is there may be another's, until it says so again.
 """
 
 from __future__ import annotations
@@ -24,14 +25,26 @@ class Claims:
 
     def bring(self, key: bytes, peer: str) -> None:
         """Chunks or a commit of a key came from `peer`."""
-        self._now.setdefault(key, peer)
+        now = self._now
+        if len(now) >= limits.NODE_CLAIMS_MAX and key not in now:
+            self._begin()
+            now = self._now
+        now.setdefault(key, peer)
 
-    def turn(self, now: float, end: Position) -> None:
-        """Begins a new generation if it is time; `end` is where the log ends."""
-        if now - self._turned_at >= limits.NODE_CLAIM_S or len(self._now) >= limits.NODE_CLAIMS_MAX:
-            self._before, self._floor_before = self._now, self._floor_now
-            self._now, self._floor_now = {}, end
+    def turn(self, now: float, end: Position | None) -> None:
+        """Begins a new generation if it is time; `end` is where the log ends, None while that is not known.
+
+        An end that is heard later than the generation began is a floor too: what lies above it was written since.
+        """
+        if now - self._turned_at >= limits.NODE_CLAIM_S:
+            self._begin()
             self._turned_at = now
+        if end is not None and self._floor_now == _NOTHING_ABOVE:
+            self._floor_now = end
+
+    def _begin(self) -> None:
+        self._before, self._floor_before = self._now, self._floor_now
+        self._now, self._floor_now = {}, _NOTHING_ABOVE
 
     def floor(self, key: bytes, peer: str) -> Position | None:
         """Where a copy that `peer` brought lies above; None if it did not bring the key."""

@@ -1,8 +1,9 @@
 """Owns one connection to a node: octets to the machine, operations to the node, one write for each turn of the event loop.
 
-Rules: a COMMIT goes to the node in the turn it came in; large answers wait while the peer does not read; an operation that
-nobody waits for any more is cancelled, which takes nothing back that the node was given. Deadlines are by progress, looked at
-once a second.
+Rules: a COMMIT goes to the node in the turn it came in; a PING is answered in it, before all large answers that wait; these
+are given to the transport only as fast as the peer reads, and more reads begin only while what waits and what they may bring
+is bounded. An operation that nobody waits for any more is cancelled, which takes nothing back that the node was given.
+Deadlines are by progress, looked at once a second: a peer that reads slowly is not one that does not read.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import msgspec
 
 from powermail.base import limits
 from powermail.cluster import node_values as values
-from powermail.noded.answers import Answers, NotAllowed
+from powermail.noded.answers import RECORDS, Answers, NotAllowed, answer_octets
 from powermail.storage.contract import Receipt
 from powermail.wire import node_forms as forms
 from powermail.wire import node_verbs as verbs
 from powermail.wire.node_identity import Peer
 from powermail.wire.node_server import Ask, NodeServer, Stop
-from powermail.wire.node_verbs import READS, Failure
+from powermail.wire.node_verbs import MEMBERSHIP, READS, Failure, Role
 
 if TYPE_CHECKING:
     from powermail.noded.service import NodeService
@@ -41,6 +42,7 @@ class Connection(asyncio.BufferedProtocol):
         self.service = service
         self.client = ""
         self.peer: Peer | None = None
+        self._delivers = False  # its certificate makes it a front end
         self.answers: Answers | None = None  # of the node that HELLO named
         self.instance: tuple[str, str, bytes] = ("", "", b"")  # certificate's id, node, instance
         self.session = 0
@@ -53,22 +55,28 @@ class Connection(asyncio.BufferedProtocol):
         self._early_octets = 0
         self._reader = self._early
         self._transport: asyncio.Transport | None = None
+        self._plain: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
         self._flushing = False
         self._tasks: dict[asyncio.Future[Any], None] = {}
         self._reads: deque[Ask] = deque()
         self._reading = 0
+        self._reading_octets = 0  # that the reads under way may answer
+        self._largest = limits.MIB  # record or chunk that was read of late
         self._held_octets = 0  # as the service was last told
         self._pushed: forms.StatForm | None = None
         self._going = False
         now = self._loop.time()  # what is waited for here is waited for by it
         self._began_at = now
         self._heard_at = now  # when any octet came
-        self._blocked_at: float | None = None  # since when the peer does not read
+        self._full = False  # the transport takes no more
+        self._written = 0  # octets given to it
+        self._taken = (0, now)  # so many of them had left, when all or another piece of them last had
         self._seen = (0, 0.0)  # frame under way: octets in before it and since when
         self._seen_part: tuple[tuple[int, int], float] = ((0, 0), now)
         self._pings = 0
-        self._paused = False
+        self._paused = False  # reading: for all connections together
+        self._flooded = False  # or because the peer asks on and does not read the answers
 
     # -- asyncio's side --------------------------------------------------------------------------------------------
 
@@ -80,14 +88,16 @@ class Connection(asyncio.BufferedProtocol):
         if machine is None:
             self._early_octets += nbytes
             return
+        if self.closed:
+            return  # superseded, expelled or fenced: nothing that was still on its way is heard
         for event in machine.received(nbytes):
             if isinstance(event, Ask):
                 self._asked(event)
             else:
                 self._stopped(event)
         self._heard_at = self._loop.time()
-        if machine.held_octets != self._held_octets:
-            self._account(machine.held_octets)
+        if machine.held_octets + machine.large_octets != self._held_octets:
+            self._account(machine.held_octets + machine.large_octets)
         if machine.refused:
             self._count(machine)
         if not self._flushing:
@@ -100,18 +110,23 @@ class Connection(asyncio.BufferedProtocol):
         self._end()
 
     def pause_writing(self) -> None:
-        self._blocked_at = self._loop.time()
+        self._full = True
 
     def resume_writing(self) -> None:
-        self._blocked_at = None
-        self._read_more()
+        self._full = False
+        if self._flooded:
+            self._flooded = False
+            self._pause(self._paused)
+        self._flush_soon()
 
     # -- beginning and end -----------------------------------------------------------------------------------------
 
-    def begin(self, transport: asyncio.Transport, peer: Peer) -> None:
-        """It is known who speaks: what came meanwhile is heard now."""
+    def begin(self, transport: asyncio.Transport, peer: Peer, plain: asyncio.Transport) -> None:
+        """It is known who speaks: what came meanwhile is heard now. `plain` is what the transport's octets go out by."""
         self._attach(transport)
+        self._plain = plain
         self.peer = peer
+        self._delivers = Role.FRONT in peer.roles
         self._machine = NodeServer(peer.roles)
         self._machine.reader = self._early
         count, self._early_octets = self._early_octets, 0
@@ -121,7 +136,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _attach(self, transport: asyncio.Transport) -> None:
         self._transport = transport
-        transport.set_write_buffer_limits(high=limits.NODE_PIECE_OCTETS * 4)
+        transport.set_write_buffer_limits(high=limits.NODE_UNSENT_OCTETS)
 
     def turn_away(self, transport: asyncio.Transport, why: str, text: str) -> None:
         """A certificate of the right authority that admits nobody here: the peer is told, and that is all."""
@@ -135,7 +150,8 @@ class Connection(asyncio.BufferedProtocol):
     def close(self) -> None:
         """Ends it when what was written has gone out."""
         if self._transport is not None:
-            self._transport.abort() if self._paused else self._transport.close()  # TLS says goodbye by reading
+            # TLS says goodbye by reading
+            self._transport.abort() if self._paused or self._flooded else self._transport.close()
         self._end()
 
     def supersede(self) -> None:
@@ -185,9 +201,13 @@ class Connection(asyncio.BufferedProtocol):
 
     def pause(self, paused: bool) -> None:
         """While too much is held for all connections together, the bulk ones are not read."""
-        if paused is self._paused or self._transport is None or self._transport.is_closing():
+        if paused is not self._paused:
+            self._paused = paused
+            self._pause(paused or self._flooded)
+
+    def _pause(self, paused: bool) -> None:
+        if self._transport is None or self._transport.is_closing():
             return
-        self._paused = paused
         if paused:
             self._transport.pause_reading()
         else:
@@ -222,9 +242,9 @@ class Connection(asyncio.BufferedProtocol):
     def _hello(self, ask: Ask) -> None:
         assert self._machine is not None
         answer = self.service.hello(self, ask.meta)
-        if isinstance(answer, str):
-            self._machine.refuse(ask.number, answer)
-            self.service.log_refusal(self, answer)
+        if not isinstance(answer, forms.Welcome):
+            self._machine.refuse(ask.number, *answer)
+            self.service.log_refusal(self, answer.text)
             self._loop.call_soon(self._flush_and_close)
             return
         self._machine.welcome(ask.number, answer)
@@ -243,43 +263,48 @@ class Connection(asyncio.BufferedProtocol):
     def _commit(self, ask: Ask) -> None:
         assert self.answers is not None and self.peer is not None
         try:
-            answer = self.answers.commit(self.peer, ask.meta, ask.body)
+            future = self.answers.commit(self.peer, self._delivers, ask.meta, ask.body)
         except Exception as error:  # noqa: BLE001  each has its class on the wire
             self._failed(ask.number, error)
             return
-        future: asyncio.Future[Receipt] = asyncio.ensure_future(answer)
-        self._tasks[future] = None
+        if not isinstance(future, asyncio.Future):  # it waits for room: whoever is cut off asks no more
+            future = asyncio.ensure_future(future)
+            self._tasks[future] = None
+            future.add_done_callback(self._ended)
         future.add_done_callback(partial(self._committed, ask.number))
 
+    def _ended(self, task: asyncio.Future[Any]) -> None:
+        self._tasks.pop(task, None)
+
     def _committed(self, number: int, future: asyncio.Future[Receipt]) -> None:
-        self._tasks.pop(future, None)
-        if self.closed or future.cancelled():
-            if not future.cancelled():
-                future.exception()
+        try:
+            _, incarnation, (segment, offset) = future.result()
+        except asyncio.CancelledError:
             return
-        error = future.exception()
-        if error is not None:
-            self._failed(number, error)
+        except Exception as error:  # noqa: BLE001  each has its class on the wire
+            if not self.closed:
+                self._failed(number, error)
         else:
-            receipt = future.result()
-            assert self._machine is not None
-            self._machine.ack(number, receipt[1], *receipt[2])
+            if not self.closed:
+                self._machine.ack(number, incarnation, segment, offset)  # type: ignore[union-attr]
         if not self._flushing:
             self._flush_soon()
 
     def _read_more(self) -> None:
         """Starts reads, as many at once as may be, while the peer reads their answers."""
-        while self._reads and self._reading < limits.NODE_READS_AT_ONCE and not self._behind():
+        assert self._machine is not None
+        while self._reads and self._reading < limits.NODE_READS_AT_ONCE:
+            octets = answer_octets(self._reads[0], self._largest)
+            beyond = self._reading and self._reading_octets + octets > limits.NODE_READING_OCTETS_MAX
+            if beyond or self._machine.large_octets > limits.NODE_ANSWERS_OCTETS_MAX:
+                return
             self._reading += 1
-            self._start(self._reads.popleft(), self._read)
+            self._reading_octets += octets
+            self._start(self._reads.popleft(), partial(self._read, octets))
 
-    def _behind(self) -> bool:
-        if self._blocked_at is None or self._transport is None:
-            return False
-        return self._transport.get_write_buffer_size() > limits.NODE_ANSWERS_OCTETS_MAX
-
-    def _read(self) -> None:
+    def _read(self, octets: int) -> None:
         self._reading -= 1
+        self._reading_octets -= octets
         self._read_more()
 
     def _start(self, ask: Ask, then: Callable[[], None] | None = None) -> None:
@@ -297,9 +322,14 @@ class Connection(asyncio.BufferedProtocol):
     async def _answer(self, ask: Ask) -> None:
         assert self.answers is not None and self.peer is not None and self._machine is not None
         try:
-            meta, body = await self.answers.answer(self.peer, ask)
+            if ask.verb in MEMBERSHIP:
+                meta, body = await self.service.membership(self, ask)
+            else:
+                meta, body = await self.answers.answer(self.peer, ask)
             if len(body) > limits.NODE_ANSWER_OCTETS_MAX:
                 raise values.Malformed("the answer is too large; ask for less")
+            if ask.verb in RECORDS:  # the next ones may be as large
+                self._largest = max(limits.MIB, len(body), self._largest - self._largest // 16)
         except Exception as error:  # noqa: BLE001  each has its class on the wire
             self._failed(ask.number, error)
         else:
@@ -349,13 +379,30 @@ class Connection(asyncio.BufferedProtocol):
         machine, transport = self._machine, self._transport
         if machine is None or transport is None or self.closed:
             return
-        octets = machine.to_send()
+        octets = machine.to_send(0 if self._full else limits.NODE_UNSENT_OCTETS)
         if octets:
+            self._written += len(octets)
             transport.write(octets)
-            if machine.held_octets != self._held_octets:
-                self._account(machine.held_octets)
-        if self._going and not machine.unanswered:
+            if machine.held_octets + machine.large_octets != self._held_octets:
+                self._account(machine.held_octets + machine.large_octets)
+            if self._full and not self._flooded and self._unsent() > limits.NODE_ANSWERS_OCTETS_MAX:
+                self._flooded = True
+                self.service.counters.add("noded.flooded")
+                self._pause(True)
+        if machine.large_octets and not self._full:
+            self._flush_soon()
+        if self._reads:
+            self._read_more()
+        if self._going and not (machine.unanswered or machine.large_octets):
             self.close()
+
+    def _unsent(self) -> int:
+        """Octets that were given to the transport and have not left this process, as they go out."""
+        waiting = 0
+        for transport in (self._transport, self._plain):
+            if transport is not None and not transport.is_closing():
+                waiting += transport.get_write_buffer_size()
+        return waiting
 
     # -- deadlines -------------------------------------------------------------------------------------------------
 
@@ -375,13 +422,15 @@ class Connection(asyncio.BufferedProtocol):
         self.abort() if why == "not_reading" else self.close()
 
     def _late(self, now: float) -> tuple[str, str] | None:
+        if self.service.now() > self.ends_at:
+            return "expired", "the certificate has ended"
         if self._machine is None or self.answers is None:
             if now - self._began_at > limits.NODE_HELLO_TIMEOUT_S:
                 return "no_hello", "no HELLO in time"
             return None
-        if self._blocked_at is not None and now - self._blocked_at > limits.NODE_WRITE_TIMEOUT_S:
+        if self._stuck(now) and (self.service.crowded or not self.bulk):
             return "not_reading", "the peer does not read"
-        if self._paused:
+        if self._paused or self._flooded:
             return None
         if now - self._heard_at > limits.NODE_SILENCE_S:
             return "silent", "nothing was heard for too long"
@@ -395,9 +444,18 @@ class Connection(asyncio.BufferedProtocol):
             self._seen_part = (part, now)
         elif now - self._seen_part[1] > limits.NODE_OPERATION_TIMEOUT_S:
             return "slow_operation", "the rest of an operation takes too long"
-        if self.service.now() > self.ends_at:
-            return "expired", "the certificate has ended"
         return None
+
+    def _stuck(self, now: float) -> bool:
+        """True if for too long the peer has read neither another piece of what was written nor all of it."""
+        assert self._machine is not None
+        unsent = self._unsent()
+        left = self._written - unsent
+        taken, since = self._taken
+        if left - taken >= limits.NODE_PIECE_OCTETS or not (unsent or self._machine.large_octets):
+            self._taken = (left, now)
+            return False
+        return now - since > limits.NODE_WRITE_TIMEOUT_S
 
 
 _SHOWS_AT_ONCE: Final = frozenset({verbs.VERBS[name].number for name in ("OPEN", "PROBE", "REBIRTH", "INITIALISE")})

@@ -3,6 +3,10 @@
 TLS 1.3 with certificates of the cluster's authority on both sides, always, on local sockets too. A client is who its
 certificate says, and its HELLO must name this cluster and a node that is served here. The session number of an instance only
 rises: a higher one first ends the connections of the older, so that no octet of a dead connection lands behind an abort.
+
+What a keeper or an operator tells of the cluster's membership (`noded.obeyed`) counts at once: who was expelled, or goes by an
+older layout than the fence, is cut off and stays out. It is confirmed when it is durable here, and when what was asked before
+by those who were cut off has been written or never will be.
 """
 
 from __future__ import annotations
@@ -10,8 +14,8 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 from powermail.base import limits
 from powermail.base.errors import InvariantBroken
@@ -19,13 +23,25 @@ from powermail.base.log import Event
 from powermail.base.net import Listener
 from powermail.base.tasks import Tasks, Worker, report_bug
 from powermail.base.world import World
-from powermail.noded.answers import Answers
+from powermail.cluster.node_values import Malformed
+from powermail.noded.answers import Answers, NotAllowed
 from powermail.noded.connection import Connection
-from powermail.storage.contract import StorageNode
+from powermail.noded.obeyed import Obeyed
+from powermail.storage.contract import NodeState, Stamp, StorageNode
 from powermail.wire import node_forms as forms
 from powermail.wire.node_identity import NotOurs, Peer, parse_names, peer_of
+from powermail.wire.node_server import Ask
+from powermail.wire.node_verbs import VERBS
 
 FEATURES: tuple[str, ...] = ()  # of this version, beyond its number
+
+
+class Refusal(NamedTuple):
+    """Why a HELLO is refused; with the layout that is obeyed here if that is why."""
+
+    text: str
+    version: int = 0
+    layout: bytes = b""
 
 
 class _Session:
@@ -65,25 +81,24 @@ class NodeService:
         cluster: str,
         nodes: Mapping[str, StorageNode],
         tasks: Tasks,
-        context: ssl.SSLContext,
+        context: Callable[[], ssl.SSLContext],
         broken: Callable[[BaseException], None],
-        fence: int = 0,
+        obeyed: Obeyed | None = None,
     ) -> None:
-        """`context` asks for certificates of the cluster's authority; `fence` is the oldest layout that may be gone by.
-        `broken` is called when a storage invariant broke: the process must stop.
+        """`context` gives what asks for certificates of the cluster's authority, for each connection anew; `obeyed` is what
+        this machine was told of the membership. `broken` is called when a storage invariant broke: the process must stop.
         """
         self.log = world.log
         self.counters = world.counters
         self.now = world.clock.now
-        self.fence = fence
+        self.obeyed = obeyed or Obeyed(world)
         self._world = world
         self._cluster = cluster
         self._answers = {name: Answers(world, node) for name, node in nodes.items()}
         self._tasks = tasks
         self._context = context
         self._broken = broken
-        self._expelled: dict[str, None] = {}
-        self._handshakes = 0
+        self._handshakes: dict[asyncio.Transport, None] = {}  # of those who have not said who they are, the oldest first
         self._connections: dict[Connection, None] = {}
         self._sessions: OrderedDict[tuple[str, str, bytes], _Session] = OrderedDict()
         self._held_octets = 0
@@ -137,23 +152,16 @@ class NodeService:
         for connection in list(self._connections):
             connection.abort()
 
-    def expel(self, peer: str) -> None:
-        """Certificates of this id are refused from now on."""
-        self._expelled[peer] = None
-        for connection in list(self._connections):
-            if connection.peer is not None and connection.peer.id == peer:
-                connection.abort()
-
-    def raise_fence(self, version: int) -> None:
-        """Who goes by an older layout is refused from now on, and cut off."""
-        self.fence = max(self.fence, version)
-        for connection in list(self._connections):
-            if connection.answers is not None and connection.fence < self.fence:
-                connection.abort()
-
     def describe(self) -> dict[str, Any]:
         """For `powermail status`."""
-        return {"connections": len(self._connections), "held_octets": self._held_octets, "sessions": len(self._sessions)}
+        return {
+            "connections": len(self._connections),
+            "held_octets": self._held_octets,
+            "sessions": len(self._sessions),
+            "layout": self.obeyed.version,
+            "fence": self.obeyed.fence,
+            "expelled": len(self.obeyed.expelled),
+        }
 
     async def _step(self) -> float:
         """Pushes figures that have changed, and looks at deadlines once a second; the pause to the next step."""
@@ -175,15 +183,21 @@ class NodeService:
     # -- coming in -------------------------------------------------------------------------------------------------
 
     def accept(self, greeter: Greeter, transport: asyncio.BaseTransport) -> asyncio.Task[Any] | None:
-        """A connection: its handshake begins, or there are too many."""
+        """A connection: its handshake begins, or there are too many; of those without a name the oldest makes room."""
         assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
-        full = self._handshakes >= limits.NODE_HANDSHAKES_MAX or len(self._connections) >= limits.NODE_CONNECTIONS_MAX
-        if self._draining or full:
-            self._refused(str((transport.get_extra_info("peername") or ("local",))[0]), "connections", "too many, or stopping")
-            transport.abort()  # type: ignore[attr-defined]
+        if self._draining or len(self._connections) >= limits.NODE_CONNECTIONS_MAX:
+            self._turn_off(transport, "too many, or stopping")  # type: ignore[arg-type]
             return None
-        self._handshakes += 1
+        while len(self._handshakes) >= limits.NODE_HANDSHAKES_MAX:  # who is of the cluster is through in no time
+            oldest = next(iter(self._handshakes))
+            del self._handshakes[oldest]
+            self._turn_off(oldest, "too many who have not said who they are")
+        self._handshakes[transport] = None  # type: ignore[index]
         return self._tasks.start(self._secure(greeter, transport), "noded-handshake")  # type: ignore[arg-type]
+
+    def _turn_off(self, transport: asyncio.Transport, text: str) -> None:
+        self._refused(str((transport.get_extra_info("peername") or ("local",))[0]), "connections", text)
+        transport.abort()
 
     async def _secure(self, greeter: Greeter, plain: asyncio.Transport) -> None:
         client = str((plain.get_extra_info("peername") or ("local",))[0])
@@ -192,13 +206,14 @@ class NodeService:
         try:
             if greeter.lost:
                 return
-            transport = await self._world.net.start_tls(plain, connection, self._context, server_side=True, first=greeter.first)
+            context = self._context()
+            transport = await self._world.net.start_tls(plain, connection, context, server_side=True, first=greeter.first)
         except (OSError, TimeoutError) as error:
             self._refused(client, f"tls.{_tls_word(error)}", str(error) or "the handshake took too long")
             plain.abort()
             return
         finally:
-            self._handshakes -= 1
+            self._handshakes.pop(plain, None)
         if connection.closed:
             return
         certificate = transport.get_extra_info("peercert") or {}
@@ -212,20 +227,20 @@ class NodeService:
             connection.ends_at = float(ssl.cert_time_to_seconds(certificate["notAfter"]))
         self._connections[connection] = None
         self.counters.add("noded.connections")
-        connection.begin(transport, peer)
+        connection.begin(transport, peer, plain)
 
     def _peer(self, certificate: Mapping[str, Any]) -> Peer:
         peer = peer_of(parse_names(certificate.get("subjectAltName", ())), self._cluster)
-        if peer.id in self._expelled:
+        if peer.id in self.obeyed.expelled:
             raise NotOurs("expelled", f"{peer.id} was expelled from this cluster")
         return peer
 
-    def hello(self, connection: Connection, hello: forms.Hello) -> forms.Welcome | str:
+    def hello(self, connection: Connection, hello: forms.Hello) -> forms.Welcome | Refusal:
         """The answer to a HELLO, or why it is refused."""
         why, text = self._hello_refusal(connection, hello)
         if why:
             self.counters.add(f"noded.refused.{why}")
-            return text
+            return Refusal(text, self.obeyed.version, self.obeyed.layout) if why == "fence" else Refusal(text)
         assert connection.peer is not None
         instance = (connection.peer.id, hello.node, hello.instance)
         session = self._sessions.setdefault(instance, _Session())
@@ -245,7 +260,7 @@ class NodeService:
             self._cluster,
             hello.node,
             connection.answers.node.incarnation,
-            self.fence,
+            self.obeyed.fence,
             max(1, min(hello.octets, limits.NODE_WINDOW_OCTETS)),
             max(1, min(hello.operations, limits.NODE_WINDOW_OPERATIONS)),
             tuple(sorted({*hello.features} & {*FEATURES})),
@@ -262,8 +277,8 @@ class NodeService:
             return "cluster", f"cluster {hello.cluster} was asked for, and this is {self._cluster}"
         if hello.node not in self._answers:
             return "node", f"node {hello.node} was asked for, and {', '.join(self._answers)} is served here"
-        if hello.fence < self.fence:
-            return "fence", f"layout {hello.fence} is gone by there, and {self.fence} or later is to be"
+        if hello.fence < self.obeyed.fence:
+            return "fence", f"layout {hello.fence} is gone by there, and {self.obeyed.fence} or later is to be"
         session = self._sessions.get((connection.peer.id, hello.node, hello.instance))
         if session is not None and hello.session < session.number:
             return "stale_session", f"session {hello.session} has ended: session {session.number} has begun"
@@ -287,10 +302,59 @@ class NodeService:
         if session is not None and connection in session.connections:
             session.connections.remove(connection)
 
+    # -- membership ------------------------------------------------------------------------------------------------
+
+    async def membership(self, connection: Connection, ask: Ask) -> tuple[Any, bytes]:
+        """The answer to one of MEMBERSHIP. Raises Malformed, NotAllowed, OperatorError, NodeTrouble."""
+        obeyed, told = self.obeyed, -1
+        if ask.verb == _EXPEL:
+            await self._expel(connection, ask.meta.ids)
+            return forms.NOTHING, b""
+        if ask.verb == _SET_LAYOUT:
+            told = ask.meta.version
+            await self._set_layout(connection, ask.meta, ask.body)
+        return forms.LayoutForm(obeyed.version, obeyed.fence), obeyed.layout if told < obeyed.version else b""
+
+    async def _set_layout(self, connection: Connection, told: forms.LayoutForm, layout: bytes) -> None:
+        if len(layout) > limits.NODE_LAYOUT_OCTETS_MAX or not layout or told.fence > told.version or not told.version:
+            raise Malformed(f"layout {told.version} of {len(layout)} octets, with fence {told.fence}")
+        self.obeyed.take(told.version, told.fence, layout)
+        fence = self.obeyed.fence
+        for each in list(self._connections):
+            if each.instance == connection.instance and told.version >= fence:
+                each.fence = max(each.fence, told.version)  # who tells of a layout goes by it
+            elif each.answers is not None and each.fence < fence:
+                self.counters.add("noded.fenced")
+                each.abort()
+        await self._settled()
+
+    async def _expel(self, connection: Connection, ids: Sequence[str]) -> None:
+        assert connection.peer is not None
+        if connection.peer.id in ids:
+            raise NotAllowed("self", "nobody expels itself")
+        self.obeyed.expel(ids)
+        for each in list(self._connections):
+            if each.peer is not None and each.peer.id in self.obeyed.expelled:
+                self.counters.add("noded.expelled")
+                each.abort()
+        await self._settled()
+
+    async def _settled(self) -> None:
+        """Durable, and nothing that was asked by those who were cut off is still to be written. Raises NodeTrouble."""
+        await self.obeyed.keep()
+        for answers in self._answers.values():
+            if answers.node.state not in _NOT_OPEN:
+                await answers.node.fence(_NO_STAMP)  # waits for all appends that were asked before
+
     # -- for all connections ---------------------------------------------------------------------------------------
 
+    @property
+    def crowded(self) -> bool:
+        """True while all connections together hold too much: of a bulk one that is not read nothing more is kept then."""
+        return self._paused
+
     def hold(self, connection: Connection, octets: int) -> None:
-        """A connection holds so many octets more."""
+        """A connection holds so many octets more: of operations that are not answered, or of answers that wait to go out."""
         self._held_octets += octets
         over = self._held_octets > limits.NODE_HELD_OCTETS_MAX
         if over is not self._paused and (over or self._held_octets < limits.NODE_HELD_OCTETS_MAX // 2):
@@ -315,6 +379,12 @@ class NodeService:
     def _refused(self, client: str, why: str, text: str) -> None:
         self.counters.add(f"noded.refused.{why}")
         self.log.event(Event.CONNECTION_REFUSED, door="node", client=client, reason=text)
+
+
+_SET_LAYOUT: Final = VERBS["SET_LAYOUT"].number
+_EXPEL: Final = VERBS["EXPEL"].number
+_NO_STAMP: Final = Stamp("", 0.0)  # of no opening: no commit is refused for it
+_NOT_OPEN: Final = (NodeState.OPENING, NodeState.MISSING, NodeState.CLOSED)  # what they were asked they refused
 
 
 def _tls_word(error: BaseException) -> str:

@@ -1,14 +1,17 @@
 """Owns the queue's way out: what is due is leased all the time, and each message is on its own from then.
 
 Nothing here waits for a hop. A row is in hand from its lease until the index knows what became of it, and is never taken up
-twice meanwhile, whatever becomes of the lease. A message whose work fails in a way nobody thought of is written down, tried
-again later, and ends no worker.
+twice meanwhile. A lease that somebody else has, or that may be over because it could not be renewed, ends the work on its rows,
+unless the message was sent whole: then only the hop knows whether it took it. So two processes that live send no message
+twice, but for one that was stopped between its last look and the end of a message. A message whose work fails in a way nobody
+thought of is written down, tried again later, and ends no worker.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 
 from powermail.base import limits
@@ -53,12 +56,13 @@ class Outbound:
         self._tasks = tasks
         self._owner = world.entropy.octets(8).hex()
         self._pool = Pool(world, tasks, hostname, settings.concurrency)
-        self._settler = Settler(world, index, bouncer, settings, tasks)
+        self._settler = Settler(world, index, self._owner, bouncer, settings, tasks)
         self._dispatcher = Dispatcher(world, opener, self._pool, self._settler, settings)
         self._most = settings.concurrency * limits.QUEUE_IN_HAND_FACTOR
         self._at_once = max(1, self._most // 4)  # not all, so that no domain fills all hands
         self._in_hand: dict[int, str] = {}  # row: its domain
-        self._works: dict[asyncio.Task[object], None] = {}
+        self._held: dict[int, float] = {}  # row: until when it is leased, by our monotonic clock and at the least
+        self._works: dict[asyncio.Task[object], list[QueueRow]] = {}
         self._freed = asyncio.Event()
         self._stopping = False
         self._next_renewal = self._next_forgetting = 0.0
@@ -69,22 +73,25 @@ class Outbound:
         """Leases what is due and starts it. Raises IndexTrouble."""
         if self._stopping:
             return 1.0
+        self._let_go_of_overdue()
         await self._housekeeping()
         if self._most - len(self._in_hand) < self._at_once:  # a lease is a transaction: not one for each row
             self._freed.clear()
             try:
-                await asyncio.wait_for(self._freed.wait(), limits.QUEUE_GATHER_S)
+                async with asyncio.timeout(limits.QUEUE_GATHER_S):
+                    await self._freed.wait()
             except TimeoutError:
                 pass
         room = self._most - len(self._in_hand)
         if room <= 0:
             return 0.0
-        now = self._world.clock.now()
+        now, asked_at = self._world.clock.now(), self._world.clock.monotonic()
         wanted = min(room, self._at_once)
         rows = await self._index.lease_due(self._owner, now, limits.QUEUE_LEASE_S, wanted, self._crowded())
         fresh = [row for row in rows if row.id not in self._in_hand]
         if not fresh:
             return 1.0
+        self._held.update((row.id, asked_at + limits.QUEUE_LEASE_S) for row in fresh)
         await self._start(fresh)
         return 0.0
 
@@ -110,7 +117,7 @@ class Outbound:
                 part = group[start : start + most]
                 self._in_hand.update((row.id, row.domain) for row in part)
                 task = self._tasks.start(self._one(part, route, read.octets if read is not None else None), "outbound")
-                self._works[task] = None
+                self._works[task] = part
                 task.add_done_callback(partial(self._done, part))
 
     async def _one(self, rows: list[QueueRow], route: Route | None, known: bytes | None) -> None:
@@ -131,6 +138,7 @@ class Outbound:
         self._works.pop(task, None)
         for row in rows:
             self._in_hand.pop(row.id, None)
+            self._held.pop(row.id, None)
         if not self._in_hand or self._most - len(self._in_hand) >= self._at_once:
             self._freed.set()
 
@@ -143,12 +151,40 @@ class Outbound:
     async def _housekeeping(self) -> None:
         now = self._world.clock.monotonic()
         if now >= self._next_renewal:
+            await self._renew(now)
             self._next_renewal = now + limits.QUEUE_LEASE_S / 3
-            if self._in_hand:
-                await self._index.renew_leases(self._owner, self._world.clock.now() + limits.QUEUE_LEASE_S)
         if now >= self._next_forgetting:
             self._next_forgetting = now + _FORGET_EVERY_S
             await self._index.forget_returns(self._world.clock.now())
+
+    async def _renew(self, asked_at: float) -> None:
+        """Of what is in hand every lease is renewed; rows that somebody else has by now are let go of."""
+        numbers = list(self._in_hand)
+        if not numbers:
+            return
+        taken = await self._index.renew_leases(self._owner, numbers, limits.QUEUE_LEASE_S)
+        until = asked_at + limits.QUEUE_LEASE_S
+        self._held.update((number, until) for number in numbers if number in self._held)
+        self._let_go(taken)
+
+    def _let_go_of_overdue(self) -> None:
+        """What could not be renewed for so long that somebody else may soon have it."""
+        soon = self._world.clock.monotonic() + limits.QUEUE_LEASE_MARGIN_S
+        self._let_go([number for number, until in self._held.items() if until <= soon])
+
+    def _let_go(self, numbers: Sequence[int]) -> None:
+        """Ends the work on these rows, unless its outcome is known here only, or to the hop only."""
+        if not numbers:
+            return
+        lost, known = set(numbers), self._known()
+        for task, rows in list(self._works.items()):
+            if task not in known and lost.intersection(row.id for row in rows):
+                self._world.counters.add("outbound.leases_lost", len(rows))
+                task.cancel()
+
+    def _known(self) -> set[asyncio.Task[object] | None]:
+        """Tasks whose rows' outcome is known here only, or to the hop only."""
+        return {*self._pool.committed(), *self._settler.under_way}
 
     # -- how it stands --------------------------------------------------------------------------------------------
 
@@ -174,7 +210,7 @@ class Outbound:
         if self._stopping:
             return
         self._stopping = True
-        known = {*self._pool.committed(), *self._settler.under_way}
+        known = self._known()
         for task in list(self._works):
             if task not in known:  # nothing is lost with it
                 task.cancel()

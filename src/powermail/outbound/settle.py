@@ -28,9 +28,13 @@ _TELL_TRIES = 4  # notices that cannot be stored are tried so often before the r
 class Settler:
     """Writes down what became of rows."""
 
-    def __init__(self, world: World, index: Index, bouncer: Bouncer, settings: OutboundSettings, tasks: Tasks) -> None:
+    def __init__(
+        self, world: World, index: Index, owner: str, bouncer: Bouncer, settings: OutboundSettings, tasks: Tasks
+    ) -> None:
+        """`owner` has leased the rows: of those that somebody else has by now, nothing is written."""
         self._world = world
         self._index = index
+        self._owner = owner
         self._bouncer = bouncer
         self._settings = settings
         self._tasks = tasks
@@ -103,7 +107,7 @@ class Settler:
                 await asyncio.sleep(limits.QUEUE_GATHER_S)  # a transaction costs the same for one row and for many
                 batch, self._finished = self._finished, []
                 together = [row for rows, _ in batch for row in rows]
-                await self._until(lambda: self._index.finish(together))  # noqa: B023  called before it changes
+                await self._until(lambda: self._index.finish(together, self._owner))  # noqa: B023  called before it changes
                 for _, done in batch:
                     if not done.done():
                         done.set_result(None)
@@ -156,12 +160,12 @@ class Settler:
             at = attempt.at + min(limits.QUEUE_RETRY_MAX_S, pause_s) * uniform(0.8, 1.2)
             end = row.created_at + self._settings.lifetime_s
             due.append(min(at, end) if end > attempt.at else at)
-        await self._until(lambda: self._index.defer(rows, due, attempt))
+        await self._until(lambda: self._index.defer(rows, due, attempt, self._owner))
 
     async def give_back(self, rows: list[QueueRow], wait_s: float) -> None:
         """Another time; this was no attempt."""
         due = self._world.clock.now() + wait_s * self._world.entropy.uniform(0.8, 1.2)
-        await self._until(lambda: self._index.give_back(rows, due))
+        await self._until(lambda: self._index.give_back(rows, due, self._owner))
 
     async def _tell_delay(self, found: list[Judged], attempt: Attempt) -> None:
         """Who asked for it hears once that the message waits. A notice that cannot be stored is tried at the next attempt."""

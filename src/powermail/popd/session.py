@@ -445,6 +445,7 @@ class PopSession(LineSession):
             self._service.world.counters.add("popd.deleted", len(removed))
             if self._traces is not None:
                 self._traces.delete(removed)
+            await self._drop.close()  # RFC 1939 §6: the lock is released before the client hears of it, and comes back
         self.say(pop3.ok("bye"))
         return False
 

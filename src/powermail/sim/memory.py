@@ -11,6 +11,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -46,7 +47,7 @@ from powermail.storage.contract import (
     Unread,
     Whole,
 )
-from powermail.storage.frames import Inflater
+from powermail.storage.frames import Inflater, flaw_of
 
 T = TypeVar("T")
 _HEADER_OCTETS: Final = 48
@@ -115,6 +116,7 @@ class MemoryNode:
         self.id = node
         self.group = group
         self.priority = priority
+        self.free_octets = 1 << 40
         self.deadline_s = limits.NODE_CALL_TIMEOUT_S
         self.calls: list[str] = []
         self._monotonic = monotonic or (lambda: asyncio.get_running_loop().time())
@@ -245,7 +247,7 @@ class MemoryNode:
         return NodeStat(
             state=self._state.value,
             reason=self._reason,
-            free_octets=1 << 40,
+            free_octets=self.free_octets,
             total_octets=1 << 40,
             log_octets=octets,
             live_octets=live,
@@ -265,6 +267,13 @@ class MemoryNode:
             now = math.nextafter(self._stamped_at, math.inf)
         self._stamped_at = now
         return Stamp(self._boot, now)
+
+    def stamp_age_s(self) -> float:
+        return 0.0
+
+    async def fresh_stamp(self) -> Stamp | None:
+        await self._reading("fresh_stamp")
+        return self.stamp()
 
     async def open(self) -> None:
         if self._boot:
@@ -390,6 +399,8 @@ class MemoryNode:
             raise NodeReadOnly(f"node {self.id} failed: {self._reason}")
 
     async def append(self, key: bytes, chunks: Sequence[Chunk]) -> None:
+        if flaw := _flaw_of(chunks):
+            raise NodeTrouble(f"node {self.id}: {flaw}")
         await self._submit("append", lambda: self._append(key, chunks))
 
     def _append(self, key: bytes, chunks: Sequence[Chunk]) -> None:
@@ -404,7 +415,7 @@ class MemoryNode:
     def commit(
         self, key: bytes, chunks: Sequence[Chunk], commit: bytes, count: int, stamp: Stamp | None, origin: Origin
     ) -> Awaitable[Receipt]:
-        late = self._late(stamp)  # law 2: judged when it is asked for
+        late = self._late(stamp) or _flaw_of(chunks)  # law 2: judged when it is asked for
         return self._submit("commit", lambda: self._commit(key, chunks, commit, count, origin, late))
 
     def _late(self, stamp: Stamp | None) -> str:
@@ -515,14 +526,16 @@ class MemoryNode:
     async def read_small(self, keys: Sequence[bytes]) -> list[Whole | None]:
         await self._reading("read_small")
         found: list[Whole | None] = []
+        left = limits.READ_SMALL_ALL_OCTETS_MAX
         for key in keys:
-            try:
+            whole = None
+            with suppress(CopyMissing, CopyDamaged):
                 record = self._get(key)
-                parts = [self._inflater.octets(record.chunks[n]) for n in sorted(record.chunks)]
-            except (CopyMissing, CopyDamaged):
-                found.append(None)
-            else:
-                found.append(Whole(record.commit, parts) if record.room <= limits.READ_SMALL_OCTETS_MAX else None)
+                octets = len(record.commit) + sum(chunk.octets for chunk in record.chunks.values())
+                if record.room <= limits.READ_SMALL_OCTETS_MAX and octets <= left:
+                    whole = Whole(record.commit, [self._inflater.octets(record.chunks[n]) for n in sorted(record.chunks)])
+                    left -= octets
+            found.append(whole)
         return found
 
     async def has(self, keys: Sequence[bytes]) -> list[Held]:
@@ -634,6 +647,15 @@ class MemoryNode:
         names = sorted(name for name in kept if name > after)[:limit]
         return [(name, number, octets) for name in names for number, octets in sorted(kept[name].items())]
 
+    async def checkpoints_page(self, after: bytes, limit: int, skip: int) -> tuple[list[tuple[bytes, int, bytes]], int]:
+        records = await self.checkpoints(after, limit)
+        octets = 0
+        for number, (_, _, record) in enumerate(records[skip:], skip):
+            octets += len(record)
+            if number > skip and octets > limits.NODE_PAGE_OCTETS:
+                return records[skip:number], number
+        return records[skip:], 0
+
     def _worth(self, below: Position) -> int:
         """The sealed segment whole behind `below` that holds most that no longer counts, 0 when none is worth it."""
         best, most = 0, 0
@@ -683,6 +705,11 @@ class MemoryNode:
         fresh.first, fresh.stated_at = record.first, record.stated_at
         fresh.commit, fresh.chunks = record.commit, record.chunks
         kept[record.key] = fresh
+
+
+def _flaw_of(chunks: Sequence[Chunk]) -> str:
+    """Why chunks are not to be written; "" if they may be."""
+    return next((flaw for chunk in chunks if (flaw := flaw_of(chunk))), "")
 
 
 def _scanned(record: _Record) -> Scanned:

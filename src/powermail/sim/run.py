@@ -375,7 +375,8 @@ class Simulation:
         faults = Faults(self, self._chance, self._only)
         outcome.faults = faults.happened
         try:
-            await asyncio.wait_for(faults.run(loop.time() + self._seconds), self._seconds + _FAULTS_S)
+            async with asyncio.timeout(self._seconds + _FAULTS_S):
+                await faults.run(loop.time() + self._seconds)
         except TimeoutError:
             outcome.problems.append(f"faults go on {_FAULTS_S:.0f} s after the last one began")
         for name in self.node_names:  # a restored index may say that one is blocked which the operator has released since

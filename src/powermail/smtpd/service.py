@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from powermail.base import limits
 from powermail.base.settings import SmtpSettings
+from powermail.base.tally import Tally
 from powermail.base.world import World
 from powermail.delivery.srs import Rewriter
 from powermail.delivery.transaction import DeliveryService
@@ -20,12 +21,13 @@ from powermail.wire.smtp_table import Kind, Offer
 
 
 class SendRate:
-    """Recipients per account and hour (U17)."""
+    """Recipients per account and hour (U17), of all processes where they share it (TALLY_S late)."""
 
     def __init__(self, world: World, per_hour: int) -> None:
         self._world = world
         self._per_hour = per_hour
         self._counts: OrderedDict[str, tuple[float, int]] = OrderedDict()
+        self.hour = Tally("sent-hour", 3600.0)
 
     def allow(self, account: Account, count: int = 1) -> bool:
         """Counts `count` recipients; False when the account's hour is used up."""
@@ -33,7 +35,9 @@ class SendRate:
         since, sent = self._counts.get(account.id, (now, 0))
         if now - since >= 3600.0:
             since, sent = now, 0
-        allowed = sent + count <= (account.send_per_hour or self._per_hour)
+        allowed = max(sent, self.hour.known(account.id)) + count <= (account.send_per_hour or self._per_hour)
+        if allowed:
+            self.hour.add(account.id, count)
         self._counts[account.id] = (since, sent + count if allowed else sent)
         self._counts.move_to_end(account.id)
         while len(self._counts) > limits.AUTH_TRACKED_MAX:

@@ -243,13 +243,8 @@ class StorageNode(Protocol):
     def id(self) -> str:
         """Name of the node, unique in the cluster for ever."""
 
-    @property
-    def group(self) -> str:
-        """Failure domain."""
-
-    @property
-    def priority(self) -> int:
-        """Lower is used first."""
+    group: str  # failure domain; like the priority, the layout may change it
+    priority: int  # lower is used first
 
     @property
     def state(self) -> NodeState:
@@ -264,6 +259,14 @@ class StorageNode(Protocol):
 
     def stamp(self) -> Stamp | None:
         """The node's stamp as last heard, at most a moment old; None if there is none young enough (law 2). Never blocks."""
+
+    def stamp_age_s(self) -> float:
+        """How old what `stamp` gives may be by now, in seconds of this process (law 2). Never blocks."""
+
+    async def fresh_stamp(self) -> Stamp | None:
+        """A stamp that the node made after it was asked for here: what rounds and walks name (laws 9, 11). None if it has none,
+        and takes no commit. Raises NodeTrouble.
+        """
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -288,7 +291,7 @@ class StorageNode(Protocol):
     # -- copies -------------------------------------------------------------------------------------------------
 
     async def append(self, key: bytes, chunks: Sequence[Chunk]) -> None:
-        """Takes chunks of a message that streams in. Not durable. Raises NodeTrouble."""
+        """Takes chunks of a message that streams in, as `storage.frames` has them. Not durable. Raises NodeTrouble."""
 
     def commit(
         self, key: bytes, chunks: Sequence[Chunk], commit: bytes, count: int, stamp: Stamp | None, origin: Origin
@@ -297,8 +300,8 @@ class StorageNode(Protocol):
 
         A delivery brings the stamp it froze when it first asked any node to commit (law 2); a repair may bring None.
         Idempotent: a copy that is live here answers the position it has. Raises `CommitRefused` when the key is not here,
-        has no tombstone, and was not written: a definite refusal (law 5). Any other NodeTrouble leaves the outcome unknown:
-        also "refused, but here", and a tombstone.
+        has no tombstone, and was not written: a definite refusal (law 5), also for a chunk that is none (`storage.frames`). Any
+        other NodeTrouble leaves the outcome unknown: also "refused, but here", and a tombstone.
         """
 
     async def cancel(self, key: bytes) -> None:
@@ -334,10 +337,10 @@ class StorageNode(Protocol):
         """One chunk, checksum verified, also of a message not yet committed. Raises as read_commit."""
 
     async def read_small(self, keys: Sequence[bytes]) -> list[Whole | None]:
-        """Small messages at once, every record's checksum verified, in the order of `keys`. What they hold together is bounded
-        by who asks.
+        """Small messages at once, every record's checksum verified, in the order of `keys`.
 
-        None where a message is not small, not here or not good: `read_commit` says which. Raises NodeTrouble.
+        None where a message is not small, not here or not good: `read_commit` says which; and where they would hold more than
+        `READ_SMALL_ALL_OCTETS_MAX` together, uncompressed: it is read by itself. Raises NodeTrouble.
         """
 
     async def has(self, keys: Sequence[bytes]) -> list[Held]:
@@ -387,6 +390,11 @@ class StorageNode(Protocol):
 
     async def checkpoints(self, after: bytes, limit: int) -> list[tuple[bytes, int, bytes]]:
         """Records of at most `limit` names behind `after`, as (name, number, octets) in order. Raises NodeTrouble."""
+
+    async def checkpoints_page(self, after: bytes, limit: int, skip: int) -> tuple[list[tuple[bytes, int, bytes]], int]:
+        """A part of the same: behind the first `skip` records as many as hold `NODE_PAGE_OCTETS` together, or one; and what to
+        skip for the next part, 0 if there is none. No other record is read. Raises NodeTrouble.
+        """
 
     async def compactable(self, below: Position, at: float) -> list[bytes] | None:
         """What the next `compact` would like to let go: keys of tombstones stated before `at` in the segment that is most

@@ -36,6 +36,7 @@ from powermail.storage.contract import (
     Unread,
     Whole,
 )
+from powermail.storage.frames import flaw_of
 from powermail.storage.identity import make_store
 from powermail.storage.log import record as rec
 from powermail.storage.log.keys import BROKEN, KeyIndex
@@ -303,6 +304,12 @@ class LocalNode:
         self._stamped_at = now
         return Stamp(self._boot, now)
 
+    def stamp_age_s(self) -> float:
+        return 0.0
+
+    async def fresh_stamp(self) -> Stamp | None:
+        return self.stamp()
+
     async def facts(self) -> NodeFacts:
         return self._opened().facts()
 
@@ -517,6 +524,10 @@ class LocalNode:
             raise NodeTrouble(f"node {self.id} is too slow") from error
 
     async def append(self, key: bytes, chunks: Sequence[Chunk]) -> None:
+        for chunk in chunks:
+            if flaw := flaw_of(chunk):
+                self._world.counters.add("node.chunks_refused")
+                raise NodeTrouble(f"node {self.id}: {flaw}")
         if not self._room.is_set():
             await self._roomy()
         await self._ask([Operation(rec.CHUNK, key, chunks)], sum(len(chunk.stored) for chunk in chunks))
@@ -531,16 +542,19 @@ class LocalNode:
     def _commit_now(
         self, key: bytes, chunks: Sequence[Chunk], commit: bytes, count: int, stamp: Stamp | None, origin: Origin
     ) -> asyncio.Future[Receipt]:
-        late = self._too_late(stamp) if stamp is not None else ""
-        if late:
+        why = self._too_late(stamp) if stamp is not None else ""
+        if why:
             self._world.counters.add("law.2.refused")
-            # law 5: whether that is definite is said behind all that was asked before
-            operation = Operation(REFUSE, key, (), late.encode())
-        else:
-            operation = Operation(_COMMIT, key, chunks, commit, count, rec.FLAG_REPAIR if origin is not _DELIVERY else 0)
         octets = len(commit)
         for chunk in chunks:
             octets += len(chunk[2])
+            if (chunk[1] or len(chunk[2]) != chunk[3]) and (flaw := flaw_of(chunk)):
+                self._world.counters.add("node.chunks_refused")
+                why = why or flaw
+        if why:  # law 5: whether that is definite is said behind all that was asked before
+            operation = Operation(REFUSE, key, (), why.encode())
+        else:
+            operation = Operation(_COMMIT, key, chunks, commit, count, rec.FLAG_REPAIR if origin is not _DELIVERY else 0)
         try:
             future = self._submit(operation, octets, answer=True)
         except NodeTrouble as error:
@@ -662,6 +676,9 @@ class LocalNode:
 
     async def checkpoints(self, after: bytes, limit: int) -> list[tuple[bytes, int, bytes]]:
         return await self._call(self._opened().reader.checkpoints, after, limit)
+
+    async def checkpoints_page(self, after: bytes, limit: int, skip: int) -> tuple[list[tuple[bytes, int, bytes]], int]:
+        return await self._call(self._opened().reader.checkpoints_page, after, limit, skip)
 
     async def scan(self, after: Position, limit: int, age_s: float) -> Scan:
         return await self._call(self._opened().scanner.scan, after, limit, age_s)

@@ -15,6 +15,8 @@ A node that breaks the protocol is as lost as one whose cable was pulled.
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from typing import Any, Final
 
 import msgspec
@@ -31,29 +33,35 @@ _COMMIT: Final = verbs.COMMIT.number
 _ACKS, _REPLY, _ERROR = verbs.ACKS.number, verbs.REPLY.number, verbs.ERROR.number
 _STAT, _GOAWAY = verbs.STAT.number, verbs.GOAWAY.number
 _EMPTY: Final = forms.encode(forms.NOTHING)
+_NOT_ASKED: Final = (0, 0, None)
 
 
 class Answer(Struct, frozen=True):
-    """The REPLY to an operation; `meta` of the form that its verb names."""
+    """The REPLY to an operation; `meta` of the form that its verb names. `token` is what was given with the operation."""
 
     number: int
     meta: Any
     body: bytes
+    token: Any = None
 
 
 class Acks(Struct, frozen=True):
-    """Receipts: (operation number, segment, offset) of each."""
+    """Receipts: (operation number, segment, offset) of each, and the tokens of the operations."""
 
     incarnation: str
     receipts: list[tuple[int, int, int]]
+    tokens: list[Any]
 
 
 class Failed(Struct, frozen=True):
-    """An operation came to nothing, or to nothing that is known."""
+    """An operation came to nothing, or to nothing that is known. With FENCED `body` is the layout of that version."""
 
     number: int
     failure: Failure
     text: str
+    token: Any = None
+    version: int = 0
+    body: bytes = b""
 
 
 class Stat(Struct, frozen=True):
@@ -86,10 +94,12 @@ class NodeClient:
         self.window_octets = limits.NODE_WINDOW_OCTETS
         self.window_operations = limits.NODE_WINDOW_OPERATIONS
         self.open_octets = 0
-        self._asked: dict[int, tuple[int, int]] = {}  # operation: its verb, its payload octets
-        self._parts: dict[int, tuple[bytes, list[bytes], int]] = {}  # answers that are still coming: meta, bodies, octets
+        self._asked: dict[int, tuple[int, int, Any]] = {}  # operation: its verb, its payload octets, its token
+        self._parts: dict[int, tuple[int, bytes, list[bytes], int]] = {}  # answers that still come: verb, meta, bodies, octets
         self._number = 0
-        self._out: list[bytes | memoryview] = []
+        self._sent = 0  # the highest number of which a frame went out
+        self._out: list[bytes | memoryview] = []  # whole operations, and first pieces: in the order of their numbers
+        self._rest: deque[tuple[int, bytes | memoryview, bytes | memoryview]] = deque()  # pieces behind the first
 
     # -- asking ----------------------------------------------------------------------------------------------------
 
@@ -100,22 +110,50 @@ class NodeClient:
             return False
         return not asked or self.open_octets + octets <= self.window_octets
 
-    def ask(self, verb: Verb, meta: bytes = _EMPTY, pieces: Pieces = NO_BODY) -> int:
+    def ask(self, verb: Verb, meta: bytes = _EMPTY, pieces: Pieces = NO_BODY, token: Any = None) -> int:
         """Puts an operation in the row; its number. Raises ValueError when it is larger than any may be."""
         number = self._number + 1
-        octets = add_frames(self._out, verb.number, number, meta, pieces)
+        if len(pieces) == 1:
+            octets = add_frames(self._out, verb.number, number, meta, pieces)
+        else:
+            frames: list[bytes | memoryview] = []
+            octets = add_frames(frames, verb.number, number, meta, pieces)
+            self._out += frames[:3]
+            self._rest.extend([(number, frames[at], frames[at + 1]) for at in range(3, len(frames), 2)])
         self._number = number
-        self._asked[number] = (verb.number, octets)
+        self._asked[number] = (verb.number, octets, token)
         self.open_octets += octets
         return number
 
-    def to_send(self) -> bytes:
-        """All operations that were gathered, as one run of octets."""
-        if not self._out:
+    def to_send(self, octets: int | None = None) -> bytes:
+        """All operations that were gathered, as one run of octets; of pieces behind the first about so many `octets`."""
+        out, rest = self._out, self._rest
+        while rest and (octets is None or octets > 0):
+            _, header, body = rest.popleft()
+            out += (header, body)
+            if octets is not None:
+                octets -= len(body)
+        if not out:
             return b""
-        octets = b"".join(self._out)
-        self._out.clear()
-        return octets
+        run = b"".join(out)
+        out.clear()
+        self._sent = self._number
+        return run
+
+    @property
+    def unfinished(self) -> bool:
+        """True while pieces of an operation that has begun are still to be sent."""
+        return bool(self._rest)
+
+    def open(self) -> Iterator[tuple[int, Any]]:
+        """Operations without an answer, the oldest first: number and token."""
+        for number, asked in self._asked.items():
+            yield number, asked[2]
+
+    def unsent(self) -> dict[int, None]:
+        """Those of which not every octet was given to be sent: a node that never hears the rest does nothing of them."""
+        rest = dict.fromkeys([number for number, _, _ in self._rest])
+        return {number: None for number in self._asked if number > self._sent or number in rest}
 
     # -- octets in -------------------------------------------------------------------------------------------------
 
@@ -153,12 +191,7 @@ class NodeClient:
         if verb == _REPLY:
             return self._reply(flags, number, meta, body)
         if verb == _ERROR:
-            asked = self._asked.get(number)
-            if asked is None:
-                return self._lost(f"an error of operation {number}, which was not asked")
-            error = META_DECODERS[_ERROR](meta)
-            self._answered(number)
-            return Failed(number, _failure(error.failure, asked[0]), error.text)
+            return self._error(flags, number, meta, body)
         if verb == _STAT:
             return Stat(META_DECODERS[_STAT](meta))
         if verb == _GOAWAY:
@@ -170,39 +203,61 @@ class NodeClient:
         if len(body) % ACK.size:
             return self._lost("receipts that are cut short")
         receipts = list(ACK.iter_unpack(body))
-        asked, octets = self._asked, 0
+        asked, octets, tokens = self._asked, 0, list[Any]()
         for number, _, _ in receipts:
-            verb, size = asked.pop(number, (0, 0))
+            verb, size, token = entry = asked.pop(number, _NOT_ASKED)
             if verb != _COMMIT:
+                if verb:
+                    asked[number] = entry
+                for (believed, _, _), waits in zip(receipts, tokens, strict=False):  # none of them is
+                    asked[believed] = (_COMMIT, 0, waits)
                 return self._lost(f"a receipt of operation {number}, which is no open COMMIT")
             octets += size
+            tokens.append(token)
         self.open_octets -= octets
-        return Acks(incarnation, receipts)
+        return Acks(incarnation, receipts, tokens)
 
     def _reply(self, flags: int, number: int, meta: bytes, body: bytes) -> Event | None:
         asked = self._asked.get(number)
         if asked is None or asked[0] == _COMMIT or flags & ~MORE:
             return self._lost(f"a reply of operation {number}, which it does not answer")
+        if flags or number in self._parts:
+            joined = self._joined(_REPLY, flags, number, meta, body)
+            if not isinstance(joined, tuple):
+                return joined
+            meta, body = joined
+        form = REPLY_DECODERS[asked[0]](meta or _EMPTY)
+        self._answered(number)
+        return Answer(number, form, body, asked[2])
+
+    def _error(self, flags: int, number: int, meta: bytes, body: bytes) -> Event | None:
+        asked = self._asked.get(number)
+        if asked is None or flags & ~MORE:
+            return self._lost(f"an error of operation {number}, which was not asked")
+        joined = self._joined(_ERROR, flags, number, meta, body)
+        if not isinstance(joined, tuple):
+            return joined
+        error = META_DECODERS[_ERROR](joined[0])
+        self._answered(number)
+        return Failed(number, _failure(error.failure, asked[0]), error.text, asked[2], error.version, joined[1])
+
+    def _joined(self, verb: int, flags: int, number: int, meta: bytes, body: bytes) -> tuple[bytes, bytes] | Lost | None:
+        """Meta and body of an answer, when its last piece is here."""
         part = self._parts.get(number)
-        if part is None:
+        if part is None or part[0] != verb:
             if not flags:
-                form = REPLY_DECODERS[asked[0]](meta or _EMPTY)
-                self._answered(number)
-                return Answer(number, form, body)
-            part = (meta, [], 0)
+                return meta, body
+            part = (verb, meta, [], 0)
         elif meta or not body:
             return self._lost(f"a piece that does not belong to operation {number}")
-        octets = part[2] + len(body)
+        octets = part[3] + len(body)
         if octets > limits.NODE_ANSWER_OCTETS_MAX or not body:
             return self._lost(f"an answer of {octets} octets and more")
-        part[1].append(body)
+        part[2].append(body)
         if flags:
-            self._parts[number] = (part[0], part[1], octets)
+            self._parts[number] = (verb, part[1], part[2], octets)
             return None
-        form = REPLY_DECODERS[asked[0]](part[0] or _EMPTY)
-        self._parts.pop(number, None)
-        self._answered(number)
-        return Answer(number, form, b"".join(part[1]))
+        return part[1], b"".join(part[2])
 
     def _answered(self, number: int) -> None:
         self.open_octets -= self._asked.pop(number)[1]

@@ -26,6 +26,8 @@ Word = Annotated[str, Meta(max_length=256)]
 Text = Annotated[str, Meta(max_length=4096)]
 Limit = Annotated[int, Meta(ge=1, le=limits.NODE_PAGE_ITEMS_MAX)]
 ChunkNumber = Annotated[int, Meta(ge=0, le=limits.CHUNKS_MAX - 1)]
+MarkOctets = Annotated[int, Meta(ge=0, le=limits.NODE_MARK_OCTETS_MAX)]
+Id = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9._-]{1,64}\Z")]  # of a certificate
 RecordOctets = Annotated[int, Meta(ge=0, le=limits.RECORD_BODY_OCTETS_MAX)]
 
 
@@ -80,7 +82,7 @@ class StampForm(Struct, array_like=True, frozen=True):
 
 
 class MarkForm(Struct, array_like=True, frozen=True):
-    """A mark of the index (law 10)."""
+    """A mark of the index (law 10). It travels in bodies: that of an index with many writers is larger than a meta may be."""
 
     sequence: Count = 0
     slots: dict[Count, tuple[Word, Count]] = {}
@@ -121,18 +123,24 @@ class KeyForm(Struct, array_like=True, frozen=True):
 
 
 class Abort(Struct, array_like=True, frozen=True):
-    """A tombstone of a front end's own delivery, with the stamp it froze for this node (law 5). The body is keys."""
+    """A tombstone of a front end's own delivery, with the stamp it froze for this node (law 5). The body is a mark and keys."""
 
     at: Moment
-    mark: MarkForm
+    mark: MarkOctets
     stamp: StampForm
 
 
 class Delete(Struct, array_like=True, frozen=True):
-    """Tombstones stated at a date. The body is keys."""
+    """Tombstones stated at a date. The body is a mark and keys."""
 
     at: Moment
-    mark: MarkForm
+    mark: MarkOctets
+
+
+class Marked(Struct, array_like=True, frozen=True):
+    """How many octets in front of the body are a mark; 0: it is one that says nothing."""
+
+    mark: MarkOctets
 
 
 class EndForm(Struct, array_like=True, frozen=True):
@@ -151,10 +159,10 @@ class PositionForm(Struct, array_like=True, frozen=True):
 
 
 class Discard(Struct, array_like=True, frozen=True):
-    """A copy to be verified, and dropped if it is bad."""
+    """A copy to be verified, and dropped if it is bad. The body is a mark."""
 
     key: Key
-    mark: MarkForm
+    mark: MarkOctets
 
 
 class HeldForm(Struct, array_like=True, frozen=True):
@@ -237,11 +245,11 @@ class ItemForm(Struct, array_like=True, frozen=True):
 
 
 class PutCheckpoint(Struct, array_like=True, frozen=True):
-    """A record under a name; the body is it."""
+    """A record under a name; the body is a mark and the record."""
 
     name: Key
     number: Number
-    mark: MarkForm
+    mark: MarkOctets
     epoch: Count = 0
     uidvalidity: Count = 0
     modseq: Count = 0
@@ -256,9 +264,9 @@ class CheckpointsAsk(Struct, array_like=True, frozen=True):
 
 
 class CheckpointsHead(Struct, array_like=True, frozen=True):
-    """A part of a page; `more`: ask again, for the same names, and skip what was given."""
+    """A part of a page; `following`: what to skip when it is asked again for the same names, 0 if that was all."""
 
-    more: bool
+    following: Count
 
 
 class CheckpointForm(Struct, array_like=True, frozen=True):
@@ -284,11 +292,11 @@ class CompactableHead(Struct, array_like=True, frozen=True):
 
 
 class Compact(Struct, array_like=True, frozen=True):
-    """One step; the body is the keys that are forgotten."""
+    """One step; the body is a mark and the keys that are forgotten."""
 
     segment: Count
     offset: Count
-    mark: MarkForm
+    mark: MarkOctets
 
 
 class Freed(Struct, array_like=True, frozen=True):
@@ -303,11 +311,27 @@ class Block(Struct, array_like=True, frozen=True):
     blocked: bool
 
 
+class LayoutForm(Struct, array_like=True, frozen=True):
+    """The newest layout that is known, its octets in the body, and the fence: who goes by an older one than that is refused."""
+
+    version: Count
+    fence: Count
+
+
+class Expel(Struct, array_like=True, frozen=True):
+    """Ids whose certificates admit nobody from now on."""
+
+    ids: Annotated[tuple[Id, ...], Meta(max_length=limits.NODE_EXPEL_IDS_MAX)]
+
+
 class Error(Struct, array_like=True, frozen=True):
-    """What went wrong: a class (`node_verbs.Failure`) and a text for people."""
+    """What went wrong: a class (`node_verbs.Failure`) and a text for people. With FENCED `version` is that of the layout in the
+    body.
+    """
 
     failure: int
     text: Text
+    version: Count = 0
 
 
 class StatForm(Struct, array_like=True, frozen=True):
@@ -345,5 +369,6 @@ decode_wholes: Final = msgspec.msgpack.Decoder(list[WholeForm | None]).decode
 decode_scan: Final = msgspec.msgpack.Decoder(ScanBody).decode
 decode_items: Final = msgspec.msgpack.Decoder(list[ItemForm]).decode
 decode_checkpoints: Final = msgspec.msgpack.Decoder(list[CheckpointForm]).decode
+decode_mark: Final = msgspec.msgpack.Decoder(MarkForm).decode
 decode_facts: Final = msgspec.msgpack.Decoder(FactsForm).decode
 NOTHING: Final = Nothing()

@@ -49,18 +49,27 @@ def parse_names(alternatives: Iterable[tuple[str, str]]) -> list[Name]:
     return names
 
 
+def uri_of(name: Name) -> str:
+    """A name as it stands in a certificate."""
+    return f"powermail://{name.cluster}/{name.role.value}/{name.id}"
+
+
 def peer_of(names: Iterable[Name], cluster: str) -> Peer:
-    """Who a client is in this cluster. Raises NotOurs."""
+    """Who a client is in this cluster: a process that serves nodes is none of them when it asks as something else.
+
+    Raises NotOurs.
+    """
     known = list(names)
     if not known:
         raise NotOurs("no_name", "the certificate has no name of a PowerMail cluster")
     ours = [name for name in known if name.cluster == cluster]
     if not ours:
         raise NotOurs("cluster", f"the certificate is of cluster {known[0].cluster}, and this is {cluster}")
-    ids = {name.id for name in ours}
+    asking = [name for name in ours if name.role is not Role.NODE] or ours
+    ids = {name.id for name in asking}
     if len(ids) > 1:
         raise NotOurs("name", f"the certificate has {len(ids)} ids of this cluster")
-    return Peer(ours[0].id, frozenset(name.role for name in ours))
+    return Peer(asking[0].id, frozenset(name.role for name in ours))
 
 
 def is_node(names: Iterable[Name], cluster: str, node: str) -> bool:

@@ -7,6 +7,9 @@ session's, which is asked by an event and answers each Ask once, in any order:
     Ask       reply, ack or fail, with the operation's number; HELLO: reply, or refuse
     Stop      nothing: what is to be sent is sent, and the connection closes
 
+A PING takes nothing of the windows, and its answer, as all that is short, goes out before the large answers that wait: of
+those `to_send` gives only as much as it is asked for.
+
 What is the peer's mistake in one operation is answered with an ERROR and the connection goes on: its frames are whole. What
 breaks the framing, the order or the windows ends it with a GOAWAY. `refused` names each refusal, to be counted.
 
@@ -15,6 +18,7 @@ Danger: an operation number is taken once; a frame that comes again ends the con
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from enum import Enum
 from struct import Struct as Packed
@@ -30,7 +34,8 @@ from powermail.wire.node_frames import MORE, NO_BODY, Frame, FrameReader, Pieces
 from powermail.wire.node_verbs import BY_NUMBER, META_DECODERS, Failure, Role, Verb, Way
 
 ACK: Final = Packed("<QQQ")  # operation number, segment, offset
-_HELLO: Final = verbs.HELLO.number
+_HELLO, _PING = verbs.HELLO.number, verbs.PING.number
+_SHORT_OCTETS: Final = 4096  # an answer up to this does not wait behind large ones
 _ACKS, _REPLY, _ERROR = verbs.ACKS.number, verbs.REPLY.number, verbs.ERROR.number
 _ACKS_AT_ONCE: Final = limits.NODE_PIECE_OCTETS // ACK.size
 
@@ -86,6 +91,8 @@ class NodeServer:
         self._parts: dict[int, _Part] = {}
         self._last = 0
         self._out: list[bytes | memoryview] = []
+        self._large: deque[bytes | memoryview] = deque()  # frames of large answers, each a header and what follows it
+        self.large_octets = 0  # in them
         self._acks: list[bytes] = []
         self._acks_of = ""  # incarnation
 
@@ -129,13 +136,16 @@ class NodeServer:
         """An operation in one frame that may be asked."""
         self._last = number
         octets = len(meta) + len(body)
-        if verb == _HELLO:
+        if verb == _PING:
+            self._open[number] = 0
+        elif verb == _HELLO:
             return self._stop("order", "HELLO comes once")
-        self._open[number] = octets
-        self.held_octets += octets
-        if len(self._open) > self._window_operations or self.held_octets > self._window_octets:
-            if stop := self._beyond():
-                return stop
+        else:
+            self._open[number] = octets
+            self.held_octets += octets
+            if len(self._open) > self._window_operations or self.held_octets > self._window_octets:
+                if stop := self._beyond():
+                    return stop
         try:
             return Ask(verb, number, META_DECODERS[verb](meta or _EMPTY), body)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -228,10 +238,11 @@ class NodeServer:
         self.state = State.OPEN
         self.reply(number, welcome)
 
-    def refuse(self, number: int, text: str) -> None:
-        """HELLO is refused; the connection ends."""
+    def refuse(self, number: int, text: str, version: int = 0, layout: bytes = b"") -> None:
+        """HELLO is refused; the connection ends. With a layout: because the peer goes by an older one."""
         self._answered(number)
-        self._say(_ERROR, number, forms.Error(Failure.REFUSED, text[: limits.NODE_TEXT_CHARS_MAX]))
+        failure = Failure.FENCED if version else Failure.REFUSED
+        self._say(_ERROR, number, _error(failure, text, version), pieces_of(layout) if layout else NO_BODY)
         self.state = State.OVER
 
     def ack(self, number: int, incarnation: str, segment: int, offset: int) -> None:
@@ -249,14 +260,17 @@ class NodeServer:
         if self.state is State.OVER:
             return
         self._answered(number)
-        self._say(_REPLY, number, meta, pieces_of(body) if body else NO_BODY)
+        if len(body) > _SHORT_OCTETS:
+            self._say_large(_REPLY, number, meta, body)
+        else:
+            self._say(_REPLY, number, meta, pieces_of(body) if body else NO_BODY)
 
     def fail(self, number: int, failure: Failure, text: str) -> None:
         """The operation came to nothing, or nobody knows what it came to."""
         if self.state is State.OVER:
             return
         self._answered(number)
-        self._say(_ERROR, number, forms.Error(failure, text[: limits.NODE_TEXT_CHARS_MAX]))
+        self._say(_ERROR, number, _error(failure, text))
 
     def push(self, stat: forms.StatForm) -> None:
         """Figures, unasked."""
@@ -266,22 +280,30 @@ class NodeServer:
     def go_away(self, text: str) -> None:
         """Nothing new is to be asked; what is open is still answered."""
         if self.state is not State.OVER:
-            self._say(verbs.GOAWAY.number, 0, forms.Error(Failure.TROUBLE, text[: limits.NODE_TEXT_CHARS_MAX]))
+            self._say(verbs.GOAWAY.number, 0, _error(Failure.TROUBLE, text))
 
     def stop(self, why: str, text: str) -> None:
         """Ends the connection for a fault that only the session can see."""
         if self.state is not State.OVER:
             self._stop(why, text)
 
-    def to_send(self) -> bytes:
-        """All answers that were gathered, as one run of octets."""
+    def to_send(self, octets: int = limits.NODE_UNSENT_OCTETS) -> bytes:
+        """The answers that were gathered, as one run of octets: of large ones about so many `octets`, all when it is over."""
         if self._acks:
             self._flush_acks()
-        if not self._out:
+        out, large = self._out, self._large
+        over = self.state is State.OVER
+        while large and (octets > 0 or over):
+            header, body = large.popleft(), large.popleft()
+            out += (header, body)
+            sent = len(header) + len(body)
+            octets -= sent
+            self.large_octets -= sent
+        if not out:
             return b""
-        octets = b"".join(self._out)
-        self._out.clear()
-        return octets
+        run = b"".join(out)
+        out.clear()
+        return run
 
     def _flush_acks(self) -> None:
         if self._acks:
@@ -290,6 +312,13 @@ class NodeServer:
 
     def _say(self, verb: int, number: int, meta: Any, pieces: Pieces = NO_BODY) -> None:
         add_frames(self._out, verb, number, forms.encode(meta), pieces)
+
+    def _say_large(self, verb: int, number: int, meta: Any, body: bytes) -> None:
+        frames: list[bytes | memoryview] = []
+        add_frames(frames, verb, number, forms.encode(meta), pieces_of(body))
+        header, first = b"".join(frames[:2]), frames[2]
+        self._large += (header, first, *frames[3:])
+        self.large_octets += sum(map(len, frames))
 
     def _answered(self, number: int) -> None:
         self.held_octets -= self._open.pop(number)
@@ -303,10 +332,18 @@ class NodeServer:
         self.refused.append(why)
         self._flush_acks()  # nothing is said behind the end
         failure = Failure.UNSUPPORTED if why == "unsupported" else Failure.MALFORMED
-        self._say(verbs.GOAWAY.number, 0, forms.Error(failure, text[: limits.NODE_TEXT_CHARS_MAX]))
+        self._large.clear()  # who broke the protocol is not sent all that waits for it
+        self.large_octets = 0
+        self._say(verbs.GOAWAY.number, 0, _error(failure, text))
         self.state = State.OVER
         self._parts.clear()
         return Stop(why)
+
+
+def _error(failure: Failure, text: str, version: int = 0) -> tuple[int | str, ...]:
+    """The fields of a `forms.Error`, the last only where it says something."""
+    text = text[: limits.NODE_TEXT_CHARS_MAX]
+    return (failure, text, version) if version else (failure, text)
 
 
 _EMPTY: Final = forms.encode(forms.NOTHING)

@@ -21,6 +21,7 @@ class Role(Enum):
     KEEPER = "keeper"
     OPERATOR = "operator"
     NODE = "node"  # serves; may ask nothing
+    AUTHORITY = "authority"  # gives certificates; may ask nodes nothing
 
 
 class Way(Enum):
@@ -53,6 +54,7 @@ class Failure(IntEnum):
     UNSUPPORTED = 10  # a verb, a flag or a value that this version does not know
     MALFORMED = 11  # a meta or a body that is not as its verb says
     REFUSED = 12  # of a HELLO: the text says why; the connection ends
+    FENCED = 13  # of a HELLO that goes by an older layout than is obeyed here; the body is the newer one; the connection ends
 
 
 class Verb(NamedTuple):
@@ -74,6 +76,7 @@ _READING: Final = frozenset({_F, _K})
 _STORING: Final = frozenset({_F, _K})
 _KEEPING: Final = frozenset({_K})
 _OPERATING: Final = frozenset({_O})
+_MEMBERSHIP: Final = frozenset({_K, _O})
 _ABORTING: Final = frozenset({_F})
 _NOBODY: Final[frozenset[Role]] = frozenset()
 _NONE: Final = forms.Nothing
@@ -96,7 +99,7 @@ TABLE: Final = (
     _ask("CANCEL", 5, _STORING, _SMALL, forms.KeyForm),
     _ask("ABORT", 6, _ABORTING, _SMALL, forms.Abort, forms.EndForm),
     _ask("DELETE", 7, _KEEPING, _SMALL, forms.Delete, forms.EndForm),
-    _ask("DROP", 8, _KEEPING, _SMALL, forms.MarkForm, forms.EndForm),
+    _ask("DROP", 8, _KEEPING, _SMALL, forms.Marked, forms.EndForm),
     _ask("DISCARD", 9, _KEEPING, _SMALL, forms.Discard, forms.HeldForm),
     _ask("READ_COMMIT", 10, _READING, _BULK, forms.KeyForm),
     _ask("READ_CHUNK", 11, _READING, _BULK, forms.ReadChunk, forms.ChunkForm),
@@ -107,7 +110,7 @@ TABLE: Final = (
     _ask("REREAD", 16, _KEEPING, _BULK, forms.UnreadForm, forms.ScanHead),
     _ask("LIVE_KEYS", 17, _KEEPING, _BULK, forms.Page),
     _ask("FENCE", 18, _KEEPING, _SMALL, forms.StampForm, forms.PositionForm),
-    _ask("MARK", 19, _ANY, _SMALL, forms.MarkForm),
+    _ask("MARK", 19, _ANY, _SMALL, forms.Marked),
     _ask("END", 20, _ANY, _SMALL, _NONE),
     _ask("PROBE", 21, _ANY, _SMALL, _NONE),
     _ask("REBIRTH", 22, _KEEPING, _SMALL, _NONE, forms.EndForm),
@@ -119,6 +122,9 @@ TABLE: Final = (
     _ask("OPEN", 28, _ANY, _SMALL, _NONE),
     _ask("INITIALISE", 29, _OPERATING, _SMALL, _NONE),
     _ask("BLOCK", 30, _OPERATING, _SMALL, forms.Block),
+    _ask("LAYOUT", 31, _ANY, _BULK, _NONE, forms.LayoutForm),
+    _ask("SET_LAYOUT", 32, _MEMBERSHIP, _BULK, forms.LayoutForm, forms.LayoutForm),
+    _ask("EXPEL", 33, _MEMBERSHIP, _SMALL, forms.Expel),
     _answer("ACKS", 128, forms.Acks),
     _answer("REPLY", 129, _NONE),
     _answer("ERROR", 130, forms.Error),
@@ -136,6 +142,10 @@ READS: Final = frozenset(
         for name in ("READ_COMMIT", "READ_CHUNK", "READ_SMALL", "SCAN", "REREAD", "LIVE_KEYS", "CHECKPOINTS", "END", "HAS")
     }
 )  # whose answers may be large: they wait while the peer does not read
+
+MEMBERSHIP: Final = frozenset(
+    {VERBS[name].number for name in ("LAYOUT", "SET_LAYOUT", "EXPEL")}
+)  # of the machine, not of a node
 
 META_DECODERS: Final = {verb.number: msgspec.msgpack.Decoder(verb.meta).decode for verb in TABLE}
 REPLY_DECODERS: Final = {verb.number: msgspec.msgpack.Decoder(verb.reply).decode for verb in TABLE if verb.reply is not None}

@@ -76,18 +76,23 @@ class CheckpointPart(MailboxPart):
     async def checkpoint_done(self, plan: CheckpointPlan, nodes: Sequence[str], now: float) -> None:
         def done() -> None:
             row = self.state.mailboxes.get(plan.mailbox.id)
-            if row is None or row.numbers.uidvalidity != plan.mailbox.uidvalidity:
+            if row is None or row.numbers.uidvalidity != plan.mailbox.uidvalidity or plan.planned_in != self.state.epoch:
                 return
             if not plan.whole and row.base != plan.base:  # law 13: its whole one was lost, or replaced, meanwhile
                 return
             at, numbers = plan.mailbox, row.numbers
+            if row.written > at.modseq:
+                return  # law 13: another keeper was quicker
+            if plan.side == (row.whole_side if plan.whole else row.tail_side):  # with the same: both may lie there in pieces
+                self.state.mailboxes[row.id] = row._replace(skipped=True, due=now)
+                return
             numbers = numbers._replace(  # law 11: JUMP numbers more
                 base_uid=max(numbers.base_uid, at.uid_next), base_modseq=max(numbers.base_modseq, at.modseq)
             )
             behind = numbers.modseq > at.modseq or plan.skipped
             row = row._replace(
                 numbers=numbers,
-                written=max(row.written, at.modseq),
+                written=at.modseq,
                 skipped=plan.skipped,
                 due=now + limits.CHECKPOINT_INTERVAL_S if behind else None,
             )

@@ -23,6 +23,7 @@ from powermail.index.laws import Deed
 from powermail.index.memory.transaction import Transactions, Undo
 from powermail.mail.envelope import Commit
 from powermail.storage.contract import Dropped, End, Held, Position, Receipt, Unread
+from powermail.storage.layout import LayoutChange, Standing, changed_layout
 
 
 class CopyPart(Transactions):
@@ -197,7 +198,7 @@ class CopyPart(Transactions):
         for number in [number for number, row in s.queue.items() if row.key in live]:
             del s.leases[number]
             s.attempts.pop(number, None)
-            self.release(s.queue.pop(number).key)
+            self.dereference(s.queue.pop(number).key)
 
     # -- belief ---------------------------------------------------------------------------------------------------------
 
@@ -242,6 +243,20 @@ class CopyPart(Transactions):
             return True
 
         return self.transact(believing)
+
+    async def let_go(self, key: bytes, copy: Receipt, groups: Mapping[str, str], required: int) -> bool:
+        def letting_go() -> bool:
+            s, member = self.state, self.state.nodes.get(copy.node)
+            if self._fate(key) is not Fate.LIVE or member is None or member.incarnation != copy.incarnation:
+                raise Undo(False)
+            others = {groups[node] for held, node in s.copies if held == key and node != copy.node and node in groups}
+            if (key, copy.node) not in s.copies or len(others) < required:
+                raise Undo(False)
+            del s.copies[key, copy.node]
+            self.drop(copy.node, key, copy.position)
+            return True
+
+        return self.transact(letting_go)
 
     async def disbelieve(self, node: str, keys: Sequence[bytes]) -> None:
         def disbelieving() -> None:
@@ -322,6 +337,7 @@ class CopyPart(Transactions):
             blocked = old is not None and old.blocked
             # law 9: the round begins anew; law 11: a walk that was owed is owed by whatever comes in its place
             s.nodes[node] = NodeRow(node, group, incarnation, watermark, end, boot, 0, owes_walk, blocked, 0.0)
+            s.newcomers = {**s.newcomers, node: incarnation}
             if old is not None:
                 s.retired = tuple(sorted({*s.retired, old.incarnation}))  # law 9: that disk never comes back as it is
                 self.lose_checkpoints(node)  # law 13: a disk that takes another's place has not what lay there
@@ -337,7 +353,8 @@ class CopyPart(Transactions):
 
     async def note_boot(self, node: str, incarnation: str, boot: str) -> None:
         def noting() -> None:
-            if node in self.state.nodes and self.state.nodes[node].incarnation == incarnation:
+            row = self.state.nodes.get(node)
+            if row is not None and row.incarnation == incarnation and (row.boot or not self.state.catching_up):  # law 11
                 self._set_node(node, boot=boot)
 
         self.transact(noting)
@@ -349,10 +366,17 @@ class CopyPart(Transactions):
         values = {"blocked": blocked, "missing_since": missing_since}
         self.transact(lambda: self._set_node(node, **{name: value for name, value in values.items() if value is not None}))
 
-    async def expel(self, node: str) -> None:
-        def expelling() -> None:
+    async def expel(self, node: str, version: int | None = None) -> bool:
+        def expelling() -> bool:
             s = self.state
+            if version is not None and version != s.layout.version:
+                raise Undo(False)
+            if s.layout.row(node) is not None:
+                found = changed_layout(s.layout, [LayoutChange(node, state=Standing.EXPELLED)], s.layout.version)
+                assert found is not None
+                s.layout = found
             row = s.nodes.pop(node, None)
+            s.newcomers = {other: new for other, new in s.newcomers.items() if other != node}
             if row is not None:
                 s.retired = tuple(sorted({*s.retired, row.incarnation}))  # law 9: for ever
             s.orders = {at: None for at in s.orders if at[0] != node}
@@ -362,8 +386,9 @@ class CopyPart(Transactions):
             s.suspects = {at: why for at, why in s.suspects.items() if at[1] != node}
             s.damages.pop(node, None)
             self.lose_checkpoints(node)
+            return True
 
-        self.transact(expelling)
+        return self.transact(expelling)
 
     async def unread(self, node: str, limit: int) -> list[Unread]:
         return sorted(stretch for at, stretch in self.state.unread if at == node)[:limit]

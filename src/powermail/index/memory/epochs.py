@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from powermail.base import limits
 from powermail.base.errors import IndexTrouble
 from powermail.index import laws
-from powermail.index.contract import Fate, Head
-from powermail.index.memory.transaction import Transactions
+from powermail.index.contract import EpochFacts, Fate, Head
+from powermail.index.memory.transaction import Transactions, Undo
 from powermail.storage.contract import Mark, Position
 
 
@@ -35,15 +35,29 @@ class EpochPart(Transactions):
             raise IndexTrouble("what was read is of another connection to the index")
         return self.prove()
 
-    def lost(self, mark: Mark) -> str:
-        mine = self._committed()
-        slots = {number: (slot.tag, slot.commits) for number, slot in self.state.slots.items()}
-        return self._why_lost or laws.loss(mark, mine.epoch, mine.sequence, slots)
+    def _slots(self) -> dict[int, tuple[str, int]]:
+        """All that were not pruned."""
+        return {number: (slot.tag, slot.commits) for number, slot in self.state.slots.items()}
 
-    async def raise_epoch(self, marks: Sequence[Mark], why: str) -> int:
+    async def epoch_facts(self) -> EpochFacts:
+        s = self.state
+        return EpochFacts(s.epoch, s.numbering, s.catching_up, self._why_lost, dict(s.newcomers))
+
+    async def lost(self, mark: Mark, begun: bool = True) -> str:
+        s = self.state
+        if self._why_lost:
+            return self._why_lost
+        why = laws.loss(mark, s.epoch, s.sequence, self._slots())
+        why = why or laws.loss(self.mark(), s.epoch, s.sequence, self._slots(), "this process")
+        return why or ("" if begun else laws.rival(mark, s.epoch, self._slots()))
+
+    async def raise_epoch(self, marks: Sequence[Mark], why: str, found_in: int | None = None) -> int:
         def raising() -> int:
             s = self.state
             known = [self._committed(), self.mark(), *marks]
+            if found_in is not None and found_in < s.epoch:
+                if not any(laws.loss(mark, s.epoch, s.sequence, self._slots()) for mark in known):
+                    raise Undo(0)
             s.epoch = max(mark.epoch for mark in known) + 1
             s.uidvalidity = max(mark.uidvalidity for mark in known) + limits.EPOCH_JUMP
             s.retired = tuple(sorted({incarnation for mark in known for incarnation in mark.retired}))
@@ -52,15 +66,28 @@ class EpochPart(Transactions):
             s.slots = {}
             s.numbering, s.catching_up = False, True
             for row in s.nodes.values():
-                s.nodes[row.id] = row._replace(owes_walk=True, scan_round=0)  # its round begins anew (law 9)
+                new = s.newcomers.get(row.id) == row.incarnation  # its history does not go back to before the loss
+                boot = "" if new else row.boot
+                s.nodes[row.id] = row._replace(owes_walk=True, scan_round=0, boot=boot)  # its round begins anew (law 9)
+            s.newcomers = {}
             return s.epoch
 
-        lost, self._why_lost = self._why_lost, ""
+        lost, self._lost = self._lost, ("", 0)
         try:
-            return self.transact(raising, anew=True)
+            epoch = self.transact(raising, anew=True)
         except BaseException:
-            self._why_lost = lost
+            self._lost = lost
             raise
+        if not epoch:
+            self._lost = lost
+        return epoch
+
+    async def know_newcomers(self, nodes: Mapping[str, str]) -> None:
+        def knowing() -> None:
+            s = self.state
+            s.newcomers = {node: inc for node, inc in s.newcomers.items() if nodes.get(node) != inc}
+
+        self.transact(knowing)
 
     async def learn_heads(self, heads: Sequence[Head]) -> None:
         def learning() -> None:
@@ -84,32 +111,39 @@ class EpochPart(Transactions):
                 found.append(Head(row.account, row.name, far.uidvalidity, far.uid_next, far.modseq, far.epoch))
         return found[:limit]
 
-    async def heads_written(self, heads: Sequence[Head]) -> None:
-        def noting() -> None:
+    def _still(self, epoch: int) -> None:
+        """Ends a transaction that belongs to an epoch, if it is another one by now (law 11)."""
+        if self.state.epoch != epoch:
+            raise Undo(False)
+
+    async def heads_written(self, heads: Sequence[Head], epoch: int) -> bool:
+        def noting() -> bool:
+            self._still(epoch)
             s = self.state
-            rows = {(row.account, row.name): row for row in s.mailboxes.values()}
+            rows = {(row.account, row.name): row.id for row in s.mailboxes.values()}
             for head in heads:
-                row = rows.get((head.account, head.name))
+                row = s.mailboxes.get(rows.get((head.account, head.name), 0))
                 if row is not None and row.numbers.uidvalidity == head.uidvalidity:
-                    numbers = laws.Numbers(
-                        head.uid_next, head.modseq, head.uidvalidity, head.epoch, s.starts, head.uid_next, head.modseq
-                    )
-                    s.mailboxes[row.id] = row._replace(numbers=numbers)
+                    s.mailboxes[row.id] = row._replace(numbers=laws.written(row.numbers, head, s.starts))
                     self._touch(row.id)
+            return True
 
-        self.transact(noting)
+        return self.transact(noting)
 
-    async def begin_epoch(self) -> None:
-        def beginning() -> None:
+    async def begin_epoch(self, epoch: int) -> bool:
+        def beginning() -> bool:
+            self._still(epoch)
             self.state.numbering = True
+            return True
 
-        self.transact(beginning)
+        return self.transact(beginning)
 
-    async def walked(self, node: str, incarnation: str, watermark: Position, end: Position, round: int) -> bool:
+    async def walked(self, node: str, incarnation: str, watermark: Position, end: Position, round: int, epoch: int) -> bool:
         def walking() -> bool:
             row = self.state.nodes.get(node)
             if row is None or row.incarnation != incarnation:
-                return False
+                raise Undo(False)
+            self._still(epoch)
             self.state.nodes[node] = row._replace(
                 watermark=max(row.watermark, watermark),
                 end_seen=max(row.end_seen, end),
@@ -120,14 +154,18 @@ class EpochPart(Transactions):
 
         return self.transact(walking)
 
-    async def caught_up(self) -> None:
-        def catching() -> None:
+    async def caught_up(self, epoch: int) -> bool:
+        def catching() -> bool:
+            self._still(epoch)
             if not self.state.numbering:
                 raise IndexTrouble("the new epoch has not begun")
             self.state.catching_up = False
+            return True
 
-        self.transact(catching)
-        self.settled()  # walks find more than reconcile does
+        done = self.transact(catching)
+        if done:
+            self.settled()  # walks find more than reconcile does
+        return done
 
     async def rest(self) -> None:
         self.transact(lambda: None, stopping=True)  # law 10: a later transaction says again that it goes on

@@ -203,7 +203,7 @@ class MailboxPart(Transactions):
         entries = self.rows_of(mailbox)[:_PURGE_ROWS]
         for entry in entries:
             del s.entries[mailbox, entry.uid]
-        dead = sum([self.release(entry.key) for entry in entries])
+        dead = sum([self.dereference(entry.key) for entry in entries])
         row, octets = s.mailboxes[mailbox], sum(entry.octets for entry in entries)
         s.mailboxes[mailbox] = row._replace(messages=row.messages - len(entries), octets=row.octets - octets)
         if not self.rows_of(mailbox):

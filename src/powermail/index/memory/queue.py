@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from powermail.base import limits
 from powermail.index.contract import Attempt, QueueRow
 from powermail.index.memory.state import Lease
-from powermail.index.memory.transaction import Transactions
+from powermail.index.memory.transaction import Transactions, Undo
 
 
 class QueuePart(Transactions):
@@ -17,44 +17,56 @@ class QueuePart(Transactions):
 
     async def lease_due(self, owner: str, now: float, lease_s: float, limit: int, but: Sequence[str] = ()) -> list[QueueRow]:
         def leasing() -> list[QueueRow]:
-            s = self.state
+            s, over = self.state, self.now()
             due = [
                 row
                 for number, row in s.queue.items()
                 if not row.held
                 and (row.due_at <= now or row.due_at > now + limits.QUEUE_AHEAD_MAX_S)
-                and (s.leases[number].until <= now or s.leases[number].until > now + 2 * lease_s)
+                and (s.leases[number].until <= over or s.leases[number].until > over + 2 * lease_s)
                 if row.domain not in s.held_domains and row.domain not in but
             ]
             due = sorted(due, key=lambda row: (row.due_at, row.id))[:limit]
-            s.leases.update({row.id: Lease(owner, now + lease_s) for row in due})
+            s.leases.update({row.id: Lease(owner, over + lease_s) for row in due})
             return [replace(row) for row in due]
 
         return self.transact(leasing)
 
-    async def finish(self, rows: list[QueueRow]) -> None:
+    def _has(self, owner: str | None, number: int) -> bool:
+        """True if a row is there, and leased by that owner, or nobody asks by whom."""
+        return number in self.state.queue and owner in (None, self.state.leases[number].owner)
+
+    async def finish(self, rows: list[QueueRow], owner: str | None = None) -> None:
         def finishing() -> None:
             for row in rows:
-                if self.state.queue.pop(row.id, None) is not None:
+                if self._has(owner, row.id):
+                    del self.state.queue[row.id]
                     del self.state.leases[row.id]
                     self.state.attempts.pop(row.id, None)
-                    self.release(row.key)  # law 8: finishing a row is an expunge
+                    self.dereference(row.key)  # law 8: finishing a row is an expunge
 
         self.transact(finishing)
 
-    async def renew_leases(self, owner: str, until: float) -> None:
-        def renewing() -> None:
+    async def renew_leases(self, owner: str, numbers: Sequence[int], lease_s: float) -> list[int]:
+        def renewing() -> list[int]:
             s = self.state
-            s.leases.update({number: Lease(owner, until) for number, lease in s.leases.items() if lease.owner == owner})
+            found = {number: s.leases[number].owner for number in sorted(numbers) if number in s.leases}
+            others = [number for number, whose in found.items() if whose not in ("", owner)]
+            mine = [number for number, whose in found.items() if whose == owner]
+            if not mine:
+                raise Undo(others)
+            s.leases.update({number: Lease(owner, self.now() + lease_s) for number in mine})
+            return others
 
-        self.transact(renewing)
+        return self.transact(renewing)
 
-    async def defer(self, rows: list[QueueRow], due_at: list[float], attempt: Attempt) -> None:
+    async def defer(self, rows: list[QueueRow], due_at: list[float], attempt: Attempt, owner: str) -> None:
         def deferring() -> None:
             s = self.state
             for row, due in zip(rows, due_at, strict=True):
-                if (mine := s.queue.get(row.id)) is None:
+                if not self._has(owner, row.id):
                     continue
+                mine = s.queue[row.id]
                 count, told, status = row.attempts + 1, row.delay_told, attempt.status
                 s.queue[row.id] = replace(mine, attempts=count, due_at=due, last_status=status, delay_told=told)
                 s.leases[row.id] = Lease()
@@ -64,12 +76,12 @@ class QueuePart(Transactions):
 
         self.transact(deferring)
 
-    async def give_back(self, rows: list[QueueRow], due_at: float) -> None:
+    async def give_back(self, rows: list[QueueRow], due_at: float, owner: str) -> None:
         def giving_back() -> None:
             s = self.state
             for row in rows:
-                if (mine := s.queue.get(row.id)) is not None:
-                    s.queue[row.id] = replace(mine, due_at=due_at)
+                if self._has(owner, row.id):
+                    s.queue[row.id] = replace(s.queue[row.id], due_at=due_at)
                     s.leases[row.id] = Lease()
 
         self.transact(giving_back)

@@ -6,10 +6,13 @@ import copy
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
+from powermail.base.clock import Clock
 from powermail.index.contract import Attempt, Damage, EntryFacts, Fate, MailboxFacts, NodeRow, QueueRow
 from powermail.index.laws import Numbers
+from powermail.index.sharing import Holder, MoveRow, Token
 from powermail.index.view import Change, View
 from powermail.storage.contract import Position, Unread
+from powermail.storage.layout import NO_LAYOUT, Layout
 
 
 class MailboxRow(NamedTuple):
@@ -66,7 +69,7 @@ class Gone(NamedTuple):
 
 
 class Lease(NamedTuple):
-    """Who works on a queue row, and until when."""
+    """Who works on a queue row, or does a job, and until when."""
 
     owner: str = ""
     until: float = 0.0
@@ -109,14 +112,21 @@ class State:
     orders: dict[tuple[str, bytes], None] = field(default_factory=dict)
     drops: dict[tuple[str, bytes, Position], None] = field(default_factory=dict)
     nodes: dict[str, NodeRow] = field(default_factory=dict)
+    newcomers: dict[str, str] = field(default_factory=dict)  # incarnations admitted since the index was known to be whole
     unread: dict[tuple[str, Unread], None] = field(default_factory=dict)
     queue: dict[int, QueueRow] = field(default_factory=dict)  # rows are replaced, never changed
     leases: dict[int, Lease] = field(default_factory=dict)
+    jobs: dict[str, Lease] = field(default_factory=dict)
+    tallies: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)  # (period, count) by kind and name
+    layout: Layout = NO_LAYOUT
+    moves: dict[str, MoveRow] = field(default_factory=dict)
     attempts: dict[int, tuple[Attempt, ...]] = field(default_factory=dict)  # by queue row
     held_domains: dict[str, None] = field(default_factory=dict)
     returns: dict[str, tuple[str, float]] = field(default_factory=dict)  # (original, until) by address
     purged: dict[str, None] = field(default_factory=dict)
     owners: dict[str, str] = field(default_factory=dict)  # address by account
+    tokens: dict[str, Token] = field(default_factory=dict)
+    holders: dict[str, Holder] = field(default_factory=dict)  # of certificates, by identity
     retired: tuple[str, ...] = ()
 
     def copy(self) -> State:
@@ -130,6 +140,7 @@ class MemoryStore:
     def __init__(self) -> None:
         self.state = State()
         self.lives = 1  # how often it was put back, which ends all connections to it
+        self.clock: Clock | None = None  # of who opened it first: the one clock of all who share it
 
     def snapshot(self) -> State:
         """A hot backup."""

@@ -40,8 +40,9 @@ class Transactions:
         self._world = world
         self._alone = alone
         self.backing = store or MemoryStore()
+        self.backing.clock = self.backing.clock or world.clock
         self._failures: deque[bool] = deque()
-        self._why_lost = ""
+        self._lost = "", 0  # what this process itself met that proves lost commits, and in which epoch
         self._slot, self._tag, self._count = 0, "", 0
         self._life = 0  # of the store, when this process last connected
         self._known = Mark()  # as the last transaction of this process found it
@@ -52,6 +53,16 @@ class Transactions:
     def state(self) -> State:
         """What is committed, or about to be."""
         return self.backing.state
+
+    @property
+    def _why_lost(self) -> str:
+        """What this process itself met that proves lost commits, until anybody has raised the epoch."""
+        why, epoch = self._lost
+        return why if self.state.epoch <= epoch else ""
+
+    @_why_lost.setter
+    def _why_lost(self, why: str) -> None:
+        self._lost = why, self.state.epoch
 
     @property
     def cluster(self) -> str:
@@ -81,6 +92,11 @@ class Transactions:
                     s.slots[number] = slot._replace(ended=s.round)
 
         self.transact(opening, anew=True)
+
+    def now(self) -> float:
+        """UTC by the one clock of all who share the store: leases are taken, kept and lost by it."""
+        assert self.backing.clock is not None
+        return self.backing.clock.now()
 
     async def close(self) -> None:
         """Nothing waits, so there is nothing to finish."""
@@ -174,15 +190,23 @@ class Transactions:
         self._unsettled = False
 
     def _connect(self) -> None:
-        """Law 10: over a new connection a process first looks at its old slot, and readers wait. Raises IndexLost."""
+        """Law 10: over a new connection a process first looks at its old slot, and at all that it knew of the others, and
+        readers wait. Raises IndexLost.
+        """
         if self._life == self.backing.lives:
             return
         self._unsettled = True
+        s = self.state
+        slots = {number: (slot.tag, slot.commits) for number, slot in s.slots.items()}
+        if why := laws.loss(self._known, s.epoch, s.sequence, slots, "this process"):
+            raise IndexLost(why)
         if self._look():
             self.state.slots[self._slot] = self.state.slots[self._slot]._replace(ended=self.state.round)
 
     def _look(self) -> bool:
-        """Whether this process's slot is there; False if it was pruned. Raises IndexLost if commits were lost (law 10)."""
+        """Whether this process's slot is there; False if it was pruned, or is in no mark any more: nodes would refuse whatever
+        names it again. Raises IndexLost if commits were lost (law 10).
+        """
         s = self.state
         slot = s.slots.get(self._slot)
         if slot is None and self._slot <= s.sequence:
@@ -191,7 +215,7 @@ class Transactions:
             self._count += 1  # this process's own commit, whose answer it never heard
         elif slot is None or slot.tag != self._tag or slot.commits != self._count:
             raise IndexLost(f"writer slot {self._slot} is not where this process left it")
-        return True
+        return not slot.left_out
 
     def _raise_count(self, stopping: bool) -> None:
         """Law 10: counts this transaction, or finds that commits were lost. Raises IndexLost."""
@@ -361,7 +385,7 @@ class Transactions:
         assert row.fate is Fate.LIVE
         self.state.keys[key] = row._replace(refs=row.refs + count)
 
-    def release(self, key: bytes) -> bool:
+    def dereference(self, key: bytes) -> bool:
         """One reference fewer; True if the message died with it (law 8)."""
         row = self.state.keys[key]
         self.state.keys[key] = row._replace(refs=row.refs - 1)
@@ -409,7 +433,7 @@ class Transactions:
         moved = moved or {}
         dead = 0
         for entry in leaving:
-            dead += self.release(entry.key)
+            dead += self.dereference(entry.key)
             if entry.key not in staying:  # noted also of what died, until it is forgotten (law 13)
                 to = moved.get(entry.key, Gone(0, 0, 0))
                 s.gone[mailbox, entry.key] = to._replace(modseq=modseq)

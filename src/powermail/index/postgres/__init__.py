@@ -10,11 +10,16 @@ from powermail.index.postgres.deliver import DeliverPart
 from powermail.index.sql.checkpoints import CheckpointPart
 from powermail.index.sql.comparing import ComparingPart
 from powermail.index.sql.copies import CopyPart
+from powermail.index.sql.identities import IdentityPart
+from powermail.index.sql.leases import LeasePart
 from powermail.index.sql.queue import QueuePart
+from powermail.index.sql.tallies import TallyPart
 from powermail.index.sql.totals import TotalsPart
 
 __all__ = ["PostgresIndex"]
 
 
-class PostgresIndex(DeliverPart, CheckpointPart, ComparingPart, CopyPart, QueuePart, TotalsPart):
+class PostgresIndex(
+    DeliverPart, CheckpointPart, ComparingPart, CopyPart, QueuePart, LeasePart, TallyPart, IdentityPart, TotalsPart
+):
     """The whole index in one database."""

@@ -8,22 +8,29 @@ than its statements (law 7), that a commit is durable when it says so (P10).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import asyncpg
 
 from powermail.base import limits
 from powermail.base.errors import IndexTrouble, OperatorError
+from powermail.base.net import keep_alive
 from powermail.index.postgres.statements import Connection, History
 
 _ISOLATION = {"read committed", "serializable"}  # what law 7 holds at; a snapshot of the whole transaction brings mail back
 _SETTINGS = {"application_name": "powermail", "default_transaction_isolation": "read committed"}
+# The server's own look at whether the client's machine lives. An engine that knows none of these goes without.
+_KEEPALIVES = (
+    "SELECT set_config('tcp_keepalives_idle', $1, false), set_config('tcp_keepalives_interval', $1, false),"
+    " set_config('tcp_keepalives_count', $2, false), set_config('tcp_user_timeout', $3, false)"
+)
 _LOOK = (
     "SELECT current_setting('transaction_isolation'), current_setting('transaction_read_only'),"
     " current_setting('synchronous_commit'), current_setting('server_encoding')"
 )
 # The history that a server is on: who restores it or promotes a standby begins a new timeline (law 10).
-_HISTORY = (
+HISTORY = (
     "SELECT system_identifier::text, ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int::text"
     " FROM pg_control_system()"
 )
@@ -35,7 +42,9 @@ OUT_OF_REACH = (
     asyncpg.OperatorInterventionError,
     asyncpg.ReadOnlySQLTransactionError,
     asyncpg.TooManyConnectionsError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # what the driver says of a session that the server ended without being asked
 )  # of a connection: nothing more is to be had from it; DataError, which is an InterfaceError too, is looked for first
 
 
@@ -49,9 +58,23 @@ def addresses(url: str) -> list[str]:
     return [urlunsplit((parsed.scheme, f"{user}{at}{host}", parsed.path, query, "")) for host in hosts.split(",")]
 
 
-async def connect(url: str) -> tuple[Connection, History]:
-    """A connection to the first address that takes writes. Raises IndexTrouble, OperatorError (its settings)."""
-    tries = [asyncio.ensure_future(_try(each)) for each in addresses(url)]
+def _settings(patience_s: float | None) -> dict[str, str]:
+    """What a session begins with. The server ends what takes too long, and lets go of what it held: a client that hangs, or
+    whose machine is gone, does not hold up the others (units: ms).
+    """
+    whole, idle, lock = limits.INDEX_COMMAND_S, limits.INDEX_IDLE_S, limits.INDEX_LOCK_S
+    if patience_s is not None:
+        whole = idle = lock = patience_s
+    times = {"statement_timeout": whole, "idle_in_transaction_session_timeout": idle, "lock_timeout": lock}
+    return {**_SETTINGS, **{name: str(max(1, round(seconds * 1000))) for name, seconds in times.items()}}
+
+
+async def connect(url: str, patience_s: float | None = None) -> tuple[Connection, History]:
+    """A connection to the first address that takes writes. Raises IndexTrouble, OperatorError (its settings).
+
+    `patience_s`: of a command that may take long where nobody waits for it, instead of the limits of those that serve.
+    """
+    tries = [asyncio.ensure_future(_try(each, patience_s)) for each in addresses(url)]
     reasons: list[str] = []
     refused: OperatorError | None = None
     found: tuple[Connection, History] | None = None
@@ -77,7 +100,7 @@ async def connect(url: str) -> tuple[Connection, History]:
     raise IndexTrouble(f"the database does not answer: {'; '.join(sorted(set(reasons)))}")
 
 
-async def _try(url: str) -> tuple[Connection, History]:
+async def _try(url: str, patience_s: float | None) -> tuple[Connection, History]:
     where = urlsplit(url).netloc.rpartition("@")[2]
     connection: Connection | None = None
     try:
@@ -85,12 +108,14 @@ async def _try(url: str) -> tuple[Connection, History]:
             connection = await asyncpg.connect(
                 url,
                 timeout=limits.INDEX_CONNECT_S,
-                command_timeout=limits.INDEX_COMMAND_S,
-                server_settings=_SETTINGS,
+                command_timeout=limits.INDEX_COMMAND_S if patience_s is None else patience_s,
+                server_settings=_settings(patience_s),
                 statement_cache_size=512,
                 max_cached_statement_lifetime=0,
             )
-            return connection, await _look(connection, where)
+            history = await _look(connection, where)
+            await _keep_alive(connection)
+            return connection, history
     except BaseException as error:
         if connection is not None:
             connection.terminate()
@@ -99,6 +124,14 @@ async def _try(url: str) -> tuple[Connection, History]:
         if isinstance(error, (*OUT_OF_REACH, asyncpg.PostgresError)):
             raise IndexTrouble(f"{where}: {error or type(error).__name__}") from error
         raise
+
+
+async def _keep_alive(connection: Connection) -> None:
+    """Both kernels ask whether the other is there: a connection that nothing travels over does not look alive for ever."""
+    seconds, count = max(1, round(limits.INDEX_KEEPALIVE_S)), limits.INDEX_KEEPALIVES
+    with contextlib.suppress(asyncpg.PostgresSyntaxError, asyncpg.UndefinedObjectError, asyncpg.FeatureNotSupportedError):
+        await connection.fetchrow(_KEEPALIVES, str(seconds), str(count), str(seconds * (count + 1) * 1000))
+    keep_alive(connection._transport, seconds, count)
 
 
 async def _look(connection: Connection, where: str) -> History:
@@ -114,7 +147,7 @@ async def _look(connection: Connection, where: str) -> History:
     if encoding not in ("UTF8", "SQL_ASCII"):
         raise OperatorError(f"{where}: the database stores text as {encoding}; make one with ENCODING 'UTF8'")
     try:
-        row = await connection.fetchrow(_HISTORY)
+        row = await connection.fetchrow(HISTORY)
     except (asyncpg.UndefinedFunctionError, asyncpg.FeatureNotSupportedError, asyncpg.InsufficientPrivilegeError):
         return History("", "")
     return History(row[0], row[1]) if row else History("", "")

@@ -10,6 +10,7 @@ Other processes write too, on other machines: nothing that was read is kept for 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -24,19 +25,23 @@ from powermail.index import laws
 from powermail.index.laws import NumbersSpent
 from powermail.index.postgres import schema
 from powermail.index.postgres.addresses import OUT_OF_REACH, connect
-from powermail.index.postgres.statements import Connection, History, Ids, RandomIds, Reader, Writer, read_known
-from powermail.index.sql.core import Change, Look
-from powermail.index.sql.engine import Again, Slot, Transaction, Untouched
-from powermail.index.sql.epochs import EpochPart
+from powermail.index.postgres.statements import Connection, History, Ids, RandomIds, Reader, StatedReader, Writer
+from powermail.index.postgres.views import Views
+from powermail.index.sql.core import LEFT_OUT, Change, Look
+from powermail.index.sql.engine import Again, Reading, Slot, Transaction, Untouched
+from powermail.index.sql.epochs import EpochPart, Found, find
 from powermail.index.sql.gathering import Gathering
 from powermail.storage.contract import Mark
 
 T = TypeVar("T")
-IN_THE_WAY = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError, asyncpg.UniqueViolationError, Again)
+_LOCKED = asyncpg.LockNotAvailableError  # somebody holds a row for longer than anybody waits
+IN_THE_WAY = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError, asyncpg.UniqueViolationError, _LOCKED, Again)
+_SLOW = (TimeoutError, asyncio.TimeoutError, asyncpg.QueryCanceledError)  # asked again it takes as long again
 _SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 _KNOWN = (
     "SELECT (SELECT value FROM counters WHERE name = 'epoch'), (SELECT value FROM counters WHERE name = 'sequence'),"
-    " (SELECT value FROM meta WHERE name = 'system'), (SELECT value FROM meta WHERE name = 'timeline')"
+    " (SELECT value FROM meta WHERE name = 'system'), (SELECT value FROM meta WHERE name = 'timeline'),"
+    " (SELECT value FROM meta WHERE name = 'moved')"
 )
 
 
@@ -76,7 +81,8 @@ class Links:
     async def take(self) -> Link:
         """One that nobody uses, the one used last if it can be. Raises IndexTrouble."""
         try:
-            await asyncio.wait_for(self._turn.acquire(), limits.INDEX_TURN_S)
+            async with asyncio.timeout(limits.INDEX_TURN_S):
+                await self._turn.acquire()
         except TimeoutError as error:
             raise IndexTrouble("index: all connections to the database are busy") from error
         return self._free.popleft()
@@ -103,8 +109,9 @@ class PostgresCore(EpochPart, Gathering):
         self._writers = Links(limits.INDEX_WRITERS)
         self._readers = Links(limits.INDEX_READERS_MAX)
         self._lane: Lane = world.lane("index-pack")
-        self._known = Mark()  # as the last transaction that changed it left it, with this process's counts
-        self._out: dict[int, tuple[str, int]] = {}
+        self._views = Views()
+        self._known = Mark()  # the highest of all that was read, and this process's counts
+        self._seen_in = 0  # the epoch of which `numbering` and `catching_up` are known
         self._connection = 1
         self._lost_in = 0  # the epoch in which `_why_lost` was found
         self._new_timeline = False  # it is all that `_why_lost` says
@@ -151,14 +158,29 @@ class PostgresCore(EpochPart, Gathering):
         return Untouched(True)
 
     async def close(self) -> None:
-        """Finishes what waits and closes."""
-        await self._gathered()
-        while self._tasks:
-            await asyncio.wait(list(self._tasks))
+        """Finishes what waits and closes. A database that is away does not hold up a stop: what was not entered by then is
+        given up, and its outcome is unknown, as if the process had died.
+        """
+        try:
+            async with asyncio.timeout(limits.INDEX_CLOSE_S):
+                await self._gathered()
+                while self._tasks:
+                    await asyncio.wait(list(self._tasks))
+        except TimeoutError:
+            await self._give_up()
         self._closed = True
         for link in (*self._writers.all, *self._readers.all):
             link.drop()
         self._lane.close()
+
+    async def _give_up(self) -> None:
+        """Nobody waits any longer for what waits, nor for what is under way."""
+        self._closed = True
+        self._refuse_waiting(IndexTrouble("the index was closed"))
+        while tasks := list(self._tasks):
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
 
     def abandon(self) -> None:
         """Lets go of the connections as they are."""
@@ -192,19 +214,22 @@ class PostgresCore(EpochPart, Gathering):
         try:
             await self._compare(link)
         except BaseException:
-            link.drop()  # who was cancelled here leaves none that the next one would use uncompared
+            self._break(link)  # who was cancelled here leaves none that the next one would use uncompared
             raise
         return link.connection
 
     async def _compare(self, link: Link) -> None:
         """A history other than the one the index knows: commits may be lost until a new epoch says otherwise (law 10)."""
         assert link.connection is not None
+        known = self._known  # before the look: all of it must be there
         row = await link.connection.fetchrow(_KNOWN)
-        epoch, sequence, system, timeline = row or (0, 0, "", "")
+        epoch, sequence, system, timeline, moved = row or (0, 0, "", "", None)
+        if moved is not None:  # two indexes of one history would give one number twice
+            raise IndexTrouble(f"index: it was moved to {moved}")
         if self._why_lost and epoch > self._lost_in:
             self._found_again()  # another process has dealt with it
         if not self._why_lost:
-            await self._compare_slots(link.connection, epoch, sequence)
+            await self._compare_slots(link.connection, known, epoch, sequence)
         there, here = History(system or "", timeline or ""), link.history
         if there != here and not self._why_lost:
             self.unsettled = True
@@ -212,30 +237,39 @@ class PostgresCore(EpochPart, Gathering):
             what = "timeline" if self._new_timeline else "database server"
             self._lose(f"the index is on {what} {here[self._new_timeline]}, and was on {there[self._new_timeline]}", epoch)
 
-    async def _compare_slots(self, connection: Connection, epoch: int, sequence: int) -> None:
-        """A database that was put back by a copy of its rows says so nowhere but in the slots of who wrote to it (law 10)."""
+    async def _compare_slots(self, connection: Connection, known: Mark, epoch: int, sequence: int) -> None:
+        """A database that was put back by a copy of its rows says so nowhere but in the slots of who wrote to it, and in what
+        this process knew of all of them (law 10).
+        """
         mine = {slot.number: slot for link in self._writers.all for slot in (link.slot, link.old) if slot is not None}
-        rows = await connection.fetch("SELECT id, tag, count FROM writers WHERE id = ANY($1)", list(mine))
+        rows = await connection.fetch("SELECT id, tag, count FROM writers WHERE id = ANY($1)", [*mine, *known.slots])
         there = {number: (tag, count) for number, tag, count in rows}
+        why = laws.loss(known, epoch, sequence, there, "this process")
         for number, slot in sorted(mine.items()):
             tag, count = there.get(number, ("", -1) if number > sequence else (slot.tag, slot.commits))  # else pruned
             if tag != slot.tag or count < slot.commits:
-                self._lose(f"writer slot {number} is not where this process left it", epoch)
-                self._slot_lost, self.unsettled = True, True
-                return
+                why = f"writer slot {number} is not where this process left it"
+        if why:
+            self._lose(why, epoch)
+            self._slot_lost, self.unsettled = True, True
 
     def _lose(self, why: str, epoch: int) -> None:
+        """What was read before may be of a history that is over: it proves nothing any more (law 10)."""
         self._why_lost, self._lost_in = why, epoch
+        self._connection += 1
+        self._views.forget()  # of what was lost
 
     def _found_again(self) -> None:
         """A new epoch began: what was lost is known to all, and slots are numbered anew."""
+        self._connection += 1
         self._why_lost, self._new_timeline, self._slot_lost = "", False, False
         for link in self._writers.all:
             link.old = None
 
-    async def raise_epoch(self, marks: Sequence[Mark], why: str) -> int:
-        epoch = await super().raise_epoch(marks, why)
-        self._found_again()
+    async def raise_epoch(self, marks: Sequence[Mark], why: str, found_in: int | None = None) -> int:
+        epoch = await super().raise_epoch(marks, why, found_in)
+        if epoch:
+            self._found_again()
         return epoch
 
     async def _in_epoch_raised(self, db: Transaction) -> None:
@@ -246,11 +280,9 @@ class PostgresCore(EpochPart, Gathering):
                 "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (name, value)
             )
 
-    def _needs_walk(self, marks: Sequence[Mark]) -> bool:
-        """Law 10: where only the timeline has changed, and no node remembers more than is here, nothing need be looked for."""
-        mine = self.mark()
-        slots = {**self._out, **mine.slots}
-        return not self._new_timeline or any(laws.loss(mark, mine.epoch, mine.sequence, slots) for mark in marks)
+    def _needs_walk(self, found: Found, marks: Sequence[Mark]) -> bool:
+        """Law 10: where only the timeline has changed, and nobody remembers more than is here, nothing need be looked for."""
+        return not self._new_timeline or any(found.loss(mark) for mark in (self.mark(), *marks))
 
     async def _in_find_by_key(self, db: Transaction) -> None:
         """The index is always there."""
@@ -269,16 +301,14 @@ class PostgresCore(EpochPart, Gathering):
 
     async def rest(self) -> None:
         """Each writer slot says that it stopped; a later transaction says again that it goes on (law 10)."""
-        links = [await self._writers.take() for _ in self._writers.all]
-        try:
+        async with contextlib.AsyncExitStack() as stack:
+            links = []
+            for _ in self._writers.all:
+                links.append(link := await self._writers.take())
+                stack.callback(self._writers.give, link)
             for link in links:
-                if link.slot is not None:
-                    await self._attempt(link, self._in_rest, ())
-        except (Broken, asyncpg.PostgresError) as error:
-            raise IndexTrouble(f"index: {error}") from error
-        finally:
-            for link in reversed(links):
-                self._writers.give(link)
+                if link.slot is not None or link.old is not None:
+                    await self._repeat(link, self._in_rest, (), limits.INDEX_TRIES_MAX)
 
     # -- reading ---------------------------------------------------------------------------------------------------------
 
@@ -292,7 +322,22 @@ class PostgresCore(EpochPart, Gathering):
         return await self._look(call, args, snapshot=True, complete=True)
 
     async def _show_one(self, call: Look[T], *args: Any) -> T:
-        return await self._look(call, args, snapshot=True, complete=True)
+        """Its rows say at once whether they may be shown; what finds none is asked again, in a snapshot."""
+        stated, found = await self._look(self._stated, (call, *args), snapshot=False, complete=True)
+        return found if stated else await self._look(call, args, snapshot=True, complete=True)
+
+    async def _stated(self, db: Reading, call: Look[T], *args: Any) -> tuple[bool, T]:
+        assert isinstance(db, Reader)
+        stated = StatedReader(db.connection, self._aside)
+        found = await call(stated, *args)
+        if not stated.counters:
+            return False, found
+        self._check_complete(stated.counters)
+        return True, found
+
+    async def _in_now(self, db: Reading) -> float:
+        """The database's clock, when the transaction began: a later one would take a lease for over before it is."""
+        return float((await db.one("SELECT CAST(extract(epoch FROM now()) AS DOUBLE PRECISION)"))[0])
 
     async def _aside(self, call: Callable[..., T], *args: Any) -> T:
         return await self._lane.run(call, *args)
@@ -307,7 +352,7 @@ class PostgresCore(EpochPart, Gathering):
                     return await self._look_over(link, call, args, snapshot, complete)
                 except Broken as error:
                     self._break(link)
-                    if attempt == 2 or fresh or isinstance(error.__cause__, (TimeoutError, asyncio.TimeoutError)):
+                    if attempt == 2 or fresh or isinstance(error.__cause__, _SLOW):
                         raise IndexTrouble(f"index: {error}") from error
                 except BaseException as error:
                     if link.connection is not None and link.connection.is_in_transaction():
@@ -320,21 +365,23 @@ class PostgresCore(EpochPart, Gathering):
             self._readers.give(link)
 
     async def _look_over(self, link: Link, call: Look[T], args: tuple[Any, ...], snapshot: bool, complete: bool) -> T:
-        connection: Connection | None = None
         try:
             connection = await self._ready(link)
             if complete and self._why_lost:
                 raise IndexLost(self._why_lost)
+            db = Reader(connection, self._aside)
             if not snapshot:
-                return await call(Reader(connection), *args)
+                return await call(db, *args)
             await connection.execute(_SNAPSHOT)
             try:
                 if complete:
                     await self._complete_there(connection)
-                return await call(Reader(connection), *args)
-            finally:
-                if not connection.is_closed():
-                    await connection.execute("ROLLBACK")
+                found = await call(db, *args)
+            except (KeyError, IndexTrouble):  # an answer, over a connection that serves on
+                await connection.execute("ROLLBACK")
+                raise
+            await connection.execute("ROLLBACK")
+            return found
         except asyncpg.DataError as error:
             raise IndexTrouble(f"index: {error}") from error
         except OUT_OF_REACH as error:
@@ -342,18 +389,35 @@ class PostgresCore(EpochPart, Gathering):
 
     async def _complete_there(self, connection: Connection) -> None:
         """Raises IndexTrouble while a listing in this snapshot might be short (P7)."""
-        self._note_counters(dict(await connection.fetch("SELECT name, value FROM counters")))
+        self._check_complete(dict(await connection.fetch("SELECT name, value FROM counters")))
+
+    def _check_complete(self, counters: dict[str, int]) -> None:
+        """The same, by the counters of that snapshot."""
+        self._note_counters(counters)
+        if counters["catching_up"]:  # here, whatever another look has seen
+            raise IndexTrouble("the index is catching up with the storage nodes")
         self._complete()
 
     def _note_counters(self, counters: dict[str, int]) -> None:
-        self.catching_up = bool(counters["catching_up"])
-        self.numbering = not counters["waiting"]
+        """Of one epoch each wait ends once; of two looks neither need be the later one."""
+        epoch, catching_up, numbering = counters["epoch"], bool(counters["catching_up"]), not counters["waiting"]
+        if epoch > self._seen_in:
+            self._seen_in, self.catching_up, self.numbering = epoch, catching_up, numbering
+        elif epoch == self._seen_in:
+            self.catching_up, self.numbering = self.catching_up and catching_up, self.numbering or numbering
 
     # -- changing --------------------------------------------------------------------------------------------------------
 
     async def _write(self, call: Change[T], *args: Any) -> T:
         """Runs `call` in one transaction, whoever waits for it. Raises IndexTrouble."""
-        return await asyncio.shield(self._start(self._change(call, args, limits.INDEX_TRIES_MAX)))
+        task = self._start(self._change(call, args, limits.INDEX_TRIES_MAX))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            me = asyncio.current_task()
+            if task.cancelled() and me is not None and not me.cancelling():
+                raise IndexTrouble("the index was closed") from None
+            raise
 
     def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """What has begun goes on, whoever is cancelled; `close` waits for it."""
@@ -371,21 +435,28 @@ class PostgresCore(EpochPart, Gathering):
         """Raises IndexTrouble; `__cause__` is in `IN_THE_WAY` when others stood in the way each time."""
         link = await self._writers.take()
         try:
+            return await self._repeat(link, call, args, tries)
+        finally:
+            self._writers.give(link)
+
+    async def _repeat(self, link: Link, call: Change[T], args: tuple[Any, ...], tries: int) -> T:
+        """Runs it until it comes to an end. Who waits for a row as long as anybody does, waits few times."""
+        waited = 0
+        try:
             for number in range(1, tries + 1):
                 try:
                     return await self._attempt(link, call, args)
                 except IN_THE_WAY as error:
-                    if number == tries:
+                    waited += isinstance(error, _LOCKED)
+                    if number == tries or waited >= min(tries - 1, limits.INDEX_LOCK_TRIES):
                         raise IndexTrouble(f"index: {error}") from error
                 except Broken as error:
                     self._break(link)
-                    if number == tries or isinstance(error.__cause__, (TimeoutError, asyncio.TimeoutError)):
+                    if number == tries or isinstance(error.__cause__, _SLOW):
                         raise IndexTrouble(f"index: {error}") from error
             raise AssertionError("the last try ends in one of the ways above")
         except self.SPOILT as error:
             raise IndexTrouble(f"index: {error}") from error
-        finally:
-            self._writers.give(link)
 
     async def _attempt(self, link: Link, call: Change[T], args: tuple[Any, ...]) -> T:
         """Runs it once. Raises Broken, what is in `IN_THE_WAY`, or what the body raises."""
@@ -407,12 +478,14 @@ class PostgresCore(EpochPart, Gathering):
                     return result.value
                 await self._raise_count(link, db)
                 if db.stale:
-                    db.known = await read_known(db)
+                    db.found = await find(db)
                 committing = True
                 await connection.execute("COMMIT")
             except BaseException as error:
                 broken = isinstance(error, OUT_OF_REACH) and not isinstance(error, asyncpg.DataError)
-                if not committing and not broken and not connection.is_closed():
+                if not isinstance(error, Exception):
+                    self._break(link)  # cancelled: what became of the statement under way is not waited for
+                elif not committing and not broken and not connection.is_closed():
                     await connection.execute("ROLLBACK")
                 if not committing or not broken:
                     self._ids.give_back(db.ids)
@@ -434,18 +507,19 @@ class PostgresCore(EpochPart, Gathering):
     def _writer(self, link: Link) -> Writer:
         assert link.connection is not None
         slot = link.slot or Slot(0, "", 0)
-        return Writer(link.connection, link.history, slot, self._tag, self._ids.take, self._world.clock.now())
+        now = self._world.clock.now()
+        return Writer(link.connection, link.history, slot, self._tag, self._ids.take, now, self._aside, self._views)
 
     async def _raise_count(self, link: Link, db: Writer) -> None:
         """Law 10. A slot that is not where it was left: it was pruned, and another is taken; or commits were lost."""
         if await db.raise_count():
             return
-        connection, slot = db.connection, db.slot
-        row = await connection.fetchrow("SELECT tag, count FROM writers WHERE id = $1", slot.number)
-        epoch, sequence, _, _ = await connection.fetchrow(_KNOWN) or (0, 0, "", "")
+        connection, slot = db.connection, db.slot._replace(commits=db.slot.commits - 1)
+        row = await connection.fetchrow("SELECT tag, count, stopped FROM writers WHERE id = $1", slot.number)
+        epoch, sequence, *_ = await connection.fetchrow(_KNOWN) or (0, 0)
         link.slot = None
-        if row is None and slot.number <= sequence:
-            raise Again("the writer slot was pruned")
+        if slot.number <= sequence if row is None else tuple(row) == (slot.tag, slot.commits, LEFT_OUT):
+            raise Again("the writer slot was pruned, or is in no mark any more")
         self._lose_slot(slot, epoch)
 
     def _lose_slot(self, slot: Slot, epoch: int) -> NoReturn:
@@ -453,15 +527,18 @@ class PostgresCore(EpochPart, Gathering):
         self._slot_lost, self._new_timeline = True, False
         raise IndexLost(self._why_lost)
 
+    def _note_found(self, found: Found) -> None:
+        """Others write too, and what was read first may be heard of last: nothing that is known goes back (law 10)."""
+        self._known = laws.later(self._known, found.mark)
+        self._note_counters(found.counters)
+
     def _committed(self, db: Writer) -> None:
         """What the transaction has found and done is known to be committed."""
-        known = self._known
-        if db.known is not None:
-            known, self._out, counters = db.known
-            self._note_counters(counters)
-        slots = {**known.slots, db.slot.number: (db.slot.tag, db.slot.commits)}
-        uidvalidity = max(known.uidvalidity, db.fresh)
-        self._known = Mark(known.sequence, slots, known.epoch, uidvalidity, known.retired)
+        if db.found is not None:
+            self._note_found(db.found)
+        known, (number, tag, commits) = self._known, db.slot
+        slots = {**known.slots, number: (tag, commits)}
+        self._known = Mark(known.sequence, slots, known.epoch, max(known.uidvalidity, db.fresh), known.retired)
 
     # -- writer slots ----------------------------------------------------------------------------------------------------
 
@@ -478,13 +555,13 @@ class PostgresCore(EpochPart, Gathering):
             if link.old is not None:
                 committed = await self._look_at_old(db, link.old)
             await db.new_slot()
-            db.known = await read_known(db)
+            db.found = await find(db)
             await db.connection.execute("COMMIT")
         except IndexLost:
             await db.connection.execute("ROLLBACK")
             raise
         except BaseException:
-            link.drop()  # a transaction that failed is never left open for the next one
+            self._break(link)  # a transaction that failed is never left open for the next one
             raise
         link.slot, link.old = db.slot, None
         self._committed(db)
@@ -497,9 +574,10 @@ class PostgresCore(EpochPart, Gathering):
             return None
         if row is None or row[0] != old.tag or not old.commits <= row[1] <= old.commits + 1:
             self._lose_slot(old, await db.counter("epoch"))
-        await db.change(
-            "UPDATE writers SET stopped = 1, round = (SELECT value FROM counters WHERE name = 'round') WHERE id = ?",
-            (old.number,),
+        await db.change(  # one that is in no mark any more stays out of them
+            "UPDATE writers SET stopped = 1, round = (SELECT value FROM counters WHERE name = 'round')"
+            " WHERE id = ? AND stopped < ?",
+            (old.number, LEFT_OUT),
         )
         return bool(row[1] > old.commits)
 
@@ -520,9 +598,6 @@ class PostgresCore(EpochPart, Gathering):
 
     def _mine(self) -> tuple[int, tuple[Slot, ...]]:
         return self._known.epoch, tuple(link.slot for link in self._writers.all if link.slot is not None)
-
-    def _left_out(self) -> dict[int, tuple[str, int]]:
-        return self._out
 
     @property
     def epoch(self) -> int:

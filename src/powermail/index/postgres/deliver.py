@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from powermail.base import limits
 from powermail.base.errors import IndexTrouble
 from powermail.base.world import World
 from powermail.index import laws
 from powermail.index.contract import Delivery, Fate, Outcome, QueueRow
-from powermail.index.postgres.connection import IN_THE_WAY, PostgresCore
+from powermail.index.postgres.connection import IN_THE_WAY
+from powermail.index.postgres.reading import ReadPart
 from powermail.index.postgres.statements import Ids, Writer
 from powermail.index.sql import queue_form
 from powermail.index.sql.core import NO_NODES
-from powermail.index.sql.engine import Again, Transaction, Untouched
-from powermail.index.sql.mailboxes import MailboxPart
+from powermail.index.sql.engine import Again, Transaction, Untouched, split
 from powermail.mail.envelope import Commit
 from powermail.storage.contract import Position
 
@@ -40,18 +40,25 @@ _SETTLED = (
     "SELECT DISTINCT r.key FROM unnest(?::bytea[], ?::text[], ?::text[], ?::bigint[], ?::bigint[])"
     f" AS r(key, node, incarnation, segment, place){_BEHIND}"
 )
-_LOOK = (
-    "SELECT (SELECT count(*) FROM unnest(?::text[], ?::text[], ?::bigint[], ?::bigint[])"
+_WHAT = (
+    "(SELECT count(*) FROM unnest(?::text[], ?::text[], ?::bigint[], ?::bigint[])"
     f" AS r(node, incarnation, segment, place){_BEHIND}),"
     " (SELECT array_agg(p.account) FROM purged p WHERE p.account = ANY(?::text[])),"
     " (SELECT count(*) FROM placements s JOIN unnest(?::bigint[], ?::text[]) AS w(id, nodes)"
-    " ON w.id = s.id AND w.nodes = s.nodes)"
+    " ON w.id = s.id AND w.nodes = s.nodes) AS sets,"
+    " (SELECT value FROM counters WHERE name = 'epoch') AS epoch, (SELECT value FROM counters WHERE name = 'starts') AS starts,"
+    " (SELECT value FROM counters WHERE name = 'waiting') AS waiting"
 )
 _LOCK = (
     "SELECT m.id, m.account, m.name, m.uid_next, m.modseq, m.uidvalidity, m.epoch, m.start, m.base_uid, m.base_modseq"
     " FROM mailboxes m JOIN unnest(?::text[], ?::text[]) AS w(account, name) ON m.account = w.account AND m.name = w.name"
     " ORDER BY m.id FOR UPDATE OF m"
 )
+_LOOK = f"SELECT {_WHAT}"
+_LOOK_AND_LOCK = (  # both are behind the insert: one statement does where every mailbox was there once
+    f"WITH boxes AS MATERIALIZED ({_LOCK}) SELECT look.*, b.* FROM (SELECT {_WHAT}) AS look LEFT JOIN boxes b ON true"
+)
+_LOOKED = 6  # columns of `_WHAT`
 _EXIST = (
     "SELECT m.account, m.name FROM mailboxes m JOIN unnest(?::text[], ?::text[]) AS w(account, name)"
     " ON m.account = w.account AND m.name = w.name"
@@ -74,6 +81,9 @@ _ENTER = (
 )
 
 
+_Rows: TypeAlias = Sequence[Sequence[Any]]  # of `_LOCK`
+
+
 class _Box(NamedTuple):
     """A mailbox that mail arrives in, locked, with room for what comes."""
 
@@ -81,14 +91,14 @@ class _Box(NamedTuple):
     due_at: float
 
 
-class DeliverPart(MailboxPart, PostgresCore):
+class DeliverPart(ReadPart):
     """`deliver` of `index.contract.Copies` on PostgreSQL, and entering what reconcile and walks find."""
 
     def __init__(self, world: World, url: str, ids: Ids | None = None) -> None:
         super().__init__(world, url, ids)
-        self._seen: set[tuple[str, str]] = (
-            set()
-        )  # mailboxes that were there once: a hint, and each is looked at when it is locked
+        # Hints: each is looked at in the transaction that goes by it.
+        self._seen: set[tuple[str, str]] = set()  # mailboxes that were there once
+        self._sets: dict[str, int] = {}  # the numbers of sets of nodes
 
     # -- batches ---------------------------------------------------------------------------------------------------------
 
@@ -102,7 +112,9 @@ class DeliverPart(MailboxPart, PostgresCore):
         """One transaction for all; if others stand in its way, or one bad delivery spoils it, one for each half."""
         try:
             tries = _TRIES if len(batch) > 1 else limits.INDEX_TRIES_MAX
-            outcomes: list[Outcome] = await self._change(self._in_deliver, (batch,), tries)
+            sets: dict[str, int] = {}
+            outcomes: list[Outcome] = await self._change(self._in_deliver, (batch, sets), tries)
+            self._sets.update(sets)  # not before they are committed
             return list(outcomes)
         except IndexTrouble as error:
             if len(batch) == 1 or not isinstance(error.__cause__, (*IN_THE_WAY, *self.SPOILT)):
@@ -112,11 +124,14 @@ class DeliverPart(MailboxPart, PostgresCore):
 
     # -- one batch -------------------------------------------------------------------------------------------------------
 
-    async def _in_deliver(self, db: Writer, batch: list[Delivery]) -> list[Outcome] | Untouched[list[Outcome]]:
+    async def _in_deliver(
+        self, db: Writer, batch: list[Delivery], sets: dict[str, int]
+    ) -> list[Outcome] | Untouched[list[Outcome]]:
+        """`sets` gets the numbers of the sets of nodes that it asked for."""
         first: dict[bytes, Delivery] = {}
         for delivery in batch:
             first.setdefault(delivery.key, delivery)
-        placements = {delivery.key: await self._placement(db, delivery) for delivery in first.values()}
+        placements = {delivery.key: await self._placement(db, delivery, sets) for delivery in first.values()}
         rows = [
             (key, d.commit.shown_octets, bytes.fromhex(d.commit.sha256), placements[key], len(d.commit.targets))
             for key, d in sorted(first.items())
@@ -127,13 +142,12 @@ class DeliverPart(MailboxPart, PostgresCore):
             outcomes = await self._in_decided(db, [key for key in first if key not in claimed])
         live: list[tuple[bytes, Commit]] = []
         if claimed:
-            await self._in_may_number(db)
-            settled, purged = await self._in_look(db, [first[key] for key in first if key in claimed], placements)
+            settled, purged, boxes = await self._in_look(db, [first[key] for key in first if key in claimed], placements)
             if settled:  # it was decided before: the insert is undone (law 7)
                 await db.change("DELETE FROM messages WHERE key = ANY(?)", (sorted(settled),))
                 outcomes.update(dict.fromkeys(settled, Outcome.SETTLED))
             entering = [(key, first[key].commit) for key in first if key in claimed and key not in settled]
-            live = await self._in_arrive_all(db, entering, purged, placements)
+            live = await self._in_arrive_all(db, entering, purged, placements, boxes)
             for key, _ in entering:
                 outcomes[key] = Outcome.KNOWN
             for key, _ in live:
@@ -147,8 +161,13 @@ class DeliverPart(MailboxPart, PostgresCore):
         changed = any(key in claimed and outcome is not Outcome.SETTLED for key, outcome in outcomes.items())
         return answers if changed else Untouched(answers)
 
-    async def _placement(self, db: Writer, delivery: Delivery) -> int:
-        return await db.placements.id(dict.fromkeys(receipt.node for receipt in delivery.receipts))
+    async def _placement(self, db: Writer, delivery: Delivery, sets: dict[str, int]) -> int:
+        """The number of its set of nodes: as it was the last time, which the look behind the insert compares."""
+        nodes = " ".join(sorted({receipt.node for receipt in delivery.receipts}))
+        number = self._sets.get(nodes)
+        if number is None:
+            number = sets[nodes] = await db.placements.id(split(nodes))
+        return number
 
     async def _in_decided(self, db: Writer, keys: Sequence[bytes]) -> dict[bytes, Outcome]:
         """Law 3: who inserted first has decided; a row that has gone meanwhile was settled."""
@@ -162,30 +181,43 @@ class DeliverPart(MailboxPart, PostgresCore):
 
     async def _in_look(
         self, db: Writer, deliveries: Sequence[Delivery], placements: Mapping[bytes, int]
-    ) -> tuple[set[bytes], set[str]]:
-        """Law 7, behind the insert: keys that were settled before, and accounts that were purged."""
+    ) -> tuple[set[bytes], set[str], _Rows | None]:
+        """Law 7, behind the insert: keys that were settled before, and accounts that were purged. And the rows of mailboxes,
+        locked, if each of them was there once; what is missing is made before any is locked.
+        """
         lowest: dict[tuple[str, str], Position] = {}  # few, however many were delivered
         for delivery in deliveries:
             for node, disk, position in delivery.receipts:
                 if position < lowest.get((node, disk), _END):
                     lowest[node, disk] = position
-        accounts = sorted({target.account for d in deliveries for target in d.commit.targets if not target.destination})
+        names = list(_names(delivery.commit for delivery in deliveries))
+        accounts = sorted({account for account, _ in names})
         sets = {placements[d.key]: " ".join(sorted({receipt.node for receipt in d.receipts})) for d in deliveries}
         marks = [(node, disk, *position) for (node, disk), position in sorted(lowest.items())]
-        row = await db.one(_LOOK, [*_columns(marks, 4), accounts, list(sets), list(sets.values())])
+        looked = [*_columns(marks, 4), accounts, list(sets), list(sets.values())]
+        rows: _Rows | None = None
+        if names and self._seen.issuperset(names):
+            found = await db.rows(_LOOK_AND_LOCK, [*_columns(names, 2), *looked])
+            row, rows = found[0], [each[_LOOKED:] for each in found if each[_LOOKED] is not None]
+        else:
+            row = await db.one(_LOOK, looked)
         if row[2] != len(sets):
+            self._sets.clear()
             raise Again("a node was expelled meanwhile")
+        db.know_counters({"epoch": row[3], "starts": row[4], "waiting": row[5]})
+        await self._in_may_number(db)  # law 11: the epoch, too, is read behind the insert
         settled: set[bytes] = set()
         if row[0]:
             receipts = [(d.key, r.node, r.incarnation, *r.position) for d in deliveries for r in d.receipts]
             settled = {each[0] for each in await db.rows(_SETTLED, _columns(receipts, 5))}
-        return settled, set(row[1] or ())
+        return settled, set(row[1] or ()), rows
 
     # -- arriving --------------------------------------------------------------------------------------------------------
 
     async def _in_arrive_all(
-        self, db: Writer, entering: Sequence[tuple[bytes, Commit]], purged: set[str], placements: Mapping[bytes, int]
-    ) -> list[tuple[bytes, Commit]]:
+        self, db: Writer, entering: Sequence[tuple[bytes, Commit]], purged: set[str], placements: Mapping[bytes, int],
+        rows: _Rows | None = None,
+    ) -> list[tuple[bytes, Commit]]:  # fmt: skip
         """Fills mailboxes and queue for messages whose rows are there, with a reference for each target; those that are live:
         what has no target left is dead at once (law 13).
         """
@@ -216,7 +248,7 @@ class DeliverPart(MailboxPart, PostgresCore):
             await db.many("UPDATE messages SET refs = ? WHERE key = ?", fewer)
         if dead:
             await self._in_dead_at_once(db, dead, placements)
-        made = await self._in_copies(db, copies) if copies else []
+        made = await self._in_copies(db, copies, rows) if copies else []
         if queue:
             rows = [queue_form.values(row, db.new_id("queue")) for row in queue]
             await db.put(queue_form.INSERT, queue_form.WIDTH, rows)
@@ -236,11 +268,13 @@ class DeliverPart(MailboxPart, PostgresCore):
         )
         await self._in_order(db, pairs)
 
-    async def _in_copies(self, db: Writer, copies: Sequence[tuple[bytes, Commit, str, str, int]]) -> list[tuple[int, str]]:
+    async def _in_copies(
+        self, db: Writer, copies: Sequence[tuple[bytes, Commit, str, str, int]], locked: _Rows | None
+    ) -> list[tuple[int, str]]:
         """Enters copies (key, record, account, mailbox, flags) in order; the mailboxes that were made for it, and whose."""
         names = list(dict.fromkeys((account, name) for _, _, account, name, _ in copies))
-        made = await self._in_make_missing(db, names)
-        boxes = await self._in_boxes(db, copies, names)
+        made = await self._in_make_missing(db, names) if locked is None else []
+        boxes = await self._in_boxes(db, copies, names, await db.rows(_LOCK, _columns(names, 2)) if locked is None else locked)
         due_at = self._world.clock.now() + limits.CHECKPOINT_INTERVAL_S
         count, octets = dict.fromkeys(boxes, 0), dict.fromkeys(boxes, 0)
         rows = []
@@ -273,16 +307,18 @@ class DeliverPart(MailboxPart, PostgresCore):
         return [(number, account) for number, account, _ in rows if number in made]  # the others were made meanwhile
 
     async def _in_boxes(
-        self, db: Writer, copies: Sequence[tuple[bytes, Commit, str, str, int]], names: Sequence[tuple[str, str]]
+        self, db: Writer, copies: Sequence[tuple[bytes, Commit, str, str, int]], names: Sequence[tuple[str, str]], rows: _Rows
     ) -> dict[tuple[str, str], _Box]:
-        """Locks them by id, ready for so many numbers (laws 10, 11). Raises NumbersSpent."""
+        """They were locked by id, and are made ready for so many numbers (laws 10, 11). Raises NumbersSpent."""
         count = dict.fromkeys(names, 0)
         for _, _, account, name, _ in copies:
             count[account, name] += 1
         epoch, starts, now = await db.counter("epoch"), await db.counter("starts"), self._world.clock.now()
         boxes: dict[tuple[str, str], _Box] = {}
-        for number, account, name, *values in await db.rows(_LOCK, _columns(names, 2)):
-            coming = count[account, name]
+        for number, account, name, *values in rows:
+            coming = count.get((account, name), 0)
+            if not coming:
+                continue  # what was for it was settled before
             numbers = laws.Numbers(*values)
             plain = numbers.epoch == epoch and numbers.start == starts and numbers.uid_next < _UIDS_LEFT
             if not plain or numbers.uid_next + coming - numbers.base_uid > limits.EPOCH_JUMP:
@@ -309,7 +345,7 @@ class DeliverPart(MailboxPart, PostgresCore):
             "UPDATE messages SET octets = ?, sha256 = ?, placement = ?, refs = ? WHERE key = ?",
             [(c.shown_octets, bytes.fromhex(c.sha256), placement, len(c.targets), key) for key, c in sorted(found, key=_key)],
         )
-        accounts = sorted({target.account for _, commit in found for target in commit.targets if not target.destination})
+        accounts = sorted({account for account, _ in _names(commit for _, commit in found)})
         purged = await db.rows("SELECT account FROM purged WHERE account = ANY(?)", (accounts,))
         placements = {key: placement for key, _ in found}
         return len(await self._in_arrive_all(db, found, {row[0] for row in purged}, placements))
@@ -321,6 +357,11 @@ _END = Position(1 << 63, 0)
 
 def _key(found: tuple[bytes, Commit]) -> bytes:
     return found[0]
+
+
+def _names(commits: Iterable[Commit]) -> dict[tuple[str, str], None]:
+    """The mailboxes of these messages, each once, in order."""
+    return {(to.account, to.mailbox): None for commit in commits for to in commit.targets if not to.destination}
 
 
 def _columns(rows: Sequence[Sequence[Any]], width: int) -> list[list[Any]]:

@@ -12,6 +12,7 @@ from alembic.config import Config
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
+from powermail.base import limits
 from powermail.base.errors import IndexTrouble, OperatorError
 from powermail.index.postgres.addresses import connect
 from powermail.index.postgres.statements import Connection
@@ -21,7 +22,7 @@ async def migrate(url: str) -> None:
     """Makes the tables, or brings them to this version, in one transaction. Raises OperatorError."""
 
     async def connection_to_any() -> Connection:
-        connection, _ = await connect(url)
+        connection, _ = await connect(url, limits.INDEX_LONG_S)
         return connection
 
     engine = create_async_engine("postgresql+asyncpg://", async_creator=connection_to_any, poolclass=NullPool)

@@ -7,7 +7,7 @@ import asyncpg
 from powermail.base.errors import OperatorError
 from powermail.index.postgres.statements import Connection
 
-VERSION = "1"
+VERSION = "6"
 VERSION_TABLE = "index_version"
 COMMAND = "powermail index migrate"
 
@@ -25,3 +25,8 @@ async def check(connection: Connection) -> None:
             f"the tables of the index are of version {found}, this program needs {VERSION}:"
             f" run `{COMMAND}` of the newer program"
         )
+    notes = dict(await connection.fetch("SELECT name, value FROM meta WHERE name IN ('moving', 'moved')"))
+    if "moved" in notes:
+        raise OperatorError(f"the index in this database was moved to {notes['moved']}, and is what it was then")
+    if "moving" in notes:
+        raise OperatorError("an index is on its way into this database: run `powermail index move` again to its end")

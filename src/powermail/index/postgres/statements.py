@@ -5,20 +5,23 @@ Each text is translated once (`?` becomes `$1` …) and prepared once a connecti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from itertools import count
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import asyncpg
 
+from powermail.base import limits
 from powermail.base.entropy import Entropy
 from powermail.index.contract import NodeRow
+from powermail.index.postgres.views import Views
 from powermail.index.sql.core import LEFT_OUT
-from powermail.index.sql.engine import NODE_COLUMNS, Placements, Reading, Slot, Transaction, node_row, read_nodes, split
-from powermail.index.sql.epochs import read_mark
-from powermail.storage.contract import Mark
+from powermail.index.sql.engine import NODE_COLUMNS, Again, Placements, Reading, Slot, Transaction, node_row, read_nodes, split
+from powermail.index.sql.epochs import Found
+from powermail.index.view import View
 
+T = TypeVar("T")
 Connection: TypeAlias = asyncpg.Connection
 _texts: dict[str, str] = {}
 _lists: dict[tuple[str, str], str] = {}
@@ -48,11 +51,21 @@ def _affected(status: str) -> int:
     return int(last) if last.isdecimal() else 0
 
 
+Aside: TypeAlias = Callable[..., Awaitable[Any]]  # runs a call with its arguments in a lane
+
+
 class Reader(Reading):
     """What is read over one connection."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, aside: Aside) -> None:
         self.connection = connection
+        self._aside = aside
+
+    async def aside(self, rows: int, call: Callable[..., T], *args: Any) -> T:
+        if rows <= limits.VIEW_AT_ONCE_ROWS:
+            return call(*args)
+        result: T = await self._aside(call, *args)
+        return result
 
     async def rows(self, text: str, args: Sequence[Any] = ()) -> Sequence[Any]:
         found: Sequence[Any] = await self.connection.fetch(text_of(text), *args)
@@ -70,6 +83,38 @@ class Reader(Reading):
         return found
 
 
+_ASKED = ("epoch", "catching_up", "waiting")
+_STATED = "SELECT " + "".join(f"(SELECT value FROM counters WHERE name = '{name}'), " for name in _ASKED)
+
+
+class StatedReader(Reader):
+    """Each row of a statement says whether listings might be short when it was read (P7): one look instead of a transaction.
+
+    `counters` is empty as long as no row has said so: then it is to be asked in another way.
+    """
+
+    def __init__(self, connection: Connection, aside: Aside) -> None:
+        super().__init__(connection, aside)
+        self.counters: dict[str, int] = {}
+
+    async def rows(self, text: str, args: Sequence[Any] = ()) -> Sequence[Any]:
+        found = await super().rows(self._stated(text), args)
+        return [self._told(row) for row in found]
+
+    async def one(self, text: str, args: Sequence[Any] = ()) -> Any:
+        row = await super().one(self._stated(text), args)
+        return None if row is None else self._told(row)
+
+    @staticmethod
+    def _stated(text: str) -> str:
+        assert text.startswith("SELECT "), text
+        return _STATED + text.removeprefix("SELECT ")
+
+    def _told(self, row: Sequence[Any]) -> Sequence[Any]:
+        self.counters = dict(zip(_ASKED, row[: len(_ASKED)], strict=True))
+        return row[len(_ASKED) :]
+
+
 def set_number(nodes: str, generation: int) -> int:
     """The number of a set of nodes: who makes the same set at the same time gives it the same one. A set that a node was
     expelled from keeps its number, and the next of the old shape is of a later generation.
@@ -85,6 +130,7 @@ class SharedPlacements(Placements):
         self._db = db
         self._nodes: dict[int, tuple[str, ...]] = {0: ()}
         self._ids: dict[str, int] = {"": 0}
+        self._strange: set[int] = set()  # new ones with a node that is no member
 
     async def id(self, nodes: Iterable[str]) -> int:
         text = " ".join(sorted(nodes))
@@ -95,6 +141,7 @@ class SharedPlacements(Placements):
             number = set_number(text, generation)
             row = await self._db.one("SELECT nodes FROM placements WHERE id = ?", (number,))
             if row is None:
+                await self._hold_members(number, split(text))
                 await self._db.change("INSERT INTO placements VALUES (?, ?) ON CONFLICT DO NOTHING", (number, text))
                 row = await self._db.one("SELECT nodes FROM placements WHERE id = ?", (number,))
             if row[0] == text:
@@ -102,6 +149,26 @@ class SharedPlacements(Placements):
                 self._nodes[number] = split(text)
                 return number
         raise AssertionError("there is always another generation")
+
+    async def _hold_members(self, number: int, nodes: Sequence[str]) -> None:
+        """Who expels one of them waits until the new set can be seen, and takes it out of that too. One that is no member any
+        more makes the set one that only what law 7 undoes may name.
+        """
+        text = "SELECT id FROM nodes WHERE id = ANY(?) ORDER BY id FOR KEY SHARE"  # reconcile goes on meanwhile
+        members = await self._db.rows(text, (list(nodes),))
+        if len(members) != len(nodes):
+            self._strange.add(number)
+
+    async def with_node(self, number: int, node: str) -> int:
+        return self._of_members(await super().with_node(number, node))
+
+    async def without(self, number: int, node: str) -> int:
+        return self._of_members(await super().without(number, node))
+
+    def _of_members(self, number: int) -> int:
+        if number in self._strange:
+            raise Again("a node was expelled meanwhile")
+        return number
 
     async def nodes(self, number: int) -> tuple[str, ...]:
         found = self._nodes.get(number)
@@ -111,6 +178,7 @@ class SharedPlacements(Placements):
         return found
 
     async def expel(self, node: str) -> None:
+        await self._db.rows("SELECT id FROM nodes WHERE id = ? FOR UPDATE", (node,))  # see `_hold_members`
         for number, nodes in await self._db.rows("SELECT id, nodes FROM placements ORDER BY id FOR UPDATE"):
             if node in split(nodes):
                 rest = " ".join(other for other in split(nodes) if other != node)
@@ -148,11 +216,8 @@ class RandomIds:
         """They are never taken again."""
 
 
-Known = tuple[Mark, dict[int, tuple[str, int]], dict[str, int]]  # the slots left out of marks, and all counters
-
-
 class Writer(Reader, Transaction):
-    """One transaction. `known` is what it leaves behind, if it changed what marks tell of."""
+    """One transaction. `found` is what it leaves behind, if it changed what marks tell of."""
 
     alone = False
 
@@ -164,11 +229,13 @@ class Writer(Reader, Transaction):
         tag: Callable[[], str],
         new_id: Callable[[str], int],
         now: float,
+        aside: Aside,
+        kept: Views,
     ) -> None:
         Transaction.__init__(self)
-        Reader.__init__(self, connection)
+        Reader.__init__(self, connection, aside)
         self.placements = SharedPlacements(self)
-        self.known: Known | None = None
+        self.found: Found | None = None
         self.history = history
         self.ids: list[str] = []  # tables that it took ids for
         self._slot = slot
@@ -178,6 +245,7 @@ class Writer(Reader, Transaction):
         self._changes = 0
         self._counters: dict[str, int] = {}
         self._members: dict[str, NodeRow] | None = None
+        self._kept = kept
 
     @property
     def changes(self) -> int:
@@ -190,6 +258,40 @@ class Writer(Reader, Transaction):
     def new_id(self, table: str) -> int:
         self.ids.append(table)
         return self._new_id(table)
+
+    async def rows(self, text: str, args: Sequence[Any] = ()) -> Sequence[Any]:
+        return self._counted(text, await super().rows(text, args))
+
+    async def one(self, text: str, args: Sequence[Any] = ()) -> Any:
+        row = await super().one(text, args)
+        self._counted(text, () if row is None else (row,))
+        return row
+
+    async def rows_in(
+        self, head: str, values: Sequence[Any], tail: str = "", before: Sequence[Any] = (), after: Sequence[Any] = ()
+    ) -> list[Any]:
+        found = await super().rows_in(head, values, tail, before, after)
+        self._counted(head, found)
+        return found
+
+    def _counted(self, text: str, found: Sequence[Any]) -> Sequence[Any]:
+        if not text.startswith("SELECT "):
+            self._changes += len(found)  # RETURNING
+        return found
+
+    async def known_view(self, mailbox: int) -> View | None:
+        """Of this transaction; else one that the process has read. The row is locked: it shows what is committed."""
+        own = self.forget_view(mailbox)
+        kept = self._kept.find(mailbox, await self.counter("epoch")) if own is None else None
+        return own if kept is None else kept.copy()
+
+    def keep_view(self, mailbox: int, view: View) -> None:
+        """Before this transaction has changed anything it is what others see, too."""
+        super().keep_view(mailbox, view)
+        if not self._changes and "epoch" in self._counters:
+            kept = self._kept.find(mailbox, self._counters["epoch"])
+            if kept is None or kept.modseq < view.modseq:
+                self._kept.keep(mailbox, self._counters["epoch"], view.copy())
 
     async def change(self, text: str, args: Sequence[Any] = ()) -> int:
         changed = _affected(await self.connection.execute(text_of(text), *args))
@@ -209,14 +311,14 @@ class Writer(Reader, Transaction):
         marks = ", ".join("?" * width)
         await self.many(f"{head} VALUES ({marks}){tail}", rows)
 
-    async def counters(self) -> Mapping[str, int]:
-        """All numbers of the whole index, as they were found first."""
-        if not self._counters:
-            self._counters = dict(await self.rows("SELECT name, value FROM counters"))
-        return self._counters
+    def know_counters(self, counters: dict[str, int]) -> None:
+        """So some were found by a statement that asked for them beside other things."""
+        self._counters = {**counters, **self._counters}
 
     async def counter(self, name: str) -> int:
-        return (await self.counters())[name]
+        if name not in self._counters:
+            self._counters = {**dict(await self.rows("SELECT name, value FROM counters")), **self._counters}
+        return self._counters[name]
 
     async def members(self) -> Mapping[str, NodeRow]:
         if self._members is None:
@@ -224,7 +326,7 @@ class Writer(Reader, Transaction):
         return self._members
 
     async def member(self, node: str) -> NodeRow | None:
-        row = await self.one(f"SELECT {NODE_COLUMNS} FROM nodes WHERE id = ? FOR UPDATE", (node,))
+        row = await self.one(f"SELECT {NODE_COLUMNS} FROM nodes WHERE id = ? FOR NO KEY UPDATE", (node,))
         return None if row is None else node_row(row)
 
     async def new_slot(self) -> None:
@@ -235,18 +337,13 @@ class Writer(Reader, Transaction):
         self.stale = True
 
     async def raise_count(self) -> bool:
-        """Law 10, last in each transaction; False if the slot is not where this connection left it."""
+        """Law 10, last in each transaction; False if the slot is not where this connection left it, or in no mark any more:
+        nodes would refuse whatever names it again.
+        """
         raised = await self.change(
             "UPDATE writers SET count = count + 1, stopped = ?, used_at = ?,"
-            " round = (SELECT value FROM counters WHERE name = 'round') WHERE id = ? AND tag = ? AND count = ?",
-            (int(self.resting), self._now, self._slot.number, self._slot.tag, self._slot.commits),
+            " round = (SELECT value FROM counters WHERE name = 'round') WHERE id = ? AND tag = ? AND count = ? AND stopped < ?",
+            (int(self.resting), self._now, self._slot.number, self._slot.tag, self._slot.commits, LEFT_OUT),
         )
         self._slot = self._slot._replace(commits=self._slot.commits + 1)
         return raised == 1
-
-
-async def read_known(db: Reader) -> Known:
-    """What marks tell of, as it is in this transaction."""
-    left_out = await db.rows("SELECT id, tag, count FROM writers WHERE stopped = ?", (LEFT_OUT,))
-    counters = dict(await db.rows("SELECT name, value FROM counters"))
-    return await read_mark(db), {number: (tag, count) for number, tag, count in left_out}, counters

@@ -157,21 +157,33 @@ class CheckpointPart(MailboxPart, NodePart):
     async def _in_checkpoint_done(
         self, db: Transaction, plan: CheckpointPlan, nodes: Sequence[str], now: float
     ) -> Untouched[None] | None:
-        """The mailbox may get JUMP numbers more (law 11)."""
+        """The mailbox may get JUMP numbers more (law 11). What was planned in an older epoch shows what may have been lost.
+        What is older than one that is durable counts for nothing, or the next one would be written over the newest there is.
+        """
         at = plan.mailbox
+        if plan.planned_in != await db.counter("epoch"):
+            return Untouched(None)
         row = await db.one(
-            "SELECT modseq, coalesce((SELECT nodes FROM holders h WHERE h.id = m.holders), ''), whole_modseq FROM mailboxes m"
-            " WHERE id = ? AND uidvalidity = ? FOR UPDATE",
+            "SELECT modseq, coalesce((SELECT nodes FROM holders h WHERE h.id = m.holders), ''), whole_modseq, whole_side,"
+            " tail_side, checkpoint_modseq FROM mailboxes m WHERE id = ? AND uidvalidity = ? FOR UPDATE",
             (at.id, at.uidvalidity),
         )
         if row is None or (not plan.whole and row[2] != plan.base):  # law 13: its whole one was lost, or replaced, meanwhile
             return Untouched(None)
+        if row[5] > at.modseq:
+            return Untouched(None)
+        if plan.side == (row[3] if plan.whole else row[4]):
+            # Another keeper was quicker with the same: the records of both may lie there in pieces. A whole one on the other
+            # side is due at once, and the one before it counts until then.
+            await db.change("UPDATE mailboxes SET skipped = 1, due_at = ? WHERE id = ?", (now, at.id))
+            db.boxes.pop((at.account, at.name), None)
+            return None
         behind = row[0] > at.modseq or plan.skipped
         holders = await self._in_holders(db, nodes if plan.whole else {*split(row[1]), *nodes})
         where = "whole_modseq = ?, whole_uid = ?, whole_side = ?" if plan.whole else "tail_side = ?"
         values = (plan.base, plan.base_uid, plan.side) if plan.whole else (plan.side,)
         await db.change(
-            f"UPDATE mailboxes SET {where}, holders = ?, checkpoint_modseq = greatest(checkpoint_modseq, ?), skipped = ?,"
+            f"UPDATE mailboxes SET {where}, holders = ?, checkpoint_modseq = ?, skipped = ?,"
             " base_uid = greatest(base_uid, ?), base_modseq = greatest(base_modseq, ?), due_at = ? WHERE id = ?",
             (
                 *values, holders, at.modseq, int(plan.skipped), at.uid_next, at.modseq,
@@ -203,8 +215,8 @@ class CheckpointPart(MailboxPart, NodePart):
         for number in numbers:
             lost += await db.change(
                 "UPDATE mailboxes SET holders = 0, whole_modseq = 0, checkpoint_modseq = 0, due_at = ? WHERE id IN"
-                " (SELECT id FROM mailboxes WHERE holders = ? AND holders > 0 ORDER BY id LIMIT ?)",
-                (self._world.clock.now(), number, _LOST_ROWS - lost),
+                " (SELECT id FROM mailboxes WHERE holders = ? AND holders > 0 ORDER BY id LIMIT ?) AND holders = ?",
+                (self._world.clock.now(), number, _LOST_ROWS - lost, number),
             )
         db.boxes.clear()
         return lost or Untouched(0)
@@ -216,10 +228,10 @@ class CheckpointPart(MailboxPart, NodePart):
             await self.checkpoints_lost(node)
         await super().admit_node(node, group, incarnation, boot, watermark, end)
 
-    async def expel(self, node: str) -> None:
+    async def expel(self, node: str, version: int | None = None) -> bool:
         """A whole checkpoint is due of what had one there: its holders are not what they were."""
         await self.checkpoints_lost(node)
-        await super().expel(node)
+        return await super().expel(node, version)
 
     async def queue_state(self, after: int, limit: int) -> tuple[dict[str, tuple[str, Position]], list[tuple[int, bytes, str]]]:
         return await self._read(self._queue_state, after, limit)

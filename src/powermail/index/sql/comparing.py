@@ -32,6 +32,7 @@ class ComparingPart(References):
         new = {key for key, at, origin in batch.copies if laws.deed(None, origin, at < batch.birth) is Deed.ENTER}
         claimed = await self._in_claim(db, sorted(new.intersection(batch.commits)))
         fates = await self._in_fates(db, [*(key for key, _, _ in batch.copies), *batch.tombstones])
+        self._check_claims(db, new.intersection(batch.commits), fates)
         fates = {key: fate for key, fate in fates.items() if key not in claimed}
         died = [key for key in batch.tombstones if fates.get(key) is Fate.LIVE]
         if died and not node.owes_walk:
@@ -54,6 +55,12 @@ class ComparingPart(References):
         )
         await self._in_move_watermark(db, node, batch)
         return Reconciled(True, entered)
+
+    @staticmethod
+    def _check_claims(db: Transaction, wanted: Iterable[bytes], fates: Mapping[bytes, Fate]) -> None:
+        """Somebody had a row for each key that was not claimed; one that is gone was forgotten between the two looks."""
+        if not db.alone and any(key not in fates for key in wanted):
+            raise Again("a key was forgotten meanwhile")
 
     async def _in_move_watermark(self, db: Transaction, node: NodeRow, batch: Batch) -> None:
         """Compare-and-set, also here where nobody else can have moved it: another deployment has many keepers (law 6)."""
@@ -110,6 +117,7 @@ class ComparingPart(References):
         }
         claimed = await self._in_claim(db, sorted(new.intersection(commits)))
         fates = await self._in_fates(db, keys)
+        self._check_claims(db, new.intersection(commits), fates)
         fates = {key: fate for key, fate in fates.items() if key not in claimed}
         died = [key for key, held, _ in items if held is Held.DEAD and fates.get(key) is Fate.LIVE]
         if died and not (enter or row.owes_walk or row.owes_compare):

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from powermail.index.contract import Damage, DropOrder, Fate, MessageFacts, NodeRow
 from powermail.index.sql.core import NO_NODES
-from powermail.index.sql.engine import Reading, Transaction, Untouched, split
+from powermail.index.sql.engine import Again, Reading, Transaction, Untouched, split
 from powermail.index.sql.references import References
-from powermail.storage.contract import Dropped, End, Position
+from powermail.storage.contract import Dropped, End, Position, Receipt
 
 _FACTS = "m.key, m.octets, m.sha256, p.nodes, m.refs FROM messages m JOIN placements p ON p.id = m.placement"
 
@@ -57,7 +57,9 @@ class CopyPart(References):
             " ON CONFLICT (key) DO NOTHING",
             (key, b"", NO_NODES, int(Fate.ABORTED)),
         )
-        fate = (await self._in_fates(db, [key]))[key]
+        fate = (await self._in_fates(db, [key])).get(key)
+        if fate is None:
+            raise Again("a key was forgotten meanwhile")
         if fate is not Fate.ABORTED:
             return Untouched(fate)
         await self._in_order(db, [(node, key) for node in asked])  # law 5: nodes are told only after this was decided
@@ -130,6 +132,25 @@ class CopyPart(References):
             return Untouched(False)
         await self._in_believe(db, node, [key], True)
         await db.change("DELETE FROM suspects WHERE node = ? AND key = ?", (node, key))
+        return True
+
+    async def let_go(self, key: bytes, copy: Receipt, groups: Mapping[str, str], required: int) -> bool:
+        return await self._write(self._in_let_go, key, copy, groups, required)
+
+    async def _in_let_go(
+        self, db: Transaction, key: bytes, copy: Receipt, groups: Mapping[str, str], required: int
+    ) -> bool | Untouched[bool]:
+        member = await db.member(copy.node)
+        await db.lock_keys([key])
+        row = await db.one("SELECT placement FROM messages WHERE key = ? AND fate = 1", (key,))
+        if row is None or member is None or member.incarnation != copy.incarnation:
+            return Untouched(False)
+        nodes = await db.placements.nodes(row[0])
+        others = {groups[node] for node in nodes if node != copy.node and node in groups}
+        if copy.node not in nodes or len(others) < required:
+            return Untouched(False)
+        await self._in_believe(db, copy.node, [key], False)
+        await self._in_drop(db, copy.node, [(key, copy.position)])
         return True
 
     async def disbelieve(self, node: str, keys: Sequence[bytes]) -> None:

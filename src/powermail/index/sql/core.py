@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from powermail.base import limits
 from powermail.base.errors import IndexLost, IndexTrouble
 from powermail.base.world import World
-from powermail.index.sql.engine import Slot, Transaction, Untouched
+from powermail.index.sql.engine import Reading, Slot, Transaction, Untouched
 from powermail.mail.envelope import Commit
 from powermail.storage.contract import Mark
 
@@ -59,6 +59,10 @@ class Core(ABC):
         """The same by one statement."""
 
     @abstractmethod
+    async def _in_now(self, db: Reading) -> float:
+        """UTC by the one clock of all who share the index: leases are taken, kept and lost by it."""
+
+    @abstractmethod
     async def _aside(self, call: Callable[..., T], *args: Any) -> T:
         """Runs what only computes, and long, off the event loop."""
 
@@ -88,10 +92,6 @@ class Core(ABC):
     async def _in_epoch_raised(self, db: Transaction) -> None:
         """A new epoch begins in this transaction: what proved the loss, if the database itself did, is as it should be now."""
 
-    def _needs_walk(self, marks: Sequence[Mark]) -> bool:
-        """False if nothing but the database's own history says that commits were lost, and that only that they may be."""
-        return True
-
     # -- what a process knows --------------------------------------------------------------------------------------------
 
     @property
@@ -104,16 +104,16 @@ class Core(ABC):
         """The epoch and this process's writer slots, as its last transactions left them."""
 
     @abstractmethod
-    def _left_out(self) -> dict[int, tuple[str, int]]:
-        """Slots that no mark tells of any more, and that are not pruned yet."""
-
-    @abstractmethod
     def mark(self) -> Mark:
         """As the contract says."""
 
     @abstractmethod
     async def merge(self, mailbox: int) -> bool:
         """As the contract says."""
+
+    def _lose(self, why: str, epoch: int) -> None:
+        """This process met the proof itself, in that epoch (law 10)."""
+        self._why_lost = why
 
     def settled(self) -> None:
         """Listings are complete again."""

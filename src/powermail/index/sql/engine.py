@@ -11,7 +11,7 @@ writer slot. A body may run again when the engine asks for it, so it keeps nothi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from powermail.base import limits
@@ -61,6 +61,10 @@ class Reading(ABC):
 
         `before` and `after` are bound in `head` and `tail`.
         """
+
+    async def aside(self, rows: int, call: Callable[..., T], *args: Any) -> T:
+        """Runs what only computes, over about so many rows, where it holds up nobody: here, if all of this is in a lane."""
+        return call(*args)
 
 
 class Placements(ABC):
@@ -178,6 +182,10 @@ class Transaction(Reading):
         view = self.views.pop(mailbox, None)
         self.views_messages -= len(view) if view is not None else 0
         return view
+
+    async def known_view(self, mailbox: int) -> View | None:
+        """A view to go on from, whatever it shows; it is the caller's."""
+        return self.forget_view(mailbox)
 
     def new_id(self, table: str) -> int | None:
         """An id for a new row of `mailboxes`, `queue`, `holders`; None where the table gives one itself."""

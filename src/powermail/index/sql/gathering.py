@@ -44,6 +44,17 @@ class Gathering(Core):
             self._idle.clear()
             await self._idle.wait()
 
+    def _refuse_waiting(self, why: IndexTrouble) -> None:
+        """Nothing that waits is entered any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._at_once = None, False
+        waiting, self._waiting = self._waiting, []
+        for _, future in waiting:
+            if not future.done():
+                future.set_exception(why)
+        self._idle.set()
+
     def deliver(self, delivery: Delivery) -> asyncio.Future[Outcome]:
         """As the contract says. Raises IndexTrouble at once when too many wait."""
         if len(self._waiting) >= limits.INDEX_WAITING_MAX:

@@ -109,7 +109,9 @@ class MailboxPart(References):
         facts = await read_facts(db, mailbox)
         if await trimmed(db, mailbox) > modseq:
             return None  # without this look a view goes on from changes it never saw
-        return Tail(facts, await read_arrived(db, mailbox, uid_next), await read_changes(db, mailbox, modseq))
+        arrived = await read_arrived(db, mailbox, uid_next) if facts.uid_next != uid_next else []
+        changes = await read_changes(db, mailbox, modseq, facts.messages) if facts.modseq != modseq else []
+        return Tail(facts, arrived, changes)
 
     async def changed(self, known: Mapping[int, int]) -> list[int]:
         return await self._read(self._changed, dict(known))

@@ -8,13 +8,14 @@ from powermail.base.errors import OperatorError
 from powermail.index.contract import NodeRow
 from powermail.index.sql.core import LEFT_OUT
 from powermail.index.sql.engine import NODE_COLUMNS, Reading, Transaction, Untouched, parts, read_nodes
+from powermail.index.sql.membership import MembershipPart
 from powermail.index.sql.references import References
 from powermail.storage.contract import Position, Unread
 
 _Place = tuple[int, bytes]
 
 
-class NodePart(References):
+class NodePart(References, MembershipPart):
     """The part of `index.contract.Copies` about nodes and forgetting."""
 
     async def node_rows(self) -> list[NodeRow]:
@@ -36,20 +37,31 @@ class NodePart(References):
             return
         if old is not None:  # that disk never comes back as it is (law 9)
             await db.change("INSERT INTO retired VALUES (?) ON CONFLICT DO NOTHING", (old.incarnation,))
-        owes_walk = bool(await db.counter("catching_up")) or (old is not None and old.owes_walk)
         blocked = old is not None and old.blocked
         marks = ", ".join("?" * 13)
         await db.change("DELETE FROM nodes WHERE id = ?", (node,))
+        owes_walk = old is not None and old.owes_walk
         await db.change(
             f"INSERT INTO nodes ({NODE_COLUMNS}) VALUES ({marks})",
             (node, group, incarnation, *watermark, *end, boot, 0, int(owes_walk), int(blocked), 0.0, 0),
+        )
+        # Who raises the epoch sets this counter first and looks for nodes then: one of both sees the other (law 11).
+        row = await db.one("SELECT value FROM counters WHERE name = 'catching_up' FOR UPDATE")
+        if row[0]:
+            await db.change("UPDATE nodes SET owes_walk = 1 WHERE id = ?", (node,))
+        await db.change(
+            "INSERT INTO newcomers VALUES (?, ?) ON CONFLICT (node) DO UPDATE SET incarnation = excluded.incarnation",
+            (node, incarnation),
         )
         # Nothing that lies before a new incarnation's birth is ever entered: what could not be read there matters no more.
         await db.change("DELETE FROM unread WHERE node = ?", (node,))
 
     async def note_boot(self, node: str, incarnation: str, boot: str) -> None:
         await self._write(
-            self._in_update, "UPDATE nodes SET boot = ? WHERE id = ? AND incarnation = ?", (boot, node, incarnation)
+            self._in_update,
+            "UPDATE nodes SET boot = ? WHERE id = ? AND incarnation = ?"
+            " AND (boot <> '' OR (SELECT value FROM counters WHERE name = 'catching_up') = 0)",  # law 11
+            (boot, node, incarnation),
         )
 
     async def note_compared(self, node: str) -> None:
@@ -63,19 +75,22 @@ class NodePart(References):
         await db.change(statement, values)
         db.stale = True
 
-    async def expel(self, node: str) -> None:
-        await self._write(self._in_expel, node)
+    async def expel(self, node: str, version: int | None = None) -> bool:
+        return await self._write(self._in_expel, node, version)
 
-    async def _in_expel(self, db: Transaction, node: str) -> None:
+    async def _in_expel(self, db: Transaction, node: str, version: int | None) -> bool | Untouched[bool]:
         """Its beliefs go with one look at the sets of nodes, not at messages; its incarnation never comes back (law 9)."""
         row = await db.member(node)
+        if not await self._in_end_membership(db, node, version):
+            return Untouched(False)
         if row is not None:
             await db.change("INSERT INTO retired VALUES (?) ON CONFLICT DO NOTHING", (row.incarnation,))
         await db.placements.expel(node)
-        for table in ("orders", "drops", "suspects", "unread", "damages"):
+        for table in ("orders", "drops", "suspects", "unread", "damages", "newcomers"):
             await db.change(f"DELETE FROM {table} WHERE node = ?", (node,))
         await db.change("DELETE FROM nodes WHERE id = ?", (node,))
         db.stale = True
+        return True
 
     async def unread(self, node: str, limit: int) -> list[Unread]:
         return await self._ask(self._unread, node, limit)
@@ -140,8 +155,6 @@ class NodePart(References):
 
     async def _in_forget(self, db: Transaction, keys: Sequence[bytes]) -> int | Untouched[int]:
         """Law 9, whole: decided before a round that every member was scanned for, nothing ordered, owed or unread."""
-        if await db.one("SELECT 1 FROM nodes WHERE owes_walk = 1 UNION ALL SELECT 1 FROM unread LIMIT 1"):
-            return Untouched(0)
         gone: list[bytes] = []
         await db.lock_keys(keys)
         for part in parts(list(keys)):
@@ -149,6 +162,7 @@ class NodePart(References):
             rows = await db.rows(
                 f"DELETE FROM messages WHERE key IN ({marks}) AND fate > 1 AND round < (SELECT min(scan_round) FROM nodes)"
                 " AND NOT EXISTS (SELECT 1 FROM orders o JOIN nodes n ON n.id = o.node WHERE o.key = messages.key)"
+                " AND NOT EXISTS (SELECT 1 FROM nodes WHERE owes_walk = 1) AND NOT EXISTS (SELECT 1 FROM unread)"
                 " RETURNING key",
                 part,
             )

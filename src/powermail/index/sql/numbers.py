@@ -7,6 +7,7 @@ of a mailbox is the stored one with its tail: entries at or above its UIDNEXT, c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from powermail.base import limits
 from powermail.base.errors import IndexTrouble
@@ -38,17 +39,25 @@ async def trimmed(db: Reading, mailbox: int) -> int:
     return int(row[0]) if row else 0
 
 
-async def read_changes(db: Reading, mailbox: int, modseq: int) -> list[Change]:
-    """Changes above a MODSEQ, in order."""
+async def read_changes(db: Reading, mailbox: int, modseq: int, messages: int) -> list[Change]:
+    """Changes above a MODSEQ, in order; one may name all `messages`."""
     rows = await db.rows(
         "SELECT modseq, op, flags, uids FROM changes WHERE mailbox = ? AND modseq > ? ORDER BY modseq", (mailbox, modseq)
     )
+    return await db.aside(messages if rows else 0, _changes, rows)
+
+
+def _changes(rows: Sequence[Sequence[Any]]) -> list[Change]:
     return [Change(number, Op(op), flags, unpack_uids(uids)) for number, op, flags, uids in rows]
 
 
 async def read_arrived(db: Reading, mailbox: int, uid_next: int) -> list[EntryFacts]:
     """Entries at or above a UIDNEXT, in order."""
     rows = await db.rows(f"SELECT {ENTRY} FROM entries WHERE mailbox = ? AND uid >= ? ORDER BY uid", (mailbox, uid_next))
+    return await db.aside(len(rows), _entries, rows)
+
+
+def _entries(rows: Sequence[Sequence[Any]]) -> list[EntryFacts]:
     return [EntryFacts(*row) for row in rows]
 
 
@@ -57,7 +66,8 @@ async def read_view(db: Reading, mailbox: int) -> View:
     facts = await read_facts(db, mailbox)
     parts = [row[0] for row in await db.rows("SELECT state FROM views WHERE mailbox = ? ORDER BY part", (mailbox,))]
     try:
-        view = View.unpack(parts) if parts else View(facts.uidvalidity, 1, 0)
+        rows = facts.messages + len(parts[1:]) * limits.VIEW_PART_ROWS
+        view = await db.aside(rows, View.unpack, parts) if parts else View(facts.uidvalidity, 1, 0)
     except ValueError as error:
         raise IndexTrouble(f"the view of mailbox {mailbox}: {error}") from error
     await follow(db, view, facts)
@@ -66,8 +76,10 @@ async def read_view(db: Reading, mailbox: int) -> View:
 
 async def follow(db: Reading, view: View, facts: MailboxFacts) -> None:
     """Brings a view to where the mailbox is."""
-    arrived, changes = await read_arrived(db, facts.id, view.uid_next), await read_changes(db, facts.id, view.modseq)
-    view.follow(facts.uid_next, facts.modseq, arrived, changes)
+    arrived = await read_arrived(db, facts.id, view.uid_next)
+    changes = await read_changes(db, facts.id, view.modseq, facts.messages)
+    rows = len(arrived) + (facts.messages if changes else 0)
+    await db.aside(rows, view.follow, facts.uid_next, facts.modseq, arrived, changes)
 
 
 class Numbering(Core):
@@ -78,8 +90,9 @@ class Numbering(Core):
     async def _in_view(self, db: Transaction, mailbox: int) -> View:
         """The state now; the caller may not change it. Raises KeyError."""
         facts = await read_facts(db, mailbox, lock=True)
-        view = db.forget_view(mailbox)
-        if view is None or view.uidvalidity != facts.uidvalidity or view.modseq < await trimmed(db, mailbox):
+        view = await db.known_view(mailbox)
+        fits = view is not None and view.uidvalidity == facts.uidvalidity and view.modseq <= facts.modseq
+        if view is None or not fits or view.modseq < await trimmed(db, mailbox):
             view = await read_view(db, mailbox)
         elif view.modseq != facts.modseq:
             await follow(db, view, facts)

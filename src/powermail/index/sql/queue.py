@@ -1,6 +1,7 @@
 """Owns the queue: leases by owner and time, finishing, deferring, the operator's hand.
 
-Finishing a row is an expunge: the last reference may go with it (law 8).
+Finishing a row is an expunge: the last reference may go with it (law 8). Leases are dated by the index's own clock (`_in_now`),
+and whoever ends one says whose it is, in the statement that ends it: else two front ends send one message.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ _REMEMBER = (
 _FREE = "held = 0 AND domain NOT IN (SELECT domain FROM held_domains)"
 _DUE, _AHEAD = (f"due_at {is_due} ? AND (lease_until <= ? OR lease_until > ?) AND {_FREE}" for is_due in ("<=", ">"))
 
+_STILL = f"AND (lease_until <= ? OR lease_until > ?) AND (due_at <= ? OR due_at > ?) AND {_FREE} ORDER BY id FOR UPDATE"
+
 
 def _by_id(pair: tuple[QueueRow, float]) -> int:
     return pair[0].id
@@ -35,8 +38,9 @@ class QueuePart(References):
         return await self._write(self._in_lease_due, owner, now, lease_s, limit, but)
 
     async def _is_due(self, db: Reading, now: float, lease_s: float) -> bool:
+        over = await self._in_now(db)
         for where, at in ((_DUE, now), (_AHEAD, now + limits.QUEUE_AHEAD_MAX_S)):
-            if await db.one(f"SELECT 1 FROM queue WHERE {where} LIMIT 1", (at, now, now + 2 * lease_s)) is not None:
+            if await db.one(f"SELECT 1 FROM queue WHERE {where} LIMIT 1", (at, over, over + 2 * lease_s)) is not None:
                 return True
         return False
 
@@ -44,63 +48,76 @@ class QueuePart(References):
         self, db: Transaction, owner: str, now: float, lease_s: float, limit: int, but: Sequence[str]
     ) -> list[QueueRow] | Untouched[list[QueueRow]]:
         others = f" AND domain NOT IN ({', '.join('?' * len(but))})" if but else ""
+        over = await self._in_now(db)
         found: list[Any] = []
         for where, at in ((_DUE, now), (_AHEAD, now + limits.QUEUE_AHEAD_MAX_S)):
             text = f"{queue_form.SELECT} WHERE {where}{others} ORDER BY due_at, id LIMIT ?"
-            found += await db.rows(text, (at, now, now + 2 * lease_s, *but, limit - len(found)))
+            found += await db.rows(text, (at, over, over + 2 * lease_s, *but, limit - len(found)))
         if not db.alone:  # in the order in which all lock; what somebody else took meanwhile is his
             ids = [row[0] for row in found]
-            locked = f"AND (lease_until <= ? OR lease_until > ?) AND {_FREE} ORDER BY id FOR UPDATE"
-            found = await db.rows_in(f"{queue_form.SELECT} WHERE id IN", ids, locked, after=(now, now + 2 * lease_s))
+            after = (over, over + 2 * lease_s, now, now + limits.QUEUE_AHEAD_MAX_S)
+            found = await db.rows_in(f"{queue_form.SELECT} WHERE id IN", ids, _STILL, after=after)
             found = sorted(found, key=lambda row: (row[queue_form.DUE_AT], row[0]))
         if not found:
             return Untouched([])
         head = "UPDATE queue SET lease_owner = ?, lease_until = ? WHERE id IN"
-        await db.change_in(head, [row[0] for row in found], (owner, now + lease_s))
+        await db.change_in(head, [row[0] for row in found], (owner, over + lease_s))
         return [queue_form.read(values) for values in found]
 
-    async def finish(self, rows: list[QueueRow]) -> None:
-        await self._write(self._in_finish, [row.id for row in rows])
+    async def finish(self, rows: list[QueueRow], owner: str | None = None) -> None:
+        await self._write(self._in_finish, [row.id for row in rows], owner)
 
-    async def _in_finish(self, db: Transaction, numbers: Sequence[int]) -> None:
+    async def _in_finish(self, db: Transaction, numbers: Sequence[int], owner: str | None) -> None:
         if not db.alone:
             keys = await db.rows_in("SELECT key FROM queue WHERE id IN", list(numbers))
             await db.lock_keys(row[0] for row in keys)
             await db.rows_in("SELECT id FROM queue WHERE id IN", list(numbers), "ORDER BY id FOR UPDATE")
+        whose = "" if owner is None else " AND lease_owner = ?"
+        mine = () if owner is None else (owner,)
         gone: list[Any] = []
         for part in parts(list(numbers)):
             marks = ", ".join("?" * len(part))
-            gone += await db.rows(f"DELETE FROM queue WHERE id IN ({marks}) RETURNING key, id, attempts", part)
+            gone += await db.rows(f"DELETE FROM queue WHERE id IN ({marks}){whose} RETURNING key, id, attempts", (*part, *mine))
         await self._in_finished(db, gone)
 
-    async def renew_leases(self, owner: str, until: float) -> None:
-        await self._write(self._in_renew_leases, owner, until)
+    async def renew_leases(self, owner: str, numbers: Sequence[int], lease_s: float) -> list[int]:
+        return await self._write(self._in_renew_leases, owner, sorted(numbers), lease_s)
 
-    async def _in_renew_leases(self, db: Transaction, owner: str, until: float) -> Untouched[None] | None:
-        renewed = await db.change("UPDATE queue SET lease_until = ? WHERE lease_owner = ?", (until, owner))
-        return None if renewed else Untouched(None)
+    async def _in_renew_leases(
+        self, db: Transaction, owner: str, numbers: Sequence[int], lease_s: float
+    ) -> list[int] | Untouched[list[int]]:
+        found = await db.rows_in("SELECT id, lease_owner FROM queue WHERE id IN", numbers, "ORDER BY id FOR UPDATE")
+        mine = [number for number, whose in found if whose == owner]
+        others = [number for number, whose in found if whose not in ("", owner)]
+        if not mine:
+            return Untouched(others)
+        until = await self._in_now(db) + lease_s
+        await db.change_in("UPDATE queue SET lease_until = ? WHERE id IN", mine, (until,))
+        return others
 
-    async def defer(self, rows: list[QueueRow], due_at: list[float], attempt: Attempt) -> None:
-        await self._write(self._in_defer, list(rows), due_at, attempt)
+    async def defer(self, rows: list[QueueRow], due_at: list[float], attempt: Attempt, owner: str) -> None:
+        await self._write(self._in_defer, list(rows), due_at, attempt, owner)
 
-    async def _in_defer(self, db: Transaction, rows: Sequence[QueueRow], due_at: Sequence[float], attempt: Attempt) -> None:
+    async def _in_defer(
+        self, db: Transaction, rows: Sequence[QueueRow], due_at: Sequence[float], attempt: Attempt, owner: str
+    ) -> None:
         for row, due in sorted(zip(rows, due_at, strict=True), key=_by_id):
             number = row.attempts + 1
             changed = await db.change(
                 "UPDATE queue SET attempts = ?, due_at = ?, last_status = ?, delay_told = ?, lease_owner = '', lease_until = 0"
-                " WHERE id = ?",
-                (number, due, attempt.status, int(row.delay_told), row.id),
+                " WHERE id = ? AND lease_owner = ?",
+                (number, due, attempt.status, int(row.delay_told), row.id, owner),
             )
             if changed:
                 await db.change(_REMEMBER, (row.id, number, *attempt))
                 kept = number - limits.QUEUE_ATTEMPTS_KEPT
                 await db.change("DELETE FROM attempts WHERE queue = ? AND number <= ?", (row.id, kept))
 
-    async def give_back(self, rows: list[QueueRow], due_at: float) -> None:
-        await self._write(self._in_give_back, sorted((due_at, row.id) for row in rows))
+    async def give_back(self, rows: list[QueueRow], due_at: float, owner: str) -> None:
+        await self._write(self._in_give_back, sorted((due_at, row.id, owner) for row in rows))
 
-    async def _in_give_back(self, db: Transaction, values: Sequence[tuple[float, int]]) -> None:
-        await db.many("UPDATE queue SET due_at = ?, lease_owner = '', lease_until = 0 WHERE id = ?", values)
+    async def _in_give_back(self, db: Transaction, values: Sequence[tuple[float, int, str]]) -> None:
+        await db.many("UPDATE queue SET due_at = ?, lease_owner = '', lease_until = 0 WHERE id = ? AND lease_owner = ?", values)
 
     async def queue_attempts(self, number: int) -> list[Attempt]:
         return await self._ask(self._queue_attempts, number)

@@ -157,6 +157,8 @@ class References(Numbering):
             shown[mailbox].append(uid)
         for mailbox, uids in shown.items():
             await self._in_leave(db, mailbox, uids)
+        if not db.alone:  # in the order in which all lock, whatever the order in which the next statement finds them
+            await db.rows_in("SELECT id FROM queue WHERE key IN", list(keys), "ORDER BY id FOR UPDATE")
         for part in parts(list(keys)):
             marks = ", ".join("?" * len(part))
             rows = await db.rows(f"DELETE FROM queue WHERE key IN ({marks}) RETURNING key, id, attempts", part)

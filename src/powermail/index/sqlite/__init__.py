@@ -11,7 +11,10 @@ from powermail.index.sql.checkpoints import CheckpointPart
 from powermail.index.sql.comparing import ComparingPart
 from powermail.index.sql.copies import CopyPart
 from powermail.index.sql.epochs import EpochPart
+from powermail.index.sql.identities import IdentityPart
+from powermail.index.sql.leases import LeasePart
 from powermail.index.sql.queue import QueuePart
+from powermail.index.sql.tallies import TallyPart
 from powermail.index.sql.totals import TotalsPart
 from powermail.index.sqlite.connection import cluster_of
 from powermail.index.sqlite.deliver import DeliverPart
@@ -19,5 +22,7 @@ from powermail.index.sqlite.deliver import DeliverPart
 __all__ = ["SqliteIndex", "cluster_of"]
 
 
-class SqliteIndex(DeliverPart, CheckpointPart, ComparingPart, CopyPart, QueuePart, EpochPart, TotalsPart):
+class SqliteIndex(
+    DeliverPart, CheckpointPart, ComparingPart, CopyPart, QueuePart, LeasePart, TallyPart, IdentityPart, EpochPart, TotalsPart
+):
     """The whole index in one SQLite file."""

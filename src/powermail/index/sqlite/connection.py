@@ -20,7 +20,7 @@ from powermail.base.lane import Lane
 from powermail.base.world import World
 from powermail.index.laws import NumbersSpent
 from powermail.index.sql.core import LEFT_OUT, STARTS_BEHIND, Change, Look
-from powermail.index.sql.engine import NODE_COLUMNS, Slot, Transaction, Untouched, node_row
+from powermail.index.sql.engine import NODE_COLUMNS, Reading, Slot, Transaction, Untouched, node_row
 from powermail.index.sql.gathering import Gathering
 from powermail.index.sqlite import migration, schema
 from powermail.index.sqlite.statements import Reader, Writer, drive
@@ -39,7 +39,6 @@ class Shared(NamedTuple):
     uidvalidity: int
     slots: dict[int, tuple[str, int]]  # of other openings
     retired: tuple[str, ...]
-    left_out: dict[int, tuple[str, int]]  # slots that no mark tells of any more, and that are not pruned yet
 
 
 # What a disk is to blame for, and no database: it may be as good as new when there is room, or the disk is back.
@@ -119,7 +118,7 @@ class SqliteCore(Gathering):
         self._reader_open: sqlite3.Connection | None = None
         self._writer_open: Writer | None = None
         self._slot = Slot(0, "", 0)
-        self._shared = Shared(0, 0, 0, 0, 0, {}, (), {})
+        self._shared = Shared(0, 0, 0, 0, 0, {}, ())
         self._published = self._slot, self._shared  # as the last transaction left both; what other threads read
         self._under_way = 0  # transactions on their way to the lane, or in it
         self._changes = 0
@@ -275,6 +274,9 @@ class SqliteCore(Gathering):
         self._complete()
         return await self._ask(call, *args)
 
+    async def _in_now(self, db: Reading) -> float:
+        return self._world.clock.now()
+
     async def _aside(self, call: Callable[..., T], *args: Any) -> T:
         return await self._read_lane.run(call, *args)
 
@@ -353,19 +355,16 @@ class SqliteCore(Gathering):
         counters = dict(db.execute("SELECT name, value FROM counters").fetchall())
         writer.counters = counters
         writer.know([node_row(row) for row in db.execute(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id")])
-        writers: dict[bool, dict[int, tuple[str, int]]] = {False: {}, True: {}}  # left out or not
-        for number, tag, count, stopped in db.execute("SELECT id, tag, count, stopped FROM writers ORDER BY id"):
-            writers[stopped == LEFT_OUT][number] = tag, count
-        writers[False].pop(self._slot.number, None)
+        rows = db.execute("SELECT id, tag, count FROM writers WHERE stopped <> ? ORDER BY id", (LEFT_OUT,))
+        others = {number: (tag, count) for number, tag, count in rows if number != self._slot.number}
         self._shared = Shared(
             counters["epoch"],
             counters["round"],
             counters["sequence"],
             counters["starts"],
             counters["uidvalidity"],
-            writers[False],
+            others,
             tuple(row[0] for row in db.execute("SELECT incarnation FROM retired ORDER BY incarnation")),
-            writers[True],
         )
         self.catching_up = bool(counters["catching_up"])
         self.numbering = not counters["waiting"]
@@ -410,6 +409,3 @@ class SqliteCore(Gathering):
     def _mine(self) -> tuple[int, tuple[Slot, ...]]:
         slot, shared = self._published
         return shared.epoch, (slot,)
-
-    def _left_out(self) -> dict[int, tuple[str, int]]:
-        return self._shared.left_out

@@ -22,6 +22,11 @@ def prepare(db: sqlite3.Connection, path: str, cluster: str, now: float) -> None
     """Makes or migrates the tables; inside a transaction. Raises OperatorError, sqlite3.Error."""
     found = db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name = 'meta'").fetchone()
     meta = dict(db.execute("SELECT name, value FROM meta").fetchall()) if found else {}
+    if "moved" in meta:  # two indexes of one history would give one number twice
+        raise OperatorError(
+            f"the index {path} was moved to {meta['moved']}, and is what it was then: set index.database, or run"
+            " `powermail index move` again if it did not come to its end"
+        )
     version = int(meta.get("version", schema.VERSION))
     if version > schema.VERSION:
         raise OperatorError(f"the index {path} was written by a newer version of this program")

@@ -78,6 +78,27 @@ TABLES = (
     "CREATE TABLE IF NOT EXISTS held_domains (domain TEXT PRIMARY KEY) WITHOUT ROWID",
     # Senders that a rewritten reverse-path of ours stands for, when it has no room to say so itself.
     "CREATE TABLE IF NOT EXISTS returns (address TEXT PRIMARY KEY, original TEXT NOT NULL, until REAL NOT NULL) WITHOUT ROWID",
+    # Incarnations that were admitted since the index was last known to be whole (law 11).
+    "CREATE TABLE IF NOT EXISTS newcomers (node TEXT PRIMARY KEY, incarnation TEXT NOT NULL) WITHOUT ROWID",
+    # What several processes count together, each kind in windows of its own: nothing where one does everything.
+    "CREATE TABLE IF NOT EXISTS tallies (kind TEXT NOT NULL, name TEXT NOT NULL, period INTEGER NOT NULL,"
+    " count INTEGER NOT NULL, PRIMARY KEY (kind, name)) WITHOUT ROWID",
+    # Who does which background job, and until when.
+    "CREATE TABLE IF NOT EXISTS leases (job TEXT PRIMARY KEY, owner TEXT NOT NULL, until REAL NOT NULL) WITHOUT ROWID",
+    # Which nodes the cluster has; its version is a counter.
+    "CREATE TABLE IF NOT EXISTS layout (id TEXT PRIMARY KEY, failure_group TEXT NOT NULL, address TEXT NOT NULL,"
+    " site TEXT NOT NULL, priority INTEGER NOT NULL, state TEXT NOT NULL, told TEXT NOT NULL) WITHOUT ROWID",
+    # Copies that a keeper is moving: what is left if its process ends.
+    "CREATE TABLE IF NOT EXISTS moves (name TEXT PRIMARY KEY, phase TEXT NOT NULL, total INTEGER NOT NULL,"
+    " done INTEGER NOT NULL, began_at REAL NOT NULL, after BLOB NOT NULL, note TEXT NOT NULL) WITHOUT ROWID",
+    # Who may join once, as what; of the secret only its SHA-256. `used_at` is NULL until then; `request` is the SHA-256 of what
+    # it was used with, which gets the same answer again.
+    "CREATE TABLE IF NOT EXISTS tokens (id TEXT PRIMARY KEY, secret BLOB NOT NULL, identity TEXT NOT NULL, roles TEXT NOT NULL,"
+    " site TEXT NOT NULL, priority INTEGER NOT NULL, address TEXT NOT NULL, expires_at REAL NOT NULL, used_at REAL,"
+    " request BLOB NOT NULL, answer BLOB NOT NULL, failures INTEGER NOT NULL) WITHOUT ROWID",
+    # Who was given a certificate, until when, and since when he is expelled (0: he is not).
+    "CREATE TABLE IF NOT EXISTS identities (id TEXT PRIMARY KEY, roles TEXT NOT NULL, ends_at REAL NOT NULL,"
+    " expelled_at REAL NOT NULL) WITHOUT ROWID",
     # Tombstones that a node has not confirmed yet; a node that is away gets them when it returns (law 8).
     "CREATE TABLE IF NOT EXISTS orders (node TEXT NOT NULL, key BLOB NOT NULL, PRIMARY KEY (node, key)) WITHOUT ROWID",
     "CREATE INDEX IF NOT EXISTS orders_key ON orders(key)",

@@ -11,9 +11,9 @@ from typing import Final
 from powermail.base import limits
 from powermail.base.errors import CopyDamaged, CopyMissing
 from powermail.storage.contract import START, Chunk, Held, Item, Origin, Position, Whole
-from powermail.storage.frames import Inflater
+from powermail.storage.frames import BadFrame, Inflater, frame_octets
 from powermail.storage.log import record as rec
-from powermail.storage.log.keys import DEAD, LIVE, NOWHERE, OPEN, Entry, Place
+from powermail.storage.log.keys import DEAD, LIVE, NOWHERE, OPEN, Entry, Name, Place
 from powermail.storage.log.ledger import Ledger
 from powermail.storage.log.segments import Segments
 
@@ -80,36 +80,49 @@ class Reader:
         rows = [(places, at) for at, key in enumerate(keys) if (places := _together(entries.get(key)))]
         rows.sort()
         found: list[Whole | None] = [None] * len(keys)
+        left = limits.READ_SMALL_ALL_OCTETS_MAX
         for stretch in _stretches(rows):
-            self._read_stretch(stretch, keys, found)
+            left = self._read_stretch(stretch, keys, found, left)
         return found
 
-    def _read_stretch(self, stretch: Sequence[_Row], keys: Sequence[bytes], found: list[Whole | None]) -> None:
-        """Reads messages that lie close together into `found`; None stays there for one that is not good."""
+    def _read_stretch(self, stretch: Sequence[_Row], keys: Sequence[bytes], found: list[Whole | None], left: int) -> int:
+        """Reads messages that lie close together into `found`, as long as they hold no more than `left` octets, uncompressed;
+        what is left then. None stays there for one that is not good, or too much: no frame is taken apart for it.
+        """
         try:
             rows = self._segments.read_rows([places for places, _ in stretch])
         except OSError:
             if len(stretch) > 1:  # a bad place of the disk costs no neighbour
                 for row in stretch:
-                    self._read_stretch([row], keys, found)
-            return
+                    left = self._read_stretch([row], keys, found, left)
+            return left
         version = self._segments.version(stretch[0][0][0].segment)
         frames, packed = [], []
         for (_, at), records in zip(stretch, rows, strict=True):
             if records is None or not _are(records, keys[at]):
                 continue
             *chunks, commit = records
+            try:
+                octets = [_octets_of(chunk) for chunk in chunks]
+            except BadFrame:
+                continue
+            room = sum(octets) + len(commit.body)
+            if room > left:
+                continue
+            left -= room
             for number, chunk in enumerate(chunks):
-                if chunk.flags & rec.FLAG_COMPRESSED:
+                if chunk.flags & rec.FLAG_COMPRESSED and octets[number]:
                     frames.append(chunk.body)
                     packed.append((at, number))
-            found[at] = Whole(rec.body_of(commit, version), [chunk.body for chunk in chunks])
-        for (at, number), octets in zip(packed, self._inflater.many(frames), strict=True):
+            parts = [chunk.body if count else b"" for chunk, count in zip(chunks, octets, strict=True)]
+            found[at] = Whole(rec.body_of(commit, version), parts)
+        for (at, number), part in zip(packed, self._inflater.many(frames), strict=True):
             whole = found[at]
-            if octets is None:
+            if part is None:
                 found[at] = None
             elif whole is not None:
-                whole.parts[number] = octets
+                whole.parts[number] = part
+        return left
 
     def verify(self, key: bytes) -> Position:
         """Checks every record of a copy; where it was first written. Raises CopyMissing, CopyDamaged."""
@@ -149,19 +162,38 @@ class Reader:
 
     def checkpoints(self, after: bytes, limit: int) -> list[tuple[bytes, int, bytes]]:
         """Records of checkpoints in the order of their names and numbers; those that cannot be read are left out."""
-        found = []
-        for name, entry in self._ledger.keys.names(rec.CHECKPOINT, after, limit):
-            number = name.position.segment
-            if entry.mark == NOWHERE:
-                continue
-            try:
-                record = self._segments.read(entry.mark)
-            except (CopyDamaged, OSError):
-                continue  # another node has it; rebuild takes the best of all
-            if (record.key, record.type, record.number) == (name.key, rec.CHECKPOINT, number):
-                body = rec.body_of(record, self._segments.version(entry.mark.segment))
-                found.append((record.key, record.number, body))
-        return found
+        names = self._ledger.keys.names(rec.CHECKPOINT, after, limit)
+        return [record for name, entry in names if (record := self._checkpoint(name, entry)) is not None]
+
+    def checkpoints_page(self, after: bytes, limit: int, skip: int) -> tuple[list[tuple[bytes, int, bytes]], int]:
+        """A part of the same; see the contract."""
+        names = self._ledger.keys.names(rec.CHECKPOINT, after, limit)
+        found: list[tuple[bytes, int, bytes]] = []
+        octets = 0
+        for number, (name, entry) in enumerate(names[skip:], skip):
+            octets += entry.mark.room
+            if found and octets > limits.NODE_PAGE_OCTETS:
+                return found, number
+            record = self._checkpoint(name, entry)
+            if record is not None:
+                found.append(record)
+        return found, 0
+
+    def _checkpoint(self, name: Name, entry: Entry) -> tuple[bytes, int, bytes] | None:
+        if entry.mark == NOWHERE:
+            return None
+        try:
+            record = self._segments.read(entry.mark)
+        except (CopyDamaged, OSError):
+            return None  # another node has it; rebuild takes the best of all
+        if (record.key, record.type, record.number) != (name.key, rec.CHECKPOINT, name.position.segment):
+            return None
+        return record.key, record.number, rec.body_of(record, self._segments.version(entry.mark.segment))
+
+
+def _octets_of(chunk: rec.Record) -> int:
+    """How much a chunk holds, uncompressed. Raises BadFrame."""
+    return frame_octets(chunk.body) if chunk.flags & rec.FLAG_COMPRESSED else len(chunk.body)
 
 
 def _together(entry: Entry | None) -> tuple[Place, ...]:

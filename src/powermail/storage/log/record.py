@@ -16,10 +16,11 @@ from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
-import zstandard
 
 from powermail.base.digest import hash_octets
+from powermail.base.errors import CopyDamaged
 from powermail.storage.contract import NO_RANK, Chunk, Mark, Origin, Position, Rank
+from powermail.storage.frames import BadFrame, frame_octets
 
 MAGIC: Final = b"PMr1"
 SEGMENT_MAGIC: Final = b"PMSEGv1\n"
@@ -181,9 +182,12 @@ def moved(record: Record, lies: Position, version: int) -> Record:
 
 
 def chunk_of(record: Record) -> Chunk:
-    """The chunk in a chunk record."""
+    """The chunk in a chunk record. Raises CopyDamaged if it is compressed and no frame as chunks are (`storage.frames`)."""
     flags = record.flags & FLAG_COMPRESSED
-    octets = zstandard.frame_content_size(record.body) if flags else len(record.body)
+    try:
+        octets = frame_octets(record.body) if flags else len(record.body)
+    except BadFrame as error:
+        raise CopyDamaged(f"chunk {record.number} of {record.key.hex()}: {error}") from error
     return Chunk(record.number, flags, record.body, octets)
 
 

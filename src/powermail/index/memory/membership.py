@@ -1,0 +1,62 @@
+"""Owns the layout and the moves of copies, in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from powermail.index.memory.transaction import Transactions, Undo
+from powermail.index.sharing import MoveRow
+from powermail.storage.layout import Layout, LayoutChange, changed_layout, restored
+
+
+class MembershipPart(Transactions):
+    """`index.contract.Membership` in memory."""
+
+    async def layout_version(self) -> int:
+        return self.state.layout.version
+
+    async def layout(self) -> Layout:
+        return self.state.layout
+
+    async def change_layout(self, changes: Sequence[LayoutChange], version: int | None = None) -> Layout | None:
+        def changing() -> Layout | None:
+            found = changed_layout(self.state.layout, changes, version)
+            if found is None or found is self.state.layout:
+                raise Undo(found)
+            self._go_by(found)
+            return found
+
+        return self.transact(changing)
+
+    def _go_by(self, layout: Layout) -> None:
+        """A member is of the group that the layout says from now on."""
+        self.state.layout = layout
+        for row in layout.rows:
+            if (member := self.state.nodes.get(row.id)) is not None:
+                self.state.nodes[row.id] = member._replace(group=row.group)
+
+    async def restore_layout(self, layout: Layout) -> Layout:
+        def restoring() -> Layout:
+            found = restored(self.state.layout, layout)
+            if found is None:
+                raise Undo(self.state.layout)
+            self._go_by(found)
+            return self.state.layout
+
+        return self.transact(restoring)
+
+    async def moves(self) -> list[MoveRow]:
+        return [move for _, move in sorted(self.state.moves.items())]
+
+    async def note_move(self, move: MoveRow) -> None:
+        def noting() -> None:
+            self.state.moves[move.name] = move
+
+        self.transact(noting)
+
+    async def end_move(self, name: str) -> None:
+        def ending() -> None:
+            if self.state.moves.pop(name, None) is None:
+                raise Undo(None)
+
+        self.transact(ending)
