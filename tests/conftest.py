@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ import pytest
 from powermail.base.lane import ThreadLane
 
 pytest_plugins = ["tests.servers"]  # fixtures: a real PostgreSQL and MariaDB for each test process
+
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # a program that is started a thousand times is compiled once
 
 BLOCKED_S = 0.25  # CPU of one step; the promise is 50 ms, the rest is for slow machines and the tests' own work
 _LOOK_S = 0.1
