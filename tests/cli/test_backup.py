@@ -18,7 +18,7 @@ def backed_up(data: str, tmp_path: Path) -> tuple[str, str]:
     to = str(tmp_path / "backup")
     done = powermail("backup", to, "--data", data, "--json")
     assert done.status == 0, done
-    assert done.json()["files"] == 6
+    assert done.json()["files"] == 7
     return data, to
 
 
@@ -30,7 +30,7 @@ def test_a_backup_holds_directory_index_keys_and_settings_for_its_owner_only(bac
     to = Path(backed_up[1])
     names = sorted(str(path.relative_to(to)) for path in to.rglob("*") if path.is_file())
     assert names == [
-        "backup.json", "directory.db", "files/powermail.toml", "files/srs.keys", "files/tls/certificate.pem",
+        "backup.json", "directory.db", "files/layout", "files/powermail.toml", "files/srs.keys", "files/tls/certificate.pem",
         "files/tls/key.pem", "index.db",
     ]  # fmt: skip
     assert {path.stat().st_mode & 0o077 for path in (to, *to.rglob("*"))} <= {0}

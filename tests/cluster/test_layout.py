@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Sequence
+from pathlib import Path
 
 import pytest
 
+from powermail.app.core import make_nodes
 from powermail.base import limits
 from powermail.base.errors import NotRedundant
+from powermail.base.log import MemoryLog
+from powermail.base.settings import Settings
+from powermail.base.world import system_world
 from powermail.cluster.cluster import Cluster
+from powermail.cluster.remote import RemoteNode
 from powermail.cluster.replicate import NotStored
 from powermail.sim.memory import MemoryNode
 from powermail.storage.contract import Chunk, NodeState, Origin, Receipt, Stamp, StorageNode
-from powermail.storage.layout import Layout, LayoutRow, Standing
+from powermail.storage.layout import LAYOUT_NAME, Layout, LayoutRow, Standing, format_layout
+from powermail.storage.log.keys import SqliteKeyIndex
 from tests.cluster.support import Recorder, admit_all, make_world, record, replication, virtual
 
 ACTIVE, BLOCKED, DRAINING, LEAVING, EXPELLED = Standing
@@ -238,3 +245,12 @@ async def test_a_message_under_way_keeps_the_receipts_of_a_node_that_is_moved_or
     a.let.set()
     _, receipts = await committing
     assert {receipt.node for receipt in receipts} == {"a", "b"}
+
+
+def test_nodes_of_the_layout_that_was_kept_are_spoken_to_by_its_version(tmp_path: Path) -> None:
+    """Else a machine that was told a newer fence refuses a rebuild, which has no index to read the layout from."""
+    cluster = "11" * 16
+    layout = Layout(7, (LayoutRow("far", "g", "192.0.2.1:2700"),))
+    (tmp_path / LAYOUT_NAME).write_bytes(format_layout(layout, cluster))
+    (node,) = make_nodes(system_world(MemoryLog()), Settings(), str(tmp_path), cluster, SqliteKeyIndex)
+    assert isinstance(node, RemoteNode) and node.where.fence == 7

@@ -376,6 +376,19 @@ async def test_a_database_without_tables_is_refused_with_the_command_to_run(rig:
         await PostgresIndex(rig.world, postgresql.url).open(CLUSTER)
 
 
+async def test_a_user_who_may_make_no_tables_is_told_so_in_one_line(postgresql: Database) -> None:
+    """As every user is since PostgreSQL 15 who does not own the database."""
+    postgresql.sql("CREATE ROLE guest LOGIN")
+    try:
+        parsed = urlsplit(postgresql.url)
+        guest = parsed._replace(netloc=f"guest@{parsed.netloc.rpartition('@')[2]}").geturl()
+        with pytest.raises(OperatorError, match="permission denied for schema public") as found:
+            await migrate(guest)
+        assert "CREATE TABLE" not in str(found.value) and "\n" not in str(found.value)
+    finally:
+        postgresql.sql("DROP ROLE guest")
+
+
 async def test_tables_are_made_at_any_address_that_serving_takes(postgresql: Database) -> None:
     """Several hosts, one of them away, with the parameters of an address."""
     parsed = urlsplit(postgresql.url)

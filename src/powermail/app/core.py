@@ -107,16 +107,21 @@ def make_nodes(
     """
     make = node_maker(world, settings, data, cluster, make_keys, certificate)
     rows = {node.id: LayoutRow(node.id, node.group, node.address, priority=node.priority) for node in settings.cluster.nodes}
-    path = f"{data}/{LAYOUT_NAME}"
+    path, version = f"{data}/{LAYOUT_NAME}", 0
     if world.disk.exists(path):
         try:
             layout = parse_layout(world.disk.read_file(path), cluster)
+            version = layout.version
             rows = {row.id: row for row in layout.members()} | {  # not what was expelled, though the settings name it still
                 name: row for name, row in rows.items() if all(name != known.id for known in layout.rows)
             }
         except (OSError, ValueError) as error:
             world.log.event(Event.TROUBLE, worker="layout", error=f"{path}: {error}")
-    return [node for row in rows.values() if (node := make(row)) is not None]
+    nodes = [node for row in rows.values() if (node := make(row)) is not None]
+    for node in nodes:
+        if isinstance(node, RemoteNode):
+            node.where.fence = version  # its machine refuses who goes by an older one than it was told
+    return nodes
 
 
 def node_maker(

@@ -29,6 +29,7 @@ from powermail.base.world import system_world
 from powermail.cli import ownership
 from powermail.cli.reach import reach, settings_of
 from powermail.cli.words import Common
+from powermail.storage.layout import LAYOUT_NAME
 
 MANIFEST = "backup.json"
 _PIECE = 1 << 20
@@ -96,6 +97,7 @@ def _plain_files(data: str, settings: Settings) -> Iterator[tuple[str, str]]:
     """(name in the backup, path) of what is no database. What lies outside of the data directory is not ours to copy."""
     names = [SETTINGS_NAME, "srs.keys", settings.tls.certificate, settings.tls.key, settings.outbound.smarthost_password_file]
     names.append(settings.directory.database_password_file)
+    names.append(LAYOUT_NAME)  # a rebuild finds the nodes of other machines by it
     peers = settings.peers
     names += [peers.certificate, peers.key, peers.authority, peers.authority_key]
     for name in dict.fromkeys(names):

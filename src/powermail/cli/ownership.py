@@ -27,7 +27,9 @@ def become_owner(data: str) -> None:
     if facts.st_uid != 0:
         importlib.import_module("powermail.app.compose")  # the program's own files may be root's alone
         try:
-            os.initgroups(pwd.getpwuid(facts.st_uid).pw_name, facts.st_gid)
+            owner = pwd.getpwuid(facts.st_uid)
+            os.environ["HOME"] = owner.pw_dir  # where drivers of databases look for what is his
+            os.initgroups(owner.pw_name, facts.st_gid)
         except KeyError:
             os.setgroups([])
         os.setgid(facts.st_gid)

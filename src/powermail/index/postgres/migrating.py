@@ -9,6 +9,7 @@ import asyncpg
 import sqlalchemy
 from alembic import command
 from alembic.config import Config
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -30,8 +31,9 @@ async def migrate(url: str) -> None:
         async with engine.connect() as connection:
             await connection.run_sync(_upgrade)
             await connection.commit()
-    except (OSError, asyncpg.PostgresError, IndexTrouble) as error:
-        raise OperatorError(f"the database of the index cannot be used: {error}") from error
+    except (OSError, asyncpg.PostgresError, IndexTrouble, SQLAlchemyError) as error:
+        why = error.orig if isinstance(error, DBAPIError) else error  # without the statement, which says nothing to an operator
+        raise OperatorError(f"the database of the index cannot be used: {why}") from error
     finally:
         await engine.dispose()
 
