@@ -12,6 +12,7 @@ from powermail.base import limits
 from powermail.base.errors import IndexTrouble
 from powermail.base.settings import OutboundSettings
 from powermail.base.tasks import Worker
+from powermail.outbound.client import Hop
 from powermail.outbound.routing import Route
 from tests.cluster.support import virtual
 from tests.outbound.hop import ScriptedHop
@@ -389,6 +390,33 @@ async def test_the_null_sender_gets_no_notice() -> None:
     await rig.push()
     assert await rig.rows() == {}
     assert await rig.notices() == []
+    await rig.close()
+
+
+@virtual
+async def test_a_stop_in_the_turn_in_which_the_outcome_comes_sends_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reply was read, and who waits for it has not gone on yet: what it says is not lost with him."""
+    rig = await Rig.open(ScriptedHop({"END": "SLEEP 5|NEXT"}))
+    await rig.queue("one")
+    await rig.outbound.step()
+    await asyncio.sleep(2)
+    received, stops = Hop.data_received, []
+
+    def just_before(hop: Hop, data: bytes) -> None:
+        stops.append(asyncio.create_task(rig.outbound.stop()))
+        received(hop, data)
+
+    monkeypatch.setattr(Hop, "data_received", just_before)
+    await asyncio.sleep(5)
+    await stops[0]
+    monkeypatch.undo()
+    assert rig.hop.recipients() == ["one"]
+    rig.hop.script = {}
+    rig.start()
+    await asyncio.sleep(1)
+    await rig.push()
+    assert rig.hop.recipients() == ["one"]
+    assert await rig.rows() == {}
     await rig.close()
 
 

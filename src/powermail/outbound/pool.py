@@ -303,8 +303,8 @@ class Pool:
         self._open.pop(hop, None)
 
     def committed(self) -> list[asyncio.Task[object]]:
-        """Who waits for the outcome of a message that was sent whole."""
-        return [hop.committed for hop in self._open if hop.committed is not None and not hop.machine.clean]
+        """Who waits for the outcome of a message that was sent whole, or has just been given it and does not run yet."""
+        return [hop.committed for hop in self._open if hop.committed is not None]
 
     def troubles(self) -> list[str]:
         """Why hops cannot be reached, for the status."""
