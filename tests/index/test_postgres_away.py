@@ -147,3 +147,20 @@ async def test_a_standby_is_asked_for_nothing_until_it_is_the_primary(
         await asyncio.to_thread(standby.remove)
         postgresql_server.heal()
         wire.speak()
+
+
+async def test_who_is_cancelled_in_begin_leaves_no_connection_in_a_snapshot(shared_rig: PostgresRig, wire: Wire) -> None:
+    """The server has heard BEGIN and the driver does not know: the next reader would look at an old state for ever (law 10)."""
+    index = PostgresIndex(shared_rig.world, wire.url(shared_rig.url), shared_rig.ids)
+    await index.open()
+    await index.epoch_facts()  # a connection that reads is there, and at rest
+    assert any(link.connection is not None for link in index._readers.all)
+    wire.fall_silent()
+    reading = asyncio.create_task(index.proof(index.connection))
+    await asyncio.sleep(0.05)
+    reading.cancel()
+    wire.speak()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert all(link.connection is None for link in index._readers.all)
+    await index.close()

@@ -355,8 +355,9 @@ class PostgresCore(EpochPart, Gathering):
                     if attempt == 2 or fresh or isinstance(error.__cause__, _SLOW):
                         raise IndexTrouble(f"index: {error}") from error
                 except BaseException as error:
-                    if link.connection is not None and link.connection.is_in_transaction():
-                        link.drop()  # given up in the middle
+                    given_up = not isinstance(error, Exception)  # perhaps in BEGIN, which was heard for all we know
+                    if link.connection is not None and (given_up or link.connection.is_in_transaction()):
+                        link.drop()
                     if isinstance(error, asyncpg.PostgresError):
                         raise IndexTrouble(f"index: {error}") from error
                     raise
