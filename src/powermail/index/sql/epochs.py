@@ -164,14 +164,7 @@ class EpochPart(References):
         await self._write(self._in_learn_heads, heads)
 
     async def _in_learn_heads(self, db: Transaction, heads: Sequence[Head]) -> None:
-        """Others may be numbering already: each row is locked before it is read."""
-        meant: list[tuple[int, Head]] = []
-        for head in heads:
-            row = await db.one("SELECT id FROM mailboxes WHERE account = ? AND name = ?", (head.account, head.name))
-            if row is not None:
-                meant.append((row[0], head))
-        await db.lock_mailboxes(*(number for number, _ in meant))
-        for number, head in meant:
+        for number, head in await self._in_locked(db, heads):
             row = await db.one(f"SELECT {_NUMBERS} FROM mailboxes WHERE id = ?", (number,))
             if row is None:
                 continue
@@ -184,6 +177,16 @@ class EpochPart(References):
         await db.change("UPDATE counters SET value = greatest(value, ?) WHERE name = 'uidvalidity'", (highest,))
         db.stale = True
         db.boxes.clear()
+
+    async def _in_locked(self, db: Transaction, heads: Sequence[Head]) -> list[tuple[int, Head]]:
+        """The mailboxes that these are of. Others may be numbering already: each row is locked before it is read."""
+        meant: list[tuple[int, Head]] = []
+        for head in heads:
+            row = await db.one("SELECT id FROM mailboxes WHERE account = ? AND name = ?", (head.account, head.name))
+            if row is not None:
+                meant.append((row[0], head))
+        await db.lock_mailboxes(*(number for number, _ in meant))
+        return meant
 
     async def far_heads(self, limit: int) -> list[Head]:
         return await self._read(self._far_heads, limit)
@@ -205,13 +208,7 @@ class EpochPart(References):
 
     async def _in_heads_written(self, db: Transaction, heads: Sequence[Head], epoch: int) -> bool | Untouched[bool]:
         starts = await db.counter("starts")
-        meant: list[tuple[int, Head]] = []
-        for head in heads:
-            row = await db.one("SELECT id FROM mailboxes WHERE account = ? AND name = ?", (head.account, head.name))
-            if row is not None:
-                meant.append((row[0], head))
-        await db.lock_mailboxes(*(number for number, _ in meant))
-        for number, head in meant:
+        for number, head in await self._in_locked(db, heads):
             row = await db.one(f"SELECT {_NUMBERS} FROM mailboxes WHERE id = ?", (number,))
             if row is not None and row[2] == head.uidvalidity:
                 numbers = laws.written(laws.Numbers(*row), head, starts)
