@@ -20,7 +20,7 @@ class Patience:
 
     async def wait(self, work: Awaitable[T]) -> T:
         """The result of `work`. Raises TimeoutError, or what the work raises."""
-        future = asyncio.ensure_future(work)
+        future = work if isinstance(work, asyncio.Future) else asyncio.ensure_future(work)
         if not future.done():
             self._watch(future)
         try:

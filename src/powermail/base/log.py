@@ -22,7 +22,11 @@ from powermail.base import limits
 
 
 class Event(Enum):
-    """What can happen. The value is (name in the log, level)."""
+    """What can happen. The value is (name in the log, level), which are attributes too: reading `value` is a call in Python."""
+
+    def __init__(self, word: str, level: str) -> None:
+        self.word = word
+        self.level = level
 
     STARTED = ("started", "info")
     LISTENING = ("listening", "info")
@@ -145,7 +149,7 @@ def format_stamp(at: float) -> str:
 
 def format_text(stamp: str, event: Event, fields: dict[str, Any]) -> str:
     """One line for people: time, level, event, facts."""
-    name, level = event.value
+    name, level = event.word, event.level
     words = [f"{k}={escape(v)}" for k, v in fields.items() if v is not None]
     return " ".join([*([stamp] if stamp else []), level.upper().ljust(7), name, *words])
 
@@ -170,16 +174,16 @@ def text_lines(stamp: str, event: Event, fields: dict[str, Any]) -> list[str]:
     return [f"{before} {each}={escape(one)}{after}" for one in fields[each]]
 
 
-def _json_default(value: Any) -> Any:
-    return str(value)
+_encode = msgspec.json.Encoder(enc_hook=str).encode
 
 
 def format_json(stamp: str, event: Event, fields: dict[str, Any]) -> str:
     """One line for machines."""
-    name, level = event.value
-    facts = {k: v.hex() if isinstance(v, bytes) else v for k, v in fields.items() if v is not None}
-    record = {"at": stamp, "level": level, "event": name, **facts}
-    return msgspec.json.encode(record, enc_hook=_json_default).decode()
+    record = {"at": stamp, "level": event.level, "event": event.word}
+    for key, value in fields.items():
+        if value is not None:
+            record[key] = value.hex() if isinstance(value, bytes) else value
+    return _encode(record).decode()
 
 
 def json_lines(stamp: str, event: Event, fields: dict[str, Any]) -> list[str]:
@@ -187,6 +191,8 @@ def json_lines(stamp: str, event: Event, fields: dict[str, Any]) -> list[str]:
     each = _several(fields)
     if not each:
         return [format_json(stamp, event, fields)]
+    if len(fields[each]) == 1:
+        return [format_json(stamp, event, {**fields, each: fields[each][0]})]
     shared = format_json(stamp, event, {name: value for name, value in fields.items() if name != each}).removesuffix("}")
     values = [one.hex() if isinstance(one, bytes) else one for one in fields[each]]
     return [f'{shared},"{each}":{msgspec.json.encode(value).decode()}}}' for value in values]
@@ -212,7 +218,7 @@ class StreamLog:
         self._thread.start()
 
     def event(self, event: Event, **fields: Any) -> None:
-        if _LEVELS[event.value[1]] < self._threshold:
+        if _LEVELS[event.level] < self._threshold:
             return
         if len(self._waiting) >= limits.LOG_LINES_WAITING_MAX:
             self.dropped += 1

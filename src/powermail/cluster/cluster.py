@@ -23,6 +23,7 @@ from powermail.storage.layout import COUNTS, NO_LAYOUT, Layout, LayoutRow, Stand
 
 Admit = Callable[[StorageNode], Awaitable[None]]
 Make = Callable[[LayoutRow], StorageNode | None]  # a node of the layout, not opened yet; None if it is out of reach from here
+_READ_WRITE, _ACTIVE = NodeState.READ_WRITE, Standing.ACTIVE  # looked up once: a member of an enumeration is found by a call
 _AWAY = (NodeState.MISSING, NodeState.CLOSED, NodeState.OPENING)
 
 
@@ -90,7 +91,7 @@ class Cluster:
         """What the layout says of a node; without one all that there are are active."""
         row = self._rows.get(name)
         if row is None:
-            return Standing.EXPELLED if self.layout.version else Standing.ACTIVE
+            return Standing.EXPELLED if self.layout.version else _ACTIVE
         return row.state
 
     def counted(self) -> dict[str, str]:
@@ -115,7 +116,7 @@ class Cluster:
 
     def is_writable(self, node: StorageNode) -> bool:
         """True if a node takes new copies: the layout has it so, and it is well."""
-        return node.state is NodeState.READ_WRITE and self.standing(node.id) is Standing.ACTIVE
+        return node.state is _READ_WRITE and self.standing(node.id) is _ACTIVE
 
     # -- the layout -----------------------------------------------------------------------------------------------
 
@@ -214,7 +215,7 @@ class Cluster:
         now = self._world.clock.monotonic()
         if self._enough and now - self._looked_at < limits.PLACEMENT_LOOK_S:
             for node in self._takers:
-                if node.state is not NodeState.READ_WRITE:
+                if node.state is not _READ_WRITE:
                     break
             else:
                 return self._candidates

@@ -24,6 +24,7 @@ from powermail.mail.envelope import Commit
 from powermail.storage.contract import Chunk, Mark, Origin, Receipt, Stamp, StorageNode
 from powermail.storage.layout import Standing
 
+_DELIVERY, _ACTIVE = Origin.DELIVERY, Standing.ACTIVE
 _NO_COPY = (Trouble, TimeoutError, CopyMissing, CopyDamaged)
 
 
@@ -213,15 +214,16 @@ class Replication:
         waiting: list[tuple[StorageNode, str, asyncio.Future[Receipt]]] = []
         for node in nodes:
             stamp = self._stamps.get(node.id)
-            if stamp is None or self._cluster.standing(node.id) is not Standing.ACTIVE:
+            if stamp is None or self._cluster.standing(node.id) is not _ACTIVE:
                 continue  # placed by an older layout: what the node took is not to grow any more
             self._asked[node.id] = node
             try:
-                answer = asyncio.ensure_future(node.commit(self.key, last, body, count, stamp, Origin.DELIVERY))
+                answer = node.commit(self.key, last, body, count, stamp, _DELIVERY)
+                coming = answer if isinstance(answer, asyncio.Future) else asyncio.ensure_future(answer)
             except Exception as error:  # noqa: BLE001  whatever it is, this node gave no receipt
                 self._without_receipt(node, error)
             else:
-                waiting.append((node, node.group, answer))
+                waiting.append((node, node.group, coming))
         late = False
         for node, group, coming in waiting:
             try:

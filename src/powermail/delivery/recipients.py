@@ -47,7 +47,10 @@ class Recipients:
     """Collects recipients; the order of acceptance is kept, for LMTP's replies."""
 
     def __init__(self, resolver: Resolver, usage: Usage, strict: bool, size: int) -> None:
+        self.names: list[str] = []  # the recipients as they were named
         self._accepted: list[Accepted] = []
+        self._boundless = False  # one of them leads to what is not all bound by quotas
+        self._elsewhere: dict[str, tuple[Target, bool]] = {}  # destinations elsewhere, each once; whether it is forwarded there
         self._resolver = resolver
         self._usage = usage
         self._strict = strict
@@ -55,11 +58,6 @@ class Recipients:
 
     def __len__(self) -> int:
         return len(self._accepted)
-
-    @property
-    def names(self) -> list[str]:
-        """The recipients as they were named."""
-        return [each.name for each in self._accepted]
 
     @property
     def success(self) -> list[tuple[str, str]]:
@@ -90,12 +88,19 @@ class Recipients:
             target = Target(destination=destination, recipient=address.text, notify=notify, orcpt=orcpt)
             remote.append((_one_form(parse(destination)), target, True))
         success = orcpt if notify and found.hosted and asks(notify, Action.DELIVERED) else None
-        self._accepted.append(Accepted(address.text, found.hosted, tuple(remote), success))
+        self._take(Accepted(address.text, found.hosted, tuple(remote), success))
         return st.RECIPIENT_OK
+
+    def _take(self, accepted: Accepted) -> None:
+        self.names.append(accepted.name)
+        self._accepted.append(accepted)
+        self._boundless = self._boundless or accepted.boundless
+        for where, target, forwarded in accepted.remote:
+            self._elsewhere.setdefault(where, (target, forwarded))
 
     def _take_remote(self, target: Target, forwarded: bool) -> None:
         where = _one_form(parse(target.destination))
-        self._accepted.append(Accepted(target.recipient, (), ((where, target, forwarded),)))
+        self._take(Accepted(target.recipient, (), ((where, target, forwarded),)))
 
     async def _is_full(self, account: Account, octets: int) -> bool:
         try:
@@ -115,7 +120,7 @@ class Recipients:
 
     async def refusal(self, octets: int) -> Status | None:
         """Why a message of so many octets is not taken, if it is not."""
-        if not self._strict and any(each.boundless for each in self._accepted):
+        if self._boundless and not self._strict:
             return None
         full = await self._full(octets)
         return None if self._fits(self._accepted, full) else st.MAILBOX_FULL
@@ -127,7 +132,10 @@ class Recipients:
 
     def keep(self, which: Collection[bool]) -> None:
         """Gives up the others."""
-        self._accepted = [each for each, kept in zip(self._accepted, which, strict=True) if kept]
+        kept = [each for each, wanted in zip(self._accepted, which, strict=True) if wanted]
+        self.names, self._accepted, self._boundless, self._elsewhere = [], [], False, {}
+        for each in kept:
+            self._take(each)
 
     async def add_return(self, address: Address, forwarded: bool = False) -> Status:
         """Takes the address a bounce goes to: a mailbox of ours, or wherever the message came from. `forwarded`: what comes
@@ -139,17 +147,9 @@ class Recipients:
         self._take_remote(Target(destination=address.text, recipient=address.text), forwarded)
         return st.RECIPIENT_OK
 
-    def _remote(self) -> list[tuple[Target, bool]]:
-        """Destinations elsewhere, each once."""
-        found: dict[str, tuple[Target, bool]] = {}
-        for each in self._accepted:
-            for where, target, forwarded in each.remote:
-                found.setdefault(where, (target, forwarded))
-        return list(found.values())
-
     def domains(self) -> list[str]:
         """Domains of the destinations elsewhere."""
-        return [target.destination.rpartition("@")[2] for target, _ in self._remote()]
+        return [target.destination.rpartition("@")[2] for target, _ in self._elsewhere.values()]
 
     def targets(self, reverse_path: str, rewrite: Callable[[str], Rewritten]) -> list[Target]:
         """The targets of the commit record; forwards get a rewritten reverse-path, submitted mail keeps its own."""
@@ -159,7 +159,7 @@ class Recipients:
                 if account.id not in mailboxes:
                     mailboxes[account.id] = Target(account=account.id, recipient=each.name)
         found = list(mailboxes.values())
-        for target, forwarded in self._remote():
+        for target, forwarded in self._elsewhere.values():
             sender, original = rewrite(reverse_path) if forwarded else (reverse_path, "")
             found.append(
                 Target(

@@ -39,6 +39,7 @@ from powermail.mail.dsn import Action, Report
 from powermail.mail.envelope import Commit, Envelope, Peer
 from powermail.mail.status import Status
 
+_VISIBLE = (Outcome.ENTERED, Outcome.KNOWN)
 Announce = Callable[[bytes, Envelope, float, Sequence[Report]], Awaitable[bool]]
 
 
@@ -257,7 +258,7 @@ class Transaction:
             return await self._not_stored(error)
         outcome = await service.enter(Delivery(self.key, commit, receipts))
         service.let_go(self.replication)
-        if outcome is Outcome.ABORTED or outcome is Outcome.SETTLED:
+        if outcome is not None and outcome not in _VISIBLE:
             service.world.counters.add(f"law.7.{outcome.value}")
             raise OutcomeUnknown(f"the index says {outcome.value}")  # laws 4, 7
         return self._delivered()
@@ -279,7 +280,7 @@ class Transaction:
             seconds=world.clock.now() - self._received_at,
             nodes=",".join([receipt.node for receipt in self.replication.receipts]),
         )
-        return st.DELIVERED._replace(text=f"Stored as {self.key.hex()}")
+        return Status(st.DELIVERED.code, st.DELIVERED.enhanced, f"{st.DELIVERED.text} as {self.key.hex()}")
 
     async def _not_stored(self, error: NotStored) -> Status:
         """Fewer than R receipts: 451 if no node can hold a commit, else it is the index's decision (laws 4, 5)."""

@@ -8,6 +8,7 @@ for is done any more.
 from __future__ import annotations
 
 import asyncio
+import math
 import ssl
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -35,7 +36,7 @@ class Connection(asyncio.Protocol):
         self.client = ""
         self.port = 0
         self.tls = False
-        self.deadline = float("inf")
+        self.deadline = math.inf
         self.counted = ""
         self.at_once: Callable[[bytes], bytes] | None = None  # answers octets while nobody has to be woken; gives the rest
         self.transport: asyncio.Transport | None = None
@@ -99,7 +100,7 @@ class Connection(asyncio.Protocol):
 
     def expire(self) -> None:
         """The deadline has passed: whoever waits gets TimeoutError."""
-        self.deadline = float("inf")
+        self.deadline = math.inf
         for waiter in (self._waiter, self._writable):
             if waiter is not None:
                 _fail(waiter, TimeoutError())
@@ -119,7 +120,7 @@ class Connection(asyncio.Protocol):
             self._waiter = asyncio.get_running_loop().create_future()
             self.deadline = self.door.monotonic() + timeout_s
             await self._waiter
-        self.deadline = float("inf")
+        self.deadline = math.inf
         if len(self._incoming) == 1:
             data = self._incoming[0]
         else:
@@ -137,7 +138,7 @@ class Connection(asyncio.Protocol):
         while not self._closed:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        self.deadline = float("inf")
+        self.deadline = math.inf
 
     def drop_input(self) -> None:
         """Throws away what came and was not taken (RFC 3207 §4.2)."""
@@ -163,7 +164,7 @@ class Connection(asyncio.Protocol):
         if self._writable is not None:
             self.deadline = self.door.monotonic() + limits.REPLY_WRITE_TIMEOUT_S
             await self._writable
-            self.deadline = float("inf")
+            self.deadline = math.inf
 
     async def start_tls(self, context: ssl.SSLContext, first: bytes = b"") -> None:
         """Switches to TLS; `first` are octets of the handshake that came already, everything else received before is dropped.

@@ -36,6 +36,7 @@ from powermail.wire.smtp_events import Aborted, Begin, Body, Close, End, Login, 
 from powermail.wire.smtp_server import SmtpServer
 from powermail.wire.smtp_table import Kind
 
+_LMTP, _SUBMISSION = Kind.LMTP, Kind.SUBMISSION
 _LAST_WORDS = {
     "shutting down": st.SHUTTING_DOWN,
     "timeout": st.TIMED_OUT,
@@ -80,9 +81,10 @@ class SmtpSession(LineSession):
         if self.has_input():
             machine.receive(await self.receive(0.0))
         machine.greet(self._service.settings.greeting)
+        next_event, handlers = machine.next_event, self._handlers
         try:
             while True:
-                event = machine.next_event()
+                event = next_event()
                 if event is None:
                     await self._more()
                     continue
@@ -91,7 +93,7 @@ class SmtpSession(LineSession):
                     if event.why != "quit":
                         self._count(event.why)
                     return
-                await self._handlers[type(event)](event)
+                await handlers[type(event)](event)
         except OutcomeUnknown:
             pass  # closed without an answer: the client must find out by trying again (P4)
 
@@ -116,7 +118,7 @@ class SmtpSession(LineSession):
         machine.receive(await connection.receive(max(0.001, self._deadline - now)))
 
     def _timeout_s(self) -> float:
-        if self._kind is Kind.SUBMISSION and self._account is None:
+        if self._kind is _SUBMISSION and self._account is None:
             return limits.SUBMISSION_LOGIN_TIMEOUT_S
         return limits.SMTP_STRESS_TIMEOUT_S if self.connection.door.stressed else limits.SMTP_COMMAND_TIMEOUT_S
 
@@ -345,10 +347,11 @@ class SmtpSession(LineSession):
             self._refuse(refusals[0])
             self._machine.answer(refusals[0])
             return
-        for name, each in zip(self._recipients.names, refusals, strict=True):
-            if each is not None:
-                self._refuse_recipient(name, each)
-        self._recipients.keep([each is None for each in refusals])
+        if any(refusals):
+            for name, each in zip(self._recipients.names, refusals, strict=True):
+                if each is not None:
+                    self._refuse_recipient(name, each)
+            self._recipients.keep([each is None for each in refusals])
         self._transaction = self._submission = None
         outcome = await transaction.finish()
         self._machine.answer_each([each or outcome for each in refusals])
@@ -357,7 +360,7 @@ class SmtpSession(LineSession):
         """For each recipient why it does not get a message of so many octets: by itself where it has a reply of its own."""
         recipients = self._recipients
         assert recipients is not None
-        if self._kind is Kind.LMTP:
+        if self._kind is _LMTP:
             return await recipients.refusals(octets)
         return [await recipients.refusal(octets)] * len(recipients)
 

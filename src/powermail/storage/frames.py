@@ -77,6 +77,10 @@ def frame_octets(frame: bytes) -> int:
     return octets
 
 
+# The frame that was looked at last, and what it holds: a message goes to several nodes of this process, one behind the other.
+_LAST: Final[list[tuple[bytes | None, int]]] = [(None, 0)]
+
+
 def flaw_of(chunk: Chunk) -> str:
     """Why a chunk is not to be written; "" if it may be."""
     number, flags, stored, octets = chunk
@@ -84,10 +88,13 @@ def flaw_of(chunk: Chunk) -> str:
         return "" if octets == len(stored) else f"chunk {number} is said to have {octets} octets, and has {len(stored)}"
     if flags != COMPRESSED:
         return f"chunk {number} has flags {flags}, which are not known"
-    try:
-        held = frame_octets(stored)
-    except BadFrame as error:
-        return f"chunk {number}: {error}"
+    frame, held = _LAST[0]
+    if frame is not stored:
+        try:
+            held = frame_octets(stored)
+        except BadFrame as error:
+            return f"chunk {number}: {error}"
+        _LAST[0] = stored, held
     return "" if held == octets else f"chunk {number} is said to have {octets} octets, and its frame to hold {held}"
 
 

@@ -535,13 +535,8 @@ class LocalNode:
     def commit(
         self, key: bytes, chunks: Sequence[Chunk], commit: bytes, count: int, stamp: Stamp | None, origin: Origin
     ) -> Awaitable[Receipt]:
-        if self._room.is_set():
-            return self._commit_now(key, chunks, commit, count, stamp, origin)
-        return self._commit_later(key, chunks, commit, count, stamp, origin)
-
-    def _commit_now(
-        self, key: bytes, chunks: Sequence[Chunk], commit: bytes, count: int, stamp: Stamp | None, origin: Origin
-    ) -> asyncio.Future[Receipt]:
+        if not self._room.is_set():
+            return self._commit_later(key, chunks, commit, count, stamp, origin)
         why = self._too_late(stamp) if stamp is not None else ""
         if why:
             self._world.counters.add("law.2.refused")
@@ -567,7 +562,7 @@ class LocalNode:
         self, key: bytes, chunks: Sequence[Chunk], commit: bytes, count: int, stamp: Stamp | None, origin: Origin
     ) -> Receipt:
         await self._roomy()
-        return await self._commit_now(key, chunks, commit, count, stamp, origin)
+        return await self.commit(key, chunks, commit, count, stamp, origin)
 
     def _too_late(self, stamp: Stamp) -> str:
         """Why a commit is refused by its stamp; "" if it is not (law 2)."""

@@ -53,17 +53,16 @@ class InputBuffer:
                 raise LineTooLong
             self._scanned = len(data)
             return None
+        self._scanned = 0
+        if data.find(b"\r", 0, end) == end - 1 >= 0 and end < limit and data.find(b"\0", 0, end) < 0:
+            line = bytes(data[: end - 1])
+            del data[: end + 1]
+            return line
         line = bytes(data[:end])
         del data[: end + 1]
-        self._scanned = 0
         if end >= limit:
             raise LineTooLong
-        if line[-1:] != b"\r":
-            raise BareLineEnd(line)
-        line = line[:-1]
-        if b"\r" in line or b"\0" in line:
-            raise BareLineEnd(line)
-        return line
+        raise BareLineEnd(line.removesuffix(b"\r"))
 
     def begins(self, octets: bytes) -> bool:
         """True if a line begins here, with these octets."""

@@ -221,9 +221,18 @@ def claimed_octets(argument: str) -> int | None:
 
 def format_reply(status: Status) -> bytes:
     """One reply line with its enhanced code (RFC 2034)."""
+    return _LINES.get(status) or _format(status)
+
+
+def _format(status: Status) -> bytes:
     if status.enhanced:
         return f"{status.code} {status.enhanced} {status.text}\r\n".encode()
     return f"{status.code} {status.text}\r\n".encode()
+
+
+_LINES: Final = {
+    status: _format(status) for status in vars(st).values() if isinstance(status, Status)
+}  # those that are always so
 
 
 def format_ehlo(host: str, extensions: Sequence[str]) -> bytes:

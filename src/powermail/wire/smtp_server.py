@@ -38,9 +38,19 @@ from powermail.wire.smtp_table import COMMANDS, Kind, Offer, Rule, State
 _RULES: Final = {
     kind: {verb: rule for verb, rule in COMMANDS.items() if rule.lmtp.met(kind is Kind.LMTP)} for kind in Kind
 }  # what is not of a door is not known there
+_FREE: Final = {
+    kind: {
+        verb
+        for verb, rule in rules.items()
+        if not rule.capability and rule.tls is Need.EITHER and (rule.login is Need.EITHER or kind is not Kind.SUBMISSION)
+    }
+    for kind, rules in _RULES.items()
+}  # commands that need nothing but their place and their argument
+_START, _READY, _GIVEN = State.START, State.READY, State.MAIL  # looked up once: a member is found by a call in Python
+_AWAITING: Final = frozenset(State) - {State.BODY, State.CLOSED, State.CHALLENGED}  # a command
 _IN_BODY: Final = State.BODY
 _OVER: Final = State.CLOSED
-_EITHER: Final = Need.EITHER
+_LMTP: Final = Kind.LMTP
 _SIMPLE: Final = {"NOOP": st.OK, "HELP": st.HELP, "VRFY": st.CANNOT_VERIFY, "EXPN": st.NOT_IMPLEMENTED}
 _HELLOS: Final = frozenset({"EHLO", "HELO", "LHLO"})
 _START_TLS, _BEGIN, _ABORTED = StartTls(), Begin(), Aborted()
@@ -50,6 +60,9 @@ class _Wait(Enum):
     """Nothing can be said before more octets come."""
 
     FOR_OCTETS = "for octets"
+
+
+_WAIT: Final = _Wait.FOR_OCTETS
 
 
 class SmtpServer:
@@ -68,6 +81,7 @@ class SmtpServer:
         self._kind = kind
         self._offer = offer
         self._rules = _RULES[kind]
+        self._free = _FREE[kind]
         self._buffer = InputBuffer()
         self._waiting = self._buffer.data
         self._out: list[bytes] = []
@@ -101,14 +115,14 @@ class SmtpServer:
     @property
     def in_body(self) -> bool:
         """True while octets of a message, or of a refused chunk, are awaited."""
-        return self.state is State.BODY or self._skip > 0
+        return self.state is _IN_BODY or self._skip > 0
 
     @property
     def protocol(self) -> str:
         """How the message that is being taken comes (RFC 3848; RFC 6531 §4.3)."""
         if not self.extended:
             return "SMTP"
-        base = "LMTP" if self._kind is Kind.LMTP else "ESMTP"
+        base = "LMTP" if self._kind is _LMTP else "ESMTP"
         if self._mail is not None and self._mail.envelope.smtputf8:
             base = "UTF8" + base.removeprefix("E")
         return base + ("S" if self.tls else "") + ("A" if self.logged_in else "")
@@ -183,7 +197,7 @@ class SmtpServer:
         self._end(why)
 
     def _end(self, why: str) -> None:
-        self.state = State.CLOSED
+        self.state = _OVER
         self._why = why
         self._skip = 0
 
@@ -196,23 +210,21 @@ class SmtpServer:
             event: Event | _Wait | None
             if self._skip:
                 event = self._skip_some()
+            elif state in _AWAITING:
+                if not self._waiting:
+                    return None
+                event = self._command()
             elif state is _IN_BODY:
                 event = self._body()
             elif state is _OVER:
                 return Close(self._why)
-            elif not self._waiting:
-                return None
-            elif state is State.CHALLENGED:
-                event = self._response()
             else:
-                event = self._command()
-            if event is _Wait.FOR_OCTETS:
-                return None
+                event = self._response()
             if event is not None:
-                return event
+                return None if event is _WAIT else event
 
     def _command(self) -> Event | _Wait | None:
-        if self.state is State.START and self._buffer.begins(b"\x16\x03"):
+        if self.state is _START and self._buffer.begins(b"\x16\x03"):
             return self._foreign()  # a TLS handshake has no line end to wait for
         try:
             line = self._buffer.line(limits.SMTP_COMMAND_LINE_OCTETS_MAX)
@@ -222,12 +234,12 @@ class SmtpServer:
             foreign = smtp.is_foreign(smtp.split_command(error.args[0])[0])
             return self._foreign() if foreign else self._error(st.UNRECOGNISED)
         if line is None:
-            return _Wait.FOR_OCTETS
+            return _WAIT
         verb, argument = smtp.split_command(line)
         rule = self._rules.get(verb)
         if rule is None:
             return self._foreign() if smtp.is_foreign(verb) else self._error(st.UNRECOGNISED)
-        refusal = self._check(rule, argument)
+        refusal = self._check(verb, rule, argument)
         if rule is _BDAT:
             return self._bdat(argument, refusal)
         if refusal is not None:
@@ -242,17 +254,19 @@ class SmtpServer:
             return self._greeted(verb, rule, argument)
         return self._other(verb, rule, argument)
 
-    def _check(self, rule: Rule, argument: str) -> Status | None:
+    def _check(self, verb: str, rule: Rule, argument: str) -> Status | None:
         """What the table says against a command here; None if it may run."""
         if self.state not in rule.before:
             return st.BAD_SEQUENCE
         if rule.argument is not None and rule.argument is not bool(argument):
             return st.SYNTAX
+        if verb in self._free:
+            return None
         if rule.capability and not self._has(rule.capability):
             return st.NOT_IMPLEMENTED
-        if rule.tls is not _EITHER and not rule.tls.met(self.tls or (self.trusted and rule.tls is Need.ONLY)):
+        if not rule.tls.met(self.tls or (self.trusted and rule.tls is Need.ONLY)):
             return st.BAD_SEQUENCE if self.tls else st.AUTH_NEEDS_TLS
-        if rule.login is not _EITHER and self._kind is Kind.SUBMISSION and not rule.login.met(self.logged_in):
+        if self._kind is Kind.SUBMISSION and not rule.login.met(self.logged_in):
             return st.BAD_SEQUENCE if self.logged_in else st.NEEDS_AUTH
         return None
 
@@ -283,8 +297,8 @@ class SmtpServer:
         """Forgets the transaction (RFC 5321 §4.1.1.5); the greeting stays."""
         begun = self._ends is not None
         self._ends = self._refusal = self._mail = None
-        if self.state is not State.START:
-            self.state = State.READY
+        if self.state is not _START:
+            self.state = _READY
         return _ABORTED if begun else None
 
     # -- commands -------------------------------------------------------------------------------------------------
@@ -356,7 +370,7 @@ class SmtpServer:
         except (LineTooLong, BareLineEnd):
             line = b"!"  # refused before anything is hashed (U09)
         if line is None:
-            return _Wait.FOR_OCTETS
+            return _WAIT
         self.state = State.READY
         return Response(line.decode("ascii", "replace"))
 
@@ -364,7 +378,7 @@ class SmtpServer:
 
     def _data(self) -> Event | None:
         assert self._mail is not None
-        if self.state is State.MAIL:
+        if self.state is _GIVEN:
             return self._error(st.NO_VALID_RECIPIENTS)
         if self._mail.envelope.body == "BINARYMIME":
             return self._error(st.BAD_SEQUENCE)  # RFC 3030 §3: only BDAT carries it
@@ -394,25 +408,25 @@ class SmtpServer:
     def _skip_some(self) -> _Wait | None:
         octets = len(self._buffer.take(self._skip))
         self._skip -= octets
-        return None if octets else _Wait.FOR_OCTETS
+        return None if octets else _WAIT
 
     def _body(self) -> Event | _Wait | None:
         if self._complete:
             return self._message_ends()
         if self._dots is not None:
             if not self._waiting:
-                return _Wait.FOR_OCTETS
+                return _WAIT
             octets, rest, self._complete = self._dots.feed(self._buffer.take_all())
             if rest:
                 self._buffer.put_back(rest)
             if octets and self._refusal is None:
                 return Body(octets)
-            return None if self._complete else _Wait.FOR_OCTETS
+            return None if self._complete else _WAIT
         assert self._ends is not None
         if self._left:
             octets = self._buffer.take(self._left)
             if not octets:
-                return _Wait.FOR_OCTETS
+                return _WAIT
             self._left -= len(octets)
             return Body(self._ends.feed(octets)) if self._refusal is None else None
         return self._chunk_ends()
@@ -441,8 +455,11 @@ class SmtpServer:
     def answer_each(self, statuses: Sequence[Status]) -> None:
         """The replies to the end of a message, in order of its recipients: all of them for LMTP, the first for others."""
         assert self._complete and len(statuses) == self.accepted
-        self._out += [smtp.format_reply(status) for status in (statuses if self._kind is Kind.LMTP else statuses[:1])]
-        if any(status.code < 400 for status in statuses):
+        if self._kind is _LMTP:
+            self._out += map(smtp.format_reply, statuses)
+        else:
+            self._out.append(smtp.format_reply(statuses[0]))
+        if min(statuses).code < 400:  # a status begins with its code
             self._budget = limits.SMTP_ERRORS_MAX  # good mail makes up for errors
         self._dots, self._complete = None, False
         self._reset()

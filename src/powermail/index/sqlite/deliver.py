@@ -30,7 +30,7 @@ from powermail.storage.contract import Receipt
 
 _NODE = itemgetter(0)  # of a receipt
 _ENTERED, _KNOWN, _ABORTED, _SETTLED = Outcome.ENTERED, Outcome.KNOWN, Outcome.ABORTED, Outcome.SETTLED
-_LIVE = int(Fate.LIVE)
+_LIVE, _DECIDED_AGAINST = int(Fate.LIVE), int(Fate.ABORTED)
 
 
 class Arrivals:
@@ -164,7 +164,7 @@ class DeliverPart(MailboxPart, SqliteCore):
         for key, commit, receipts in batch:
             fate = known.get(key)
             if fate is not None:  # law 3: who inserted first has decided
-                outcomes.append(_ABORTED if fate == Fate.ABORTED else _KNOWN)
+                outcomes.append(_ABORTED if fate == _DECIDED_AGAINST else _KNOWN)
                 continue
             if self._why_lost or not self.numbering:
                 await self._in_may_number(db)
@@ -176,7 +176,10 @@ class DeliverPart(MailboxPart, SqliteCore):
             placement = numbers.get(nodes)
             if placement is None:
                 placement = numbers[nodes] = db.sets.id(nodes)
-            outcomes.append(_ENTERED if await self._in_rows(db, key, commit, placement, due_at, arrivals) else _KNOWN)
+            if self._one_row(key, commit, placement, due_at, arrivals.copies):
+                outcomes.append(_ENTERED)
+            else:
+                outcomes.append(_ENTERED if await self._in_rows(db, key, commit, placement, due_at, arrivals) else _KNOWN)
         return outcomes
 
     def _in_known(self, keys: Sequence[bytes]) -> dict[bytes, int]:
@@ -190,6 +193,24 @@ class DeliverPart(MailboxPart, SqliteCore):
             if row is None or row[0] != incarnation or position < row[1]:
                 return True
         return False
+
+    def _one_row(self, key: bytes, commit: Commit, placement: int, due_at: float, copies: list[tuple[Any, ...]]) -> bool:
+        """Adds the row of a message for one mailbox that is known and has numbers left, as `_in_rows` does; False if it is not
+        such a one.
+        """
+        if len(commit.targets) != 1:
+            return False
+        target = commit.targets[0]
+        box = self._writer.boxes.get((target.account, target.mailbox))
+        if box is None or box.left <= 0 or target.destination:
+            return False
+        due = None
+        box.left -= 1
+        if not box.due:
+            due, box.due = due_at, True
+        octets, sha256, at = commit.as_text or commit.octets, bytes.fromhex(commit.sha256), commit.received_at
+        copies.append((key, octets, sha256, placement, 1, box.id, target.flags, at, due, None))
+        return True
 
     async def _in_rows(
         self, db: Transaction, key: bytes, commit: Commit, placement: int, due_at: float, arrivals: Arrivals
