@@ -27,7 +27,7 @@ from powermail.base.world import World, system_world
 from powermail.index.contract import Delivery, Outcome
 from powermail.index.sqlite import SqliteIndex
 from powermail.mail.envelope import Commit, Envelope, Target
-from powermail.storage.contract import START, Position, Receipt
+from powermail.storage.contract import START, End, Position, Receipt
 
 T = TypeVar("T")
 _GROUPS = {"a": "north", "b": "south", "c": "west"}
@@ -105,7 +105,8 @@ async def repairs(index: SqliteIndex, count: int) -> bool:
     """Few messages have one copy; then the disk of a node is gone, and two thirds have."""
     part = await index.copies_on("a", b"", count)
     thin = part[:: max(1, len(part) // 1000)]
-    await index.disbelieve("a", thin)
+    row = next(row for row in await index.node_rows() if row.id == "a")
+    await index.disbelieve("a", thin, End(row.incarnation, row.end_seen))
     after = b""
 
     async def on() -> list[bytes]:

@@ -375,13 +375,15 @@ async def reconcile(
     birth: Position = START,
     unread: Sequence[Unread] = (),
     round_: int | None = None,
+    read: Sequence[Unread] = (),
 ) -> Reconciled:
     """One batch from the watermark to `to`, which is the end."""
     found = [(key(number), position, origin) for number, position, origin in copies]
     records = {key(number): record for number, record in commits}
     dead = [key(number) for number in tombstones]
     start = await watermark(index, node)
-    return await index.reconcile(Batch(node, incarnation(node), start, to, to, found, dead, records, birth, unread, round_))
+    batch = Batch(node, incarnation(node), start, to, to, found, dead, records, birth, unread, round_, read)
+    return await index.reconcile(batch)
 
 
 async def scan_all(index: Index) -> None:

@@ -23,6 +23,7 @@ from tests.index.support import (
     scan_all,
     uids,
     walk_all,
+    watermark,
 )
 
 END = Position(9, 0)
@@ -73,7 +74,7 @@ async def test_belief_grows_and_goes(index: Index) -> None:
     assert await index.believe(key(1), "c", end_of("c")), "said twice is fine"
     assert await nodes_of(index, 1) == ("a", "b", "c")
     assert await index.copies_on("c", b"", 9) == [key(1)]
-    await index.disbelieve("a", [key(1), key(2), key(7)])
+    assert await index.disbelieve("a", [key(1), key(2), key(7)], end_of("a"))
     assert [facts.nodes for facts in await index.messages([key(2), key(1), key(9)])] == [("b", "c"), ("b",)]
     assert await index.copies_on("a", b"", 9) == []
     assert await index.copies_on("b", key(1), 9) == [key(2)]
@@ -127,9 +128,9 @@ async def test_a_bad_copy_counts_no_more_until_the_keeper_has_looked(index: Inde
     assert await index.suspects("a", b"", 9) == [key(1)]
     assert await index.suspects("a", key(1), 9) == []
     await reconcile(index, "a", END, [(1, place(1), Origin.MOVED)])
-    await index.settle_inventory("a", incarnation("a"), [(key(1), Held.LIVE, place(1))], START, {}, False)
+    await index.settle_inventory("a", end_of("a"), [(key(1), Held.LIVE, place(1))], START, {}, False)
     assert await nodes_of(index, 1) == ("b",), "that its record is there does not make it good"
-    await index.clear_suspect(key(1), "a")
+    await index.clear_suspect(key(1), "a", end_of("a"))
     assert await index.suspects("a", b"", 9) == []
     assert await index.believe(key(1), "a", end_of("a"))
     assert await nodes_of(index, 1) == ("a", "b")
@@ -259,8 +260,8 @@ async def test_a_new_incarnation_begins_its_round_anew_and_keeps_orders_and_beli
 
 
 async def test_a_boot_is_noted_for_the_incarnation_it_belongs_to(index: Index) -> None:
-    await index.note_boot("a", incarnation("a"), "second")
-    await index.note_boot("b", "another", "second")
+    await index.note_boot("a", incarnation("a"), ["boot", "second"])
+    await index.note_boot("b", "another", ["boot", "second"])
     assert [row.boot for row in await index.node_rows()] == ["second", "boot", "boot"]
 
 
@@ -299,7 +300,7 @@ async def test_notes_of_what_could_not_be_read_are_kept_until_cleared(index: Ind
     assert await index.unread("a", 9) == [first, second]
     assert await index.unread("a", 1) == [first]
     assert await index.unread("b", 9) == []
-    await index.clear_unread("a", first)
+    await reconcile(index, "a", END, read=[first])
     assert await index.unread("a", 9) == [second]
 
 
@@ -369,7 +370,7 @@ async def test_an_unread_note_holds_forgetting_back(index: Index) -> None:
     await reconcile(index, "b", END, unread=[note])
     await scan_all(index)
     assert await index.forget(9) == 0
-    await index.clear_unread("b", note)
+    await reconcile(index, "b", await watermark(index, "b"), read=[note])
     assert await index.forget(9) == 2
 
 
@@ -440,7 +441,7 @@ async def test_a_writer_slot_is_pruned_by_a_round_completed_after_it_stopped(ind
 async def test_commit_records_of_what_is_known_are_not_asked_for(index: Index) -> None:
     await begin_again(index)
     await deliver(index, 1)
-    found = await index.settle_inventory("c", incarnation("c"), [(key(1), Held.LIVE, place(1))], START, {}, True)
+    found = await index.settle_inventory("c", end_of("c"), [(key(1), Held.LIVE, place(1))], START, {}, True)
     assert (found.moved, found.missing) == (True, ())
 
 

@@ -72,7 +72,7 @@ async def shown(index: Index) -> dict[str, Any]:
         "unread": {node: await index.unread(node, 99) for node in names},
         "copies": {node: await index.copies_on(node, b"", 999) for node in names},
         "under": await index.under_copied(NODES, 2, b"", 999),
-        "queue": (await index.queue_rows(0, 999), await index.queue_state(0, 999), await index.held_domains()),
+        "queue": (await index.queue_rows(0, 999), await index.queue_open(0, 999), await index.held_domains()),
         "attempts": [await index.queue_attempts(row.id) for row in await index.queue_rows(0, 999)],
         "boxes": boxes,
         "accounts": await index.accounts("", 99),
@@ -160,10 +160,12 @@ class Operations:
         copies = [(key(n), self.position(), self.chance.choice(list(Origin))) for n in numbers]
         dead = [key(n) for n in self.some(2)] if self.chance.random() < 0.2 else []
         to = max(row.watermark, self.position()) if self.chance.random() < 0.7 else row.watermark
-        unread = [Unread(self.position(), 7)] if self.chance.random() < 0.1 else []
+        unread = [Unread(self.position(), self.chance.choice([0, 7]))] if self.chance.random() < 0.1 else []
+        read = await self.twins.ask("unread", lambda index: index.unread(row.id, 2)) if self.chance.random() < 0.2 else []
+        end = to if self.chance.random() < 0.3 else max(to, row.end_seen)
         from_ = row.watermark if self.chance.random() < 0.95 else Position(9, 9)
         birth = self.position() if self.chance.random() < 0.1 else START
-        batch = Batch(row.id, row.incarnation, from_, to, to, copies, dead, self.commits(numbers), birth, unread)
+        batch = Batch(row.id, row.incarnation, from_, to, end, copies, dead, self.commits(numbers), birth, unread, None, read)
         await self.twins.ask(f"reconcile {batch}", lambda index: index.reconcile(batch))
 
     async def do_settle(self) -> None:
@@ -173,9 +175,10 @@ class Operations:
         numbers = self.some()
         items = [(key(n), self.chance.choice(list(Held)), self.position()) for n in numbers]
         records, birth = self.commits(numbers), self.chance.choice([START, self.position()])
+        end = End(row.incarnation, row.end_seen if self.chance.random() < 0.8 else self.position())
         await self.twins.ask(
-            f"settle {row.id} {items} {birth} {enter}",
-            lambda index: index.settle_inventory(row.id, row.incarnation, items, birth, records, enter),
+            f"settle {row.id} {items} {birth} {enter} {end}",
+            lambda index: index.settle_inventory(row.id, end, items, birth, records, enter),
         )
 
     async def do_believe(self) -> None:
@@ -184,16 +187,16 @@ class Operations:
         await self.twins.ask(f"believe {number} {node} {end}", lambda index: index.believe(key(number), node, end))
 
     async def do_disbelieve(self) -> None:
-        keys, node = [key(number) for number in self.some()], self.chance.choice("abcd")
-        await self.twins.ask(f"disbelieve {keys} {node}", lambda index: index.disbelieve(node, keys))
+        keys, (node, end) = [key(number) for number in self.some()], await self.end()
+        await self.twins.ask(f"disbelieve {keys} {node} {end}", lambda index: index.disbelieve(node, keys, end))
 
     async def do_note_bad(self) -> None:
         number, node = self.number(), self.chance.choice("abcd")
         await self.twins.ask(f"note bad {number} {node}", lambda index: index.note_bad(key(number), node, "why"))
 
     async def do_clear_suspect(self) -> None:
-        number, node = self.number(), self.chance.choice("abcd")
-        await self.twins.ask(f"clear {number} {node}", lambda index: index.clear_suspect(key(number), node))
+        number, (node, end) = self.number(), await self.end()
+        await self.twins.ask(f"clear {number} {node} {end}", lambda index: index.clear_suspect(key(number), node, end))
 
     async def do_confirm(self) -> None:
         row = await self.node()
@@ -218,10 +221,18 @@ class Operations:
         keys = [key(number) for number in self.some()]
         await self.twins.ask(f"forgotten {keys}", lambda index: index.forgotten(keys))
 
-    async def do_clear_unread(self) -> None:
-        row = await self.node()
-        for each in await self.twins.ask("unread", lambda index: index.unread(row.id if row else "", 9)):
-            await self.twins.ask(f"read {each}", lambda index, each=each: index.clear_unread(row.id, each))  # type: ignore[misc]
+    async def end(self) -> tuple[str, End]:
+        """A node, and an end of its log that may be late, or of another disk."""
+        node = self.chance.choice("abcd")
+        rows = {row.id: row for row in await self.twins.rigs[0].index.node_rows()}
+        if node in rows and self.chance.random() < 0.7:
+            return node, End(rows[node].incarnation, rows[node].end_seen)
+        return node, End(f"{node}-{self.chance.choice([1, 1, 1, 2])}", self.position())
+
+    async def do_queue_plan(self) -> None:
+        plan = await self.twins.ask("plan", lambda index: index.queue_plan(5))
+        if self.chance.random() < 0.6:
+            await self.twins.ask(f"written {plan}", lambda index: index.queue_done(plan))
 
     # -- nodes and epochs -------------------------------------------------------------------------------------------
 
@@ -244,7 +255,8 @@ class Operations:
             self.chance.choice([None, 3.0]),
         )
         await self.twins.ask(f"flags {node}", lambda index: index.set_node_flags(node, blocked, since))
-        await self.twins.ask(f"boot {node}", lambda index: index.note_boot(node, f"{node}-1", "later"))
+        boots = self.chance.choice([["boot", "later"], ["boot"]])
+        await self.twins.ask(f"boot {node} {boots}", lambda index: index.note_boot(node, f"{node}-1", boots))
 
     async def do_epoch(self) -> None:
         if self.chance.random() < 0.5:
@@ -273,10 +285,12 @@ class Operations:
     async def do_walk(self) -> None:
         number = await self.twins.ask("round", lambda index: index.raise_round())
         for row in await self.twins.rigs[0].index.node_rows():
-            place = self.position()
+            place, bad = self.position(), [Unread(self.position(), 0)] if self.chance.random() < 0.2 else []
             await self.twins.ask(
-                f"walked {row.id} {place}",
-                lambda index, row=row, place=place: index.walked(row.id, row.incarnation, place, place, number, index.epoch),  # type: ignore[misc]
+                f"walked {row.id} {place} {bad}",
+                lambda index, row=row, place=place, bad=bad: index.walked(  # type: ignore[misc]
+                    row.id, row.incarnation, place, place, number, index.epoch, bad
+                ),
             )
         await self.twins.ask("caught up", lambda index: index.caught_up(index.epoch))
 

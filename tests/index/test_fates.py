@@ -22,6 +22,7 @@ from tests.index.support import (
     deliver,
     delivery,
     elsewhere,
+    end_of,
     inbox,
     incarnation,
     key,
@@ -307,7 +308,7 @@ async def settle(
 ) -> Reconciled:
     found = [(key(number), held, position) for number, held, position in items]
     return await index.settle_inventory(
-        "a", incarnation("a"), found, birth, {key(number): commit(number) for number in commits}, enter
+        "a", end_of("a"), found, birth, {key(number): commit(number) for number in commits}, enter
     )
 
 
@@ -332,7 +333,7 @@ async def test_a_comparison_that_finds_a_tombstone_of_a_live_message_proves_lost
 
 async def test_a_comparison_with_another_incarnation_does_nothing(index: Index) -> None:
     await deliver(index, 1)
-    found = await index.settle_inventory("c", "another", [(key(1), Held.LIVE, START)], START, {}, False)
+    found = await index.settle_inventory("c", End("another", END), [(key(1), Held.LIVE, START)], START, {}, False)
     assert found == Reconciled(False)
     assert await index.copies_on("c", b"", 9) == []
 

@@ -329,8 +329,8 @@ async def test_a_node_that_another_process_admitted_is_no_witness_of_a_loss_befo
     await keeper.know_newcomers({"c": "c-1"})
     await keeper.raise_epoch([], "a test says so")
     assert {row.id: row.boot for row in await keeper.node_rows()} == {"a": "boot", "b": "boot", "c": ""}
-    await pair.one.note_boot("c", "c-2", "boot")
-    await pair.one.note_boot("a", "a-1", "next")
+    await pair.one.note_boot("c", "c-2", ["boot"])
+    await pair.one.note_boot("a", "a-1", ["boot", "next"])
     assert {row.id: row.boot for row in await pair.one.node_rows()} == {"a": "next", "b": "boot", "c": ""}, (
         "not before the walks"
     )

@@ -11,9 +11,9 @@ from powermail.base import limits
 from powermail.base.errors import OperatorError
 from powermail.index.contract import DropOrder, Index
 from powermail.index.sharing import MoveRow
-from powermail.storage.contract import Receipt
+from powermail.storage.contract import Position, Receipt
 from powermail.storage.layout import NO_LAYOUT, Layout, LayoutChange, LayoutRow, Standing
-from tests.index.support import RIGS, SHARED, Rig, deliver, incarnation, key, place
+from tests.index.support import FAR, RIGS, SHARED, Rig, deliver, incarnation, key, place, reconcile
 
 A, B = LayoutChange("a", "north"), LayoutChange("b", "south", "b.example:2700", "here", 2)
 
@@ -177,9 +177,11 @@ async def test_a_copy_is_let_go_only_when_enough_groups_have_another(index: Inde
         (copy._replace(node="z"), groups, 1),
         (copy, groups, 3),
     ):
-        assert await index.let_go(key(1), bad, among, required) is False
-    assert await index.let_go(key(9), copy, groups, 2) is False
+        assert await index.let_go(key(1), bad, FAR, among, required) is False
+    assert await index.let_go(key(9), copy, FAR, groups, 2) is False
+    await reconcile(index, "a", Position(4, 0))
+    assert await index.let_go(key(1), copy, Position(3, 9), groups, 2) is False, "the belief may be in a later copy by now"
     assert await holders(index) == ("a", "b", "c") and await index.drops("a", 9) == []
-    assert await index.let_go(key(1), copy, groups, 2) is True
+    assert await index.let_go(key(1), copy, FAR, groups, 2) is True
     assert await holders(index) == ("b", "c") and await index.drops("a", 9) == [DropOrder(key(1), place(1))]
-    assert await index.let_go(key(1), copy, groups, 2) is False, "it is not believed there any more"
+    assert await index.let_go(key(1), copy, FAR, groups, 2) is False, "it is not believed there any more"

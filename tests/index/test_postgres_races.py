@@ -21,13 +21,13 @@ from tests.index.support import (
     delivery,
     end_of,
     inbox,
-    incarnation,
     key,
     mailbox,
     place,
     reconcile,
     scan_all,
     uids,
+    watermark,
 )
 
 
@@ -76,7 +76,7 @@ async def test_a_walk_over_a_key_that_is_forgotten_meanwhile_leaves_no_entry_wit
     await dead(shared_rig, 1)
     acted = between(monkeypatch, shared_rig.running, "_in_fates", lambda: forgotten(shared_rig, 1))
     found = [(key(1), Held.LIVE, place(1))]
-    walked = await shared_rig.index.settle_inventory("a", incarnation("a"), found, START, {key(1): commit(1)}, True)
+    walked = await shared_rig.index.settle_inventory("a", end_of("a"), found, START, {key(1): commit(1)}, True)
     assert acted and walked.moved and walked.entered == 1
     assert await shared_rig.index.fates([key(1)]) == {key(1): Fate.LIVE}
 
@@ -120,7 +120,7 @@ async def test_nothing_is_forgotten_while_something_is_unread(shared_rig: Postgr
     stretch = Unread(Position(1, 5), 9)
     await reconcile(shared_rig.index, "a", await _further(shared_rig), unread=[stretch])
     assert await shared_rig.index.forget(9) == 0
-    await shared_rig.index.clear_unread("a", stretch)
+    await reconcile(shared_rig.index, "a", await watermark(shared_rig.index, "a"), read=[stretch])
     assert await shared_rig.index.forget(9) == 1
 
 

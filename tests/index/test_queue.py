@@ -244,7 +244,7 @@ async def test_the_operator_holds_releases_and_hurries_rows(index: Index) -> Non
 async def test_the_state_of_the_queue_for_its_checkpoint_is_one_snapshot(index: Index) -> None:
     await queued(index)
     rows = await index.queue_rows(0, 9)
-    watermarks, some = await index.queue_state(0, 2)
-    assert watermarks == {row.id: (row.incarnation, row.watermark) for row in await index.node_rows()}
-    assert some == [(row.id, row.key, row.destination) for row in rows[:2]]
-    assert (await index.queue_state(some[-1][0], 9))[1] == [(row.id, row.key, row.destination) for row in rows[2:]]
+    plan = await index.queue_plan(2)
+    assert plan.watermarks == {row.id: (row.incarnation, row.watermark) for row in await index.node_rows()}
+    assert plan.rows == [(row.id, row.key, row.destination) for row in rows[:2]]
+    assert await index.queue_open(plan.rows[-1][0], 9) == [(row.id, row.key, row.destination) for row in rows[2:]]

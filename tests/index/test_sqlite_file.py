@@ -33,7 +33,6 @@ from tests.index.support import (
     elsewhere,
     end_of,
     inbox,
-    incarnation,
     key,
     mailbox,
     place,
@@ -354,7 +353,7 @@ async def test_the_way_from_a_key_to_its_entries_is_there_while_a_walk_is_owed_o
     await deliver(index, 1, 2)
     await index.raise_epoch([], "a test says so")
     await index.begin_epoch(index.epoch)
-    await index.settle_inventory("a", incarnation("a"), [(key(1), Held.DEAD, START)], START, {}, True)
+    await index.settle_inventory("a", end_of("a"), [(key(1), Held.DEAD, START)], START, {}, True)
     question = "SELECT count(*) FROM sqlite_master WHERE name = 'entries_by_key'"
     with file_of(rig) as database:
         assert database.execute(question).fetchone() == (1,)
@@ -390,12 +389,12 @@ async def test_a_comparison_that_the_first_release_owes_drops_orphans_and_delete
         (key(3), Held.LIVE, place(3)),  # a repaired copy that nobody knows
         (key(4), Held.LIVE, Position(2, 1)),  # reconcile's
     ]
-    assert (await index.settle_inventory("a", incarnation("a"), items, START, {}, False)).moved
+    assert (await index.settle_inventory("a", end_of("a"), items, START, {}, False)).moved
     assert [(drop.key, drop.position) for drop in await index.drops("a", 9)] == [(key(3), place(3))]
     assert [facts.nodes for facts in await index.messages([key(1), key(2)])] == [("b",), ("a", "b")]
     await index.note_compared("a")
     assert not any(row.owes_compare for row in await index.node_rows())
-    assert (await index.settle_inventory("a", incarnation("a"), items[:1], START, {}, False)).lost
+    assert (await index.settle_inventory("a", end_of("a"), items[:1], START, {}, False)).lost
 
 
 async def test_a_proof_counts_what_was_committed_behind_the_back_of_the_copy_in_memory(room: Path) -> None:

@@ -15,9 +15,9 @@ from hypothesis import strategies as some
 from powermail.base import limits
 from powermail.base.errors import NotRedundant, Trouble
 from powermail.base.lane import Lane
-from powermail.index.contract import CheckpointPlan, EntryFacts, FlagChange, Head, MailboxFacts, Tail
+from powermail.index.contract import CheckpointPlan, EntryFacts, FlagChange, Head, MailboxFacts, QueuePlan, Tail
 from powermail.index.view import Change, Op, View
-from powermail.keeper.checkpoint import heads, heads_record, pages_of, write_heads, write_purged
+from powermail.keeper.checkpoint import Checkpointer, heads, heads_record, pages_of, write_heads, write_purged
 from powermail.keeper.checkpoint_form import (
     BadRecord,
     Kind,
@@ -34,7 +34,7 @@ from powermail.keeper.checkpoint_form import (
     encode_whole,
     record_name,
 )
-from powermail.storage.contract import NodeState, Position
+from powermail.storage.contract import NO_RANK, NodeState, Position, Rank
 from tests.index.support import elsewhere, inbox, key
 from tests.keeper.installation import Installation
 
@@ -111,8 +111,8 @@ def test_parts_of_two_writings_are_not_one_checkpoint() -> None:
 def test_the_queue_state_comes_back_as_it_was() -> None:
     marks = {"a": ("1" * 16, Position(3, 400)), "b": ("2" * 16, Position(1, 128))}
     rows = [(key(1), "far@example.net"), (key(1), "away@example.net")]
-    head, found, waiting = decode_queue(encode_queue(marks, rows, 0, 1, TAG, 5.0))
-    assert (head.kind, found, waiting) == (Kind.QUEUE, marks, rows)
+    head, found, waiting = decode_queue(encode_queue(QueuePlan(Rank(3, 0, 7), 1, marks, []), rows, 0, 1, TAG, 5.0))
+    assert (head.kind, head.rank(), found, waiting) == (Kind.QUEUE, (3, 7), marks, rows)
 
 
 def samples() -> list[bytes]:
@@ -127,7 +127,7 @@ def samples() -> list[bytes]:
         encode_whole(plan_of(view, True, (key(9),)), view, {}, TAG, 5.0)[0],
         encode_tail(plan_of(view, False), tail, {}, TAG, 5.0)[0],
         encode_purged("ann", TAG, 5.0),
-        encode_queue({"a": ("1", Position(1, 1))}, [(key(1), "x@example.net")], 0, 1, TAG, 5.0),
+        encode_queue(QueuePlan(NO_RANK, 0, {"a": ("1", Position(1, 1))}, []), [(key(1), "x@example.net")], 0, 1, TAG, 5.0),
         encode_heads([Head("ann", "INBOX", 9, 5, 6, 1)], TAG, 5.0),
         zstandard.ZstdCompressor().compress(msgspec.json.encode(first)),
     ]
@@ -322,6 +322,47 @@ async def test_the_queue_state_is_written_every_interval(place: Installation) ->
     place.clock.pass_by(limits.CHECKPOINT_INTERVAL_S)
     await place.checkpointer.step()
     assert sum(node.calls.count("put_checkpoint") for node in place.nodes.values()) == 4
+
+
+async def queue_states(place: Installation) -> dict[str, list[int]]:
+    """Numbers of the states of the queue that each node has."""
+    return {
+        name: sorted(head.modseq for _, head, _ in await records(place, name) if head.kind is Kind.QUEUE)
+        for name in place.nodes
+    }
+
+
+async def test_a_keeper_that_slept_writes_no_older_state_of_the_queue_over_a_newer_one(place: Installation) -> None:
+    """Law 11."""
+    other = Checkpointer(place.world, place.cluster, place.index)
+    plan = place.index.queue_plan
+
+    async def slept(limit: int) -> QueuePlan:
+        place.index.queue_plan = plan  # type: ignore[method-assign]
+        found = await plan(limit)
+        for _ in range(2):
+            await other.write_queue()
+        return found
+
+    place.nodes["c"].fail()
+    place.index.queue_plan = slept  # type: ignore[method-assign]
+    await place.checkpointer.write_queue()
+    assert await queue_states(place) == {"a": [2, 3], "b": [2, 3], "c": []}
+    assert place.world.counters.snapshot()["law.11.older_checkpoints"] == 1
+    await place.checkpointer.write_queue()
+    assert await queue_states(place) == {"a": [3, 4], "b": [3, 4], "c": []}
+
+
+async def test_a_state_of_the_queue_that_could_not_be_written_leaves_the_last_one(place: Installation) -> None:
+    await place.checkpointer.write_queue()
+    await place.checkpointer.write_queue()
+    assert sorted(number for numbers in (await queue_states(place)).values() for number in numbers) == [1, 1, 2, 2]
+    for name in ("b", "c"):
+        place.nodes[name].fail()
+    for _ in range(3):
+        with pytest.raises(NotRedundant):
+            await place.checkpointer.write_queue()
+    assert 2 in {number for numbers in (await queue_states(place)).values() for number in numbers}
 
 
 async def test_too_few_groups_is_trouble_and_is_tried_again(place: Installation) -> None:

@@ -14,12 +14,12 @@ import zstandard
 
 from powermail.base import limits
 from powermail.base.errors import NotRedundant
-from powermail.index.contract import CheckpointPlan, Fate, FlagChange, Outcome
+from powermail.index.contract import CheckpointPlan, Fate, FlagChange, Outcome, QueuePlan
 from powermail.index.sqlite import SqliteIndex
 from powermail.index.view import View
 from powermail.keeper.checkpoint import heads, pages_of, write_purged
-from powermail.keeper.checkpoint_form import encode_whole
-from powermail.storage.contract import Held, Mark, Origin, Rank
+from powermail.keeper.checkpoint_form import Kind, RecordHead, decode_head, encode_queue, encode_whole, record_name
+from powermail.storage.contract import NO_RANK, Held, Mark, Origin, Rank
 from tests.index.support import elsewhere, inbox, key
 from tests.keeper.installation import Installation, entries, held, numbers, shown
 
@@ -559,6 +559,31 @@ async def test_a_forward_that_the_queue_state_knows_as_done_is_not_sent_again(pl
     assert await waiting(place) == [(1, "waits@example.net", True)]
     assert done.held_rows == 1
     assert await held(place, 2) == [Held.DEAD, Held.DEAD]
+
+
+@pytest.mark.parametrize("rank", [NO_RANK, Rank(1, 0, 1)], ids=["of the release before", "of a keeper that slept"])
+async def test_the_newest_state_of_the_queue_says_what_waits(place: Installation, rank: Rank) -> None:
+    """Law 13: an older one knows nothing of it, on whatever node and in whatever order they are found."""
+    await place.deliver(1, elsewhere())
+    await place.settle_logs()
+    marks = (await place.index.queue_plan(9)).watermarks
+    await place.checkpoint()
+    older = encode_queue(QueuePlan(rank, 0, marks, []), [], 0, 1, b"8 octets", 5.0)
+    for node in place.nodes.values():
+        name = record_name(Kind.QUEUE, "", "", 0)
+        await node.put_checkpoint(name, 0, older, place.index.mark(), rank)
+    assert {head.modseq for head in await queue_heads(place)} == {rank.modseq, 2}
+    await place.rebuild()
+    assert await waiting(place) == [(1, "far@example.net", True)]
+
+
+async def queue_heads(place: Installation) -> list[RecordHead]:
+    """Of all states of the queue that nodes have."""
+    found = []
+    for node in place.nodes.values():
+        async for page in pages_of(node):
+            found += [head for _, _, octets in page if (head := decode_head(octets)).kind is Kind.QUEUE]
+    return found
 
 
 async def test_a_forward_that_nobody_knows_is_held_for_the_operator(place: Installation) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from powermail.base import limits
+from powermail.keeper.belief import end_of
 from powermail.storage.contract import Held, Origin
 from tests.keeper.rig import HOUR_S, Rig, go
 
@@ -47,7 +48,7 @@ def test_copies_that_nobody_believes_in_are_believed_or_dropped() -> None:
         rows = rig.store.state.nodes
         end = (await rig.nodes["a"].facts()).end
         rows["a"] = rows["a"]._replace(watermark=end, end_seen=end)  # passed over, as no log is
-        await rig.index.disbelieve("a", [mine, dead])
+        await rig.index.disbelieve("a", [mine, dead], await end_of(rig.nodes["a"]))
         await rig.delete(dead)
         await rig.each(rig.scrubber.step)
         assert await rig.believed(mine) == ("a", "b")

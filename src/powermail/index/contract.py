@@ -22,7 +22,7 @@ from msgspec import Struct
 from powermail.index.sharing import Identities, Leases, Membership, Tallies
 from powermail.index.view import Change, View
 from powermail.mail.envelope import Commit, Envelope, Target
-from powermail.storage.contract import START, Dropped, End, Held, Mark, Origin, Position, Receipt, Unread
+from powermail.storage.contract import START, Dropped, End, Held, Mark, Origin, Position, Rank, Receipt, Unread
 
 
 class Fate(IntEnum):
@@ -228,11 +228,14 @@ class Batch(NamedTuple):
     birth: Position = START
     unread: Sequence[Unread] = ()
     round: int | None = None  # set by the batch that reaches the end reported behind the fence of this round (law 9)
+    read: Sequence[Unread] = ()  # notes that end: what they stand for is in this batch, or its segment is gone
 
 
 class Reconciled(NamedTuple):
-    """Outcome of a batch. `moved` False: another keeper was quicker (compare-and-set failed). `missing`: keys whose commit
-    records are needed first; `lost`: a tombstone of a live key, so the index lost commits. In these cases nothing was changed.
+    """Outcome of a batch. `moved` False: another keeper was quicker (compare-and-set failed), or the index has seen a later end
+    of the log, and a copy that would be believed now may have gone since (law 8): who still wants to know looks again.
+    `missing`: keys whose commit records are needed first; `lost`: a tombstone of a live key, so the index lost commits. In
+    these cases nothing was changed.
     """
 
     moved: bool
@@ -283,18 +286,22 @@ class Copies(Protocol):
         """The fates of keys; those without a row are left out."""
 
     async def reconcile(self, batch: Batch) -> Reconciled:
-        """Enters what a log holds behind the watermark, as law 6's table says; one transaction, compare-and-set."""
+        """Enters what a log holds behind the watermark, as law 6's table says; one transaction, compare-and-set. Void, too, if
+        it would add a belief and the index has seen a later end than the batch's (law 8).
+        """
 
     async def settle_inventory(
-        self, node: str, incarnation: str, items: Sequence[tuple[bytes, Held, Position]], birth: Position,
+        self, node: str, end: End, items: Sequence[tuple[bytes, Held, Position]], birth: Position,
         commits: Mapping[bytes, Commit], enter: bool,
     ) -> Reconciled:  # fmt: skip
-        """Compares keys of a node's inventory with the index. With `enter`, the walk of law 11: a tombstone makes the row dead,
-        also when there is none yet; a live copy without a row becomes live unless it lies before `birth` or its drop waits.
-        Without: the scrub's comparison and law 12's: a copy of a live row is believed, of a dead one ordered away, without a
-        row dropped (only behind the watermark: what lies at or above it is reconcile's). A tombstone of a live key proves lost
-        commits, but while the node owes a walk, or a comparison, it only ends the belief; while it owes a walk nothing is
-        dropped.
+        """Compares keys of a node's inventory, read when its log ended at `end` or later, with the index. Void if the node is
+        of another incarnation, or if something would be entered or believed and a later end was seen (law 8).
+
+        With `enter`, the walk of law 11: a tombstone makes the row dead, also when there is none yet; a live copy without a row
+        becomes live unless it lies before `birth` or its drop waits. Without: the scrub's comparison and law 12's: a copy of a
+        live row is believed, of a dead one ordered away, without a row dropped (only behind the watermark: what lies at or
+        above it is reconcile's). A tombstone of a live key proves lost commits, but while the node owes a walk, or a
+        comparison, it only ends the belief; while it owes a walk nothing is dropped.
         """
 
     async def under_copied(self, groups: Mapping[str, str], required: int, after: bytes, limit: int) -> list[MessageFacts]:
@@ -313,18 +320,23 @@ class Copies(Protocol):
         log: what was found may have gone since, and who still wants to know looks again.
         """
 
-    async def let_go(self, key: bytes, copy: Receipt, groups: Mapping[str, str], required: int) -> bool:
+    async def let_go(self, key: bytes, copy: Receipt, end: Position, groups: Mapping[str, str], required: int) -> bool:
         """A good copy is not needed where it is: it is believed there no more, and a drop of it is ordered, in one transaction.
         False, and nothing changed, unless the message is live and believed on nodes in `groups` (node to group) that span
-        `required` groups without it, and the copy is of the node's present incarnation (laws 6, 8).
+        `required` groups without it, and the copy, found when its log ended at `end` or later, is of the node's present
+        incarnation, of which no later end was seen: the belief may be in another copy by now (laws 6, 8).
         """
 
-    async def disbelieve(self, node: str, keys: Sequence[bytes]) -> None:
-        """No longer believes that `node` holds these."""
+    async def disbelieve(self, node: str, keys: Sequence[bytes], end: End) -> bool:
+        """`node` held none of these when its log ended at `end` or later: they are believed there no more. False, and nothing
+        changed, if it is of another incarnation, or if one is believed there and a later end was seen: the copy may have been
+        made since, and one without a belief gets no tombstone when its message dies (law 8).
+        """
 
     async def note_bad(self, key: bytes, node: str, why: str) -> None:
         """A copy failed its check: it counts no more, and is suspected to lie there until the keeper has looked: `believe` or
-        `clear_suspect`. That its record is seen there (`reconcile`, `settle_inventory`) does not make it good.
+        `clear_suspect`. That its record is seen there (`reconcile`, `settle_inventory`) does not make it good. A late note
+        harms nothing: the keeper looks, and what is suspected gets its tombstone too.
         """
 
     async def damages(self) -> dict[str, Damage]:
@@ -336,8 +348,10 @@ class Copies(Protocol):
     async def suspects(self, node: str, after: bytes, limit: int) -> list[bytes]:
         """Keys of suspected copies on a node, in order."""
 
-    async def clear_suspect(self, key: bytes, node: str) -> None:
-        """The node holds no copy of it any more."""
+    async def clear_suspect(self, key: bytes, node: str, end: End) -> None:
+        """The node held no copy of it when its log ended at `end` or later. Nothing is changed if it is of another incarnation,
+        or if a later end was seen: there may be one by now (law 8).
+        """
 
     async def orders(self, node: str, limit: int) -> list[bytes]:
         """Keys whose tombstone that node has not confirmed, in order (law 8)."""
@@ -352,7 +366,8 @@ class Copies(Protocol):
 
     async def confirm_drops(self, node: str, drops: Sequence[DropOrder], done: Dropped) -> None:
         """They are gone there: the belief goes too, unless the node says that another copy is live there (law 6). Its end
-        counts as seen, and another incarnation changes nothing, as in `confirm_orders`.
+        counts as seen, and another incarnation changes nothing, as in `confirm_orders`. Nothing is changed either if a belief
+        would go and a later end was seen: another copy may have been made since, so the node is to say it again (law 8).
         """
 
     async def orders_total(self, node: str) -> tuple[int, int]:
@@ -369,9 +384,10 @@ class Copies(Protocol):
         before, if another, is retired: that disk never comes back as it is (law 9), and checkpoints on it count as lost.
         """
 
-    async def note_boot(self, node: str, incarnation: str, boot: str) -> None:
-        """The opening was compared with the index (law 12). The first one of an incarnation is not noted while the index
-        catches up: its history does not go back far enough (law 11).
+    async def note_boot(self, node: str, incarnation: str, boots: Sequence[str]) -> None:
+        """The last of these openings, all that the node tells of, was compared with the index (law 12). Void if the one noted
+        before is none of them: it is a later one. The first one of an incarnation is not noted while the index catches up: its
+        history does not go back far enough (law 11).
         """
 
     async def note_compared(self, node: str) -> None:
@@ -386,10 +402,7 @@ class Copies(Protocol):
         """
 
     async def unread(self, node: str, limit: int) -> list[Unread]:
-        """Stretches of a node's log that could not be read."""
-
-    async def clear_unread(self, node: str, unread: Unread) -> None:
-        """It was read, or its segment is gone."""
+        """Stretches of a node's log that could not be read; a batch that has read them ends these notes (`Batch.read`)."""
 
     # -- forgetting -----------------------------------------------------------------------------------------------------
 
@@ -562,6 +575,20 @@ class Head(NamedTuple):
     epoch: int  # the mailbox was last numbered in; 0 if unknown, which makes it reach farthest
 
 
+class QueuePlan(NamedTuple):
+    """A checkpoint of the queue to be written. `watermarks`: how far each node's log is settled, by node as (incarnation,
+    position); nothing before that waits to be read. `rows`: the first open ones, read behind them.
+
+    No two have the same `rank`, and who has a higher one read later: no node lets an older one take its place, and a rebuild
+    goes by the newest (laws 11, 13). `side` is not that of the last one that became durable.
+    """
+
+    rank: Rank
+    side: int
+    watermarks: dict[str, tuple[str, Position]]
+    rows: list[tuple[int, bytes, str]]
+
+
 class Checkpoints(Protocol):
     """What goes to the nodes, so that mailboxes can be made anew from them (P15)."""
 
@@ -580,8 +607,14 @@ class Checkpoints(Protocol):
     async def checkpoints_lost(self, node: str) -> int:
         """A node is gone or was made anew: what had its checkpoint there gets a whole one soon; how many."""
 
-    async def queue_state(self, after: int, limit: int) -> tuple[dict[str, tuple[str, Position]], list[tuple[int, bytes, str]]]:
-        """(watermarks by node as (incarnation, position), open rows (id, key, destination) behind `after`) in one snapshot."""
+    async def queue_plan(self, limit: int) -> QueuePlan:
+        """Begins a checkpoint of the queue, with the first `limit` open rows."""
+
+    async def queue_open(self, after: int, limit: int) -> list[tuple[int, bytes, str]]:
+        """Open rows as (id, key, destination) behind `after`, by id."""
+
+    async def queue_done(self, plan: QueuePlan) -> None:
+        """It is durable on R groups: the next one goes to the other side."""
 
 
 # -- epochs ---------------------------------------------------------------------------------------------------------------
@@ -693,9 +726,13 @@ class Epochs(Protocol):
         False if it is another epoch by now.
         """
 
-    async def walked(self, node: str, incarnation: str, watermark: Position, end: Position, round: int, epoch: int) -> bool:
-        """A node was walked whole in this epoch: its watermark is the end behind its fence. False if it is of another
-        incarnation, or if it is another epoch by now (compare-and-set).
+    async def walked(
+        self, node: str, incarnation: str, watermark: Position, end: Position, round: int, epoch: int,
+        unread: Sequence[Unread] = (),
+    ) -> bool:  # fmt: skip
+        """A node was walked whole in this epoch: its watermark is the end behind its fence, and what could not be read before
+        that is noted in the same transaction (law 6). False if it is of another incarnation, or if it is another epoch by now
+        (compare-and-set).
         """
 
     async def caught_up(self, epoch: int) -> bool:

@@ -17,7 +17,7 @@ from powermail.base.log import Event
 from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
 from powermail.index.contract import Fate, Index, NodeRow
-from powermail.keeper.belief import compare_belief, is_good, is_proof, known_row
+from powermail.keeper.belief import compare_belief, end_of, is_good, is_proof, known_row
 from powermail.keeper.epochs import EpochKeeper
 from powermail.storage.contract import START, Held, Item, NodeFacts, Position, StorageNode
 
@@ -129,16 +129,13 @@ class Admission:
     async def _take_in(self, node: StorageNode, facts: NodeFacts) -> None:
         """Law 12: an incarnation that is new to the index, from its birth mark on."""
         await self._index.admit_node(node.id, node.group, facts.incarnation, "", facts.birth, facts.end)
-        while notes := await self._index.unread(node.id, limits.RECONCILE_BATCH):
-            for note in notes:  # of another log, or before the birth mark: nothing there is ever entered
-                await self._index.clear_unread(node.id, note)
         self._past.pop(node.id, None)
         self._world.counters.add("law.12.incarnations")
         self._world.log.event(Event.NODE_STATE, node=node.id, state="admitted", incarnation=facts.incarnation)
 
     async def _note_boot(self, node: StorageNode, facts: NodeFacts) -> None:
         if facts.boots:
-            await self._index.note_boot(node.id, facts.incarnation, facts.boots[-1])
+            await self._index.note_boot(node.id, facts.incarnation, facts.boots)
         self._past.pop(node.id, None)
         self.held.pop(node.id, None)
         self.confirmed.pop(node.id, None)
@@ -234,7 +231,13 @@ class Admission:
         Of what was written before `below`. False if that came to an end before all was compared.
         """
         past = self._progress(node, facts)
-        while items := await node.inventory(past.settled_after, _VERIFIED_AT_ONCE):
+        while True:
+            end = await end_of(node)
+            items = await node.inventory(past.settled_after, _VERIFIED_AT_ONCE)
+            if end.incarnation != facts.incarnation:
+                return False
+            if not items:
+                break
             if await is_proof(self._index, [item.key for item in items if item.held is Held.DEAD]):
                 await self._epochs.raise_epoch(f"node {node.id} has a tombstone of a message that is listed")
                 return False
@@ -250,7 +253,7 @@ class Admission:
                         continue
                 settled.append((item.key, item.held, item.position))
             if settled:
-                result = await self._index.settle_inventory(node.id, facts.incarnation, settled, facts.birth, {}, False)
+                result = await self._index.settle_inventory(node.id, end, settled, facts.birth, {}, False)
                 if not result.moved or self._index.catching_up:
                     return False
             past.settled_after = items[-1].key

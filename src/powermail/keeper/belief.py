@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from powermail.base.errors import CopyDamaged, CopyMissing
+from powermail.base.errors import CopyDamaged, CopyMissing, NodeTrouble
 from powermail.base.log import Event
 from powermail.base.world import World
 from powermail.index.contract import Fate, Index, NodeRow
@@ -56,6 +56,9 @@ async def read_commits(node: StorageNode, keys: Sequence[bytes]) -> Records:
     return Records(good, bad)
 
 
+_TRIES = 3  # when the index has seen a later end of the log meanwhile
+
+
 class Doubts(NamedTuple):
     """Outcome of a comparison: how many beliefs ended, and whether a live message has a tombstone there (law 6)."""
 
@@ -68,13 +71,16 @@ async def compare_belief(index: Index, node: StorageNode, keys: Sequence[bytes])
 
     What it cannot tell is suspected: a tombstone goes there too when the message dies. Raises NodeTrouble, IndexTrouble.
     """
-    held = dict(zip(keys, await node.has(keys), strict=True))
-    gone = [key for key, state in held.items() if state in (Held.ABSENT, Held.DEAD)]
-    dead = [key for key, state in held.items() if state is Held.DEAD]
-    if dead and Fate.LIVE in (await index.fates(dead)).values():
-        return Doubts(0, True)
-    if gone:
-        await index.disbelieve(node.id, gone)
+    for _ in range(_TRIES):
+        end = await end_of(node)
+        held = dict(zip(keys, await node.has(keys), strict=True))
+        gone = [key for key, state in held.items() if state in (Held.ABSENT, Held.DEAD)]
+        if await is_proof(index, [key for key, state in held.items() if state is Held.DEAD]):
+            return Doubts(0, True)
+        if not gone or await index.disbelieve(node.id, gone, end):
+            break
+    else:  # law 8: a copy may have been made there since
+        raise NodeTrouble(f"node {node.id} goes on while what it holds is compared; again soon")
     unknown = [key for key, state in held.items() if state is Held.UNKNOWN]
     for key in unknown:
         await index.note_bad(key, node.id, "the log was found damaged where it may have been")

@@ -34,7 +34,7 @@ from powermail.keeper.checkpoint_form import (
     encode_whole,
     record_name,
 )
-from powermail.storage.contract import NO_RANK, Mark, Rank, StorageNode
+from powermail.storage.contract import Mark, Rank, StorageNode
 
 T = TypeVar("T")
 _IDLE_S = 10.0  # between looks for mailboxes that are due
@@ -45,7 +45,6 @@ _AWAY_S = 60.0  # a node that took nothing is asked last, or not at all, for so 
 _QUEUE_PAGE = 4096
 _PAGE_OCTETS = limits.MIB  # records of nodes are read in pages of about this much
 _PAGE_NAMES_MAX = 512
-_SIDES = 2
 
 
 class Checkpointer:
@@ -145,7 +144,7 @@ class Checkpointer:
         holders = await self._give(name, records, order, required, connection, _rank(plan))
         return await self._tell(plan, holders)
 
-    async def _tell(self, plan: CheckpointPlan, holders: Sequence[str]) -> bool:
+    async def _tell(self, plan: CheckpointPlan, holders: Sequence[str] | None) -> bool:
         if holders:
             await self._index.checkpoint_done(plan, holders, self._world.clock.now())
             self._written += 1
@@ -171,9 +170,12 @@ class Checkpointer:
         order: Sequence[StorageNode],
         required: int,
         connection: int,
-        rank: Rank = NO_RANK,
-    ) -> list[str]:
-        """Writes records under a name to `required` nodes of as many groups, tried in order: who holds all, none if too few."""
+        rank: Rank,
+    ) -> list[str] | None:
+        """Writes records under a name to `required` nodes of as many groups, tried in order: who holds all, none if too few.
+
+        None if a node has a newer one: another keeper was quicker.
+        """
         mark = await self._index.proof(connection)  # law 10
         now = self._world.clock.monotonic()
         holders: dict[str, str] = {}
@@ -185,10 +187,10 @@ class Checkpointer:
             try:
                 for number, octets in enumerate(records):
                     await node.put_checkpoint(name, number, octets, mark, rank)
-            except OlderCheckpoint as error:  # another keeper was quicker, and the node is well
+            except OlderCheckpoint as error:  # the node is well
                 self._world.counters.add("law.11.older_checkpoints")
                 self._world.log.event(Event.TROUBLE, worker="checkpoint", node=node.id, error=str(error))
-                return []
+                return None
             except NodeTrouble as error:
                 self._away[node.id] = self._world.clock.monotonic() + _AWAY_S
                 self._world.log.event(Event.TROUBLE, worker="checkpoint", node=node.id, error=str(error))
@@ -199,26 +201,28 @@ class Checkpointer:
     async def write_queue(self) -> None:
         """Writes what waits to leave, and how far each node's log is settled, to R groups. Raises Trouble.
 
-        The watermarks are those of the first page: what is behind them and not in a later page was sent by then.
+        The watermarks are those of the plan: what is behind them and not in a later page was sent by then. A keeper that slept
+        changes nothing: a node that has a newer state keeps it (law 11).
         """
         now = self._world.clock.now()
         tag, connection = self._tag(), self._index.connection
+        plan = await self._index.queue_plan(_QUEUE_PAGE)
         pages: list[bytes] = []
-        after, more = 0, True
-        watermarks = None
+        rows, more = plan.rows, True
         while more:
-            marks, rows = await self._index.queue_state(after, _QUEUE_PAGE)
-            watermarks = marks if watermarks is None else watermarks
             more = len(rows) == _QUEUE_PAGE
-            after = rows[-1][0] if rows else after
             open_rows = [(key, destination) for _, key, destination in rows]
             parts = 0 if more else len(pages) + 1
-            pages.append(encode_queue(watermarks, open_rows, len(pages), parts, tag, now))
-        # The sides go by the time: who starts anew does not begin with the one that was written last.
-        side = int(now // limits.CHECKPOINT_INTERVAL_S) % _SIDES
-        name = record_name(Kind.QUEUE, "", "", side)
-        if not await self._give(name, pages, self._cluster.place(), self._cluster.copies_required, connection):
+            pages.append(encode_queue(plan, open_rows, len(pages), parts, tag, now))
+            rows = await self._index.queue_open(rows[-1][0], _QUEUE_PAGE) if more else []
+        name = record_name(Kind.QUEUE, "", "", plan.side)
+        order, required = self._cluster.place(), self._cluster.copies_required
+        holders = await self._give(name, pages, order, required, connection, plan.rank)
+        if holders is None:
+            return  # what another keeper has written since says more
+        if not holders:
             raise NotRedundant("the queue's state could not be written to enough groups")
+        await self._index.queue_done(plan)
 
     def close(self) -> None:
         """Ends the lane, if there is one."""

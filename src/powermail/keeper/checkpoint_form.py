@@ -24,7 +24,7 @@ from msgspec import Struct
 
 from powermail.base import limits
 from powermail.base.errors import PowerMailError
-from powermail.index.contract import CheckpointPlan, Head, Tail
+from powermail.index.contract import CheckpointPlan, Head, QueuePlan, Tail
 from powermail.index.view import KEY_OCTETS, Change, Entry, Op, View, pack_uids, unpack_uids
 from powermail.storage.contract import Position
 
@@ -71,6 +71,10 @@ class RecordHead(Struct, frozen=True, array_like=True):
     base: int = 0  # the whole checkpoint that a tail stands on, of itself for a whole one
     epoch: int = 0  # the mailbox was last numbered in; 0 if unknown
     skipped: bool = False  # some expunged keys are not named
+
+    def rank(self) -> tuple[int, int]:
+        """How new a state of the queue is; what had no rank yet is the oldest (law 11)."""
+        return self.epoch, self.modseq
 
     def numbers(self) -> Head:
         """What it says about the numbers of a mailbox (law 11)."""
@@ -248,12 +252,11 @@ def encode_purged(account: str, tag: bytes, at: float) -> bytes:
     return _record(RecordHead(Kind.PURGED, tag, 0, 1, at, account), NoBody())
 
 
-def encode_queue(
-    watermarks: dict[str, tuple[str, Position]], rows: Sequence[tuple[bytes, str]], part: int, parts: int, tag: bytes, at: float
-) -> bytes:
+def encode_queue(plan: QueuePlan, rows: Sequence[tuple[bytes, str]], part: int, parts: int, tag: bytes, at: float) -> bytes:
     """A part of the queue's state; `parts` is 0 but in the last, because nobody knows before how many there will be."""
-    marks = [(node, incarnation, *position) for node, (incarnation, position) in sorted(watermarks.items())]
-    return _record(RecordHead(Kind.QUEUE, tag, part, parts, at), QueueBody(marks, list(rows)))
+    marks = [(node, incarnation, *position) for node, (incarnation, position) in sorted(plan.watermarks.items())]
+    head = RecordHead(Kind.QUEUE, tag, part, parts, at, modseq=plan.rank.modseq, epoch=plan.rank.epoch)
+    return _record(head, QueueBody(marks, list(rows)))
 
 
 def encode_heads(heads: Sequence[Head], tag: bytes, at: float) -> bytes:

@@ -70,8 +70,7 @@ class Collector:
         live = {message.key: message for message in await self._index.messages(keys)}
         for key in keys:
             message = live.get(key)
-            if message is None:  # it died since, and a tombstone was ordered here too (law 8)
-                await self._index.clear_suspect(key, node.id)
+            if message is None:  # it died since: a tombstone was ordered here too, and the suspicion went (law 8)
                 continue
             end = await end_of(node)
             try:
@@ -85,6 +84,8 @@ class Collector:
                 held = await node.discard(key, await self._index.proof(connection))
             else:
                 held = Held.LIVE
-            if held is Held.LIVE and not await self._index.believe(key, node.id, end):
-                continue  # law 8: it died, or the node has gone on meanwhile: looked at again
-            await self._index.clear_suspect(key, node.id)
+            # Law 8: if it died, or the node has gone on meanwhile, nothing changes, and it is looked at again.
+            if held is Held.LIVE:
+                await self._index.believe(key, node.id, end)
+            else:
+                await self._index.clear_suspect(key, node.id, end)

@@ -126,14 +126,16 @@ class Rebalancer:
                 await target.verify(key)
             else:
                 await self._fetcher.copy(key, source, target)
+            there = await end_of(source)
             position = await source.verify(key)
         except (CopyMissing, CopyDamaged, NodeTrouble) as error:  # scrub and repair find what is bad
             self._world.log.event(Event.TROUBLE, worker=REBALANCE, key=key, node=target.id, error=str(error))
             return False
         if not await self._index.believe(key, target.id, end):
             return False
-        copy = Receipt(source.id, source.incarnation, position)
-        if not await self._index.let_go(key, copy, self._cluster.counted_there(), self._cluster.copies_required):
+        copy = Receipt(source.id, there.incarnation, position)
+        counted, required = self._cluster.counted_there(), self._cluster.copies_required
+        if not await self._index.let_go(key, copy, there.position, counted, required):
             return False
         self._world.counters.add("keeper.moved")
         return True

@@ -148,7 +148,8 @@ class Rebuilder:
         self._without = without
         self._counts = _Counts()
         self._states: list[QueueState] = []
-        self._tags: dict[bytes, None] = {}  # of queue states that were taken
+        self._queue: dict[bytes, list[bytes]] = {}  # the newest states of the queue that were found whole, by tag
+        self._queue_rank = 0, 0
         self._epoch = 0  # highest known
         self._uidvalidity = 0
         self._unsure = False  # too few groups are read to know the highest epoch
@@ -177,6 +178,7 @@ class Rebuilder:
         self._uidvalidity = max([0, *(mark.uidvalidity for mark in marks)])
         for source in sources:
             await self._read_records(index, source.node)
+        await self._take_queue(index)
         leaps = _EPOCHS_UNKNOWN if self._unsure else 1
         await index.begin_numbers(self._epoch + 1, self._uidvalidity + leaps * limits.EPOCH_JUMP)  # law 11
         await self._put_mailboxes(index, {source.node.id: source.node for source in sources})
@@ -268,7 +270,7 @@ class Rebuilder:
                     if head.kind is Kind.PURGED:
                         purged.append(head.account)
                     elif head.kind is Kind.QUEUE:
-                        await self._take_queue(index, node, parts)
+                        self._find_queue(node, parts)
                     elif head.kind is Kind.HEADS:
                         seen += self._far_heads(node, parts)
                     else:
@@ -306,20 +308,31 @@ class Rebuilder:
             self._bad(node, error)
             return []
 
-    async def _take_queue(self, index: Rebuilding, node: StorageNode, parts: list[tuple[RecordHead, bytes]]) -> None:
+    def _find_queue(self, node: StorageNode, parts: list[tuple[RecordHead, bytes]]) -> None:
+        """The newest one counts, whoever wrote an older one later; of those without a rank all do (laws 11, 13)."""
         head = parts[0][0]
-        if head.tag in self._tags or not _whole(parts) or len(self._states) == _QUEUE_STATES_MAX:
+        if head.tag in self._queue or head.rank() < self._queue_rank or not _whole(parts):
             return
         try:
-            bodies = [decode_queue(octets) for _, octets in parts]
+            for _, octets in parts:
+                decode_queue(octets)
         except BadRecord as error:
             self._bad(node, error)
             return
-        state = QueueState(len(self._states), bodies[0][1])
-        for _, _, rows in bodies:
-            await index.note_open(state.number, rows)
-        self._states.append(state)
-        self._tags[head.tag] = None
+        if head.rank() > self._queue_rank:
+            self._queue, self._queue_rank = {}, head.rank()
+        if len(self._queue) < _QUEUE_STATES_MAX:
+            self._queue[head.tag] = [octets for _, octets in parts]
+
+    async def _take_queue(self, index: Rebuilding) -> None:
+        """What waits by the states that count, and how far logs were settled then."""
+        for records in self._queue.values():
+            bodies = [decode_queue(octets) for octets in records]
+            state = QueueState(len(self._states), bodies[0][1])
+            for _, _, rows in bodies:
+                await index.note_open(state.number, rows)
+            self._states.append(state)
+        self._queue.clear()
 
     async def _put_mailboxes(self, index: Rebuilding, nodes: dict[str, StorageNode]) -> None:
         after = "", ""

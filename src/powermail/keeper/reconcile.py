@@ -23,6 +23,7 @@ from powermail.mail.envelope import Commit
 from powermail.storage.contract import NodeFacts, Origin, Position, Scanned, StorageNode, Unread
 
 _TRIES = 3  # when another keeper, or a change of a row, was quicker
+_MAIL = Origin.DELIVERY
 
 
 class Reconciler:
@@ -108,7 +109,7 @@ class Reconciler:
     async def _advance(
         self, node: StorageNode, row: NodeRow, facts: NodeFacts, age_s: float, end: Position | None, round_: int | None
     ) -> bool | None:
-        """As `advance`; None when another keeper was quicker and it must begin again from the row."""
+        """As `advance`; None when another keeper was quicker, or the node has gone on, and it must begin again from the row."""
         position = committed = row.watermark
         entered = 0
         while True:
@@ -120,7 +121,7 @@ class Reconciler:
             # Marks and checkpoints alone move the watermark only with the segment: each batch is a commit, and asks for a mark.
             if scan.items or scan.unread or reached or following.segment > committed.segment:
                 batch = Batch(node.id, row.incarnation, committed, following, scan.end, (), (), {}, facts.birth, scan.unread)
-                result, _ = await self._enter(node, batch._replace(round=round_ if reached else None), scan.items)
+                result = await self._enter(node, batch._replace(round=round_ if reached else None), scan.items)
                 entered += result.entered
                 if result.lost:
                     return False
@@ -137,8 +138,8 @@ class Reconciler:
             self._world.counters.add("keeper.reconciled", entered)
             self._world.log.event(Event.RECONCILED, node=node.id, messages=entered)
 
-    async def _enter(self, node: StorageNode, batch: Batch, items: Sequence[Scanned]) -> tuple[Reconciled, list[Unread]]:
-        """One batch of law 6's table, with the commit records that the index needs; and what it noted as unread."""
+    async def _enter(self, node: StorageNode, batch: Batch, items: Sequence[Scanned]) -> Reconciled:
+        """One batch of law 6's table, with the commit records that the index needs."""
         places = {item.key: item.position for item in items if item.origin is not None}
         origins = {item.key: item.origin for item in items if item.origin is not None}
         fates = await self._index.fates(list(places))
@@ -169,7 +170,7 @@ class Reconciler:
             if result.lost:
                 await self._epochs.raise_epoch(f"node {node.id} has a tombstone of a message that is listed")  # law 6
             if not result.missing:
-                return result, unread
+                return result
             wanted = [key for key in result.missing if key in places]
         raise NodeTrouble(f"keys of node {node.id} change while they are compared; again soon")
 
@@ -188,18 +189,18 @@ class Reconciler:
             except NodeTrouble as error:
                 self._world.log.event(Event.TROUBLE, worker="reconcile", node=node.id, error=str(error))
                 return
-            if scan is None:
-                await self._index.clear_unread(node.id, note)
-                continue
-            if scan.incarnation != row.incarnation:
-                return
-            if scan.unread == [note] and not scan.items:
-                continue
             here = row.watermark
-            batch = Batch(node.id, row.incarnation, here, here, scan.end, (), (), {}, facts.birth, scan.unread)
-            result, noted = await self._enter(node, batch, scan.items)
+            batch = Batch(node.id, row.incarnation, here, here, here, (), (), {}, facts.birth, read=(note,))
+            items: list[Scanned] = []
+            if scan is not None:  # else its segment is gone
+                if scan.incarnation != row.incarnation:
+                    return
+                if scan.unread == [note] and not scan.items:
+                    continue
+                batch = batch._replace(end=scan.end, unread=scan.unread)
+                # A single record is noted only if it is to be entered: by a walk whatever its origin (law 11).
+                items = [item if note.octets or item.origin is None else item._replace(origin=_MAIL) for item in scan.items]
+            result = await self._enter(node, batch, items)
             if not result.moved or result.lost:
                 return
             self._report(node, result.entered)
-            if note not in noted:
-                await self._index.clear_unread(node.id, note)

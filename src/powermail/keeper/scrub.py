@@ -20,15 +20,16 @@ from powermail.base.log import Event
 from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
 from powermail.index.contract import Fate, Index, NodeRow
-from powermail.keeper.belief import compare_belief, is_proof, known_row
+from powermail.keeper.belief import compare_belief, end_of, is_proof, known_row
 from powermail.keeper.epochs import EpochKeeper
-from powermail.storage.contract import Held, Item, NodeFacts, Position, StorageNode
+from powermail.storage.contract import End, Held, Item, Position, StorageNode
 
 _AT_ONCE = 20  # copies read in one step
 _BELIEFS_AT_ONCE = 200
 _CYCLE_S = limits.SCRUB_DAYS_MAX * 86_400.0 / 2  # half of what is promised, because a disk may be away for days
 _REST_MAX_S = 60.0
 _REST_S = 10.0
+_AGAIN_S = 1.0
 _KEEP_INTERVAL_S = 60.0
 
 
@@ -104,8 +105,10 @@ class Scrubber:
             place = self._places[node.id] = Place(row.incarnation)
         facts = await node.facts()
         await self._compare_belief(node, place)
+        end = await end_of(node)
         items = await node.inventory(bytes.fromhex(place.after), _AT_ONCE)
-        await self._compare_copies(node, row, facts, place, items)
+        if not await self._compare_copies(node, row, facts.birth, end, place, items):
+            return _AGAIN_S
         if len(items) == _AT_ONCE:
             place.after = items[-1].key.hex()
         else:
@@ -153,15 +156,15 @@ class Scrubber:
             self._world.log.event(Event.NODE_DAMAGE, node=node.id, missing_copies=doubts.missing)
 
     async def _compare_copies(
-        self, node: StorageNode, row: NodeRow, facts: NodeFacts, place: Place, items: Sequence[Item]
-    ) -> None:
-        """What is there: is it good, is it believed, may it be there?"""
+        self, node: StorageNode, row: NodeRow, birth: Position, end: End, place: Place, items: Sequence[Item]
+    ) -> bool:
+        """What is there: is it good, is it believed, may it be there? False if it is to be looked at again: the node has gone
+        on since, and what was found may have gone (law 8).
+        """
         verdicts = await self._verify(node, items)
-        place.checked += len(verdicts)
-        place.bad += sum(1 for good in verdicts.values() if not good)
         if await is_proof(self._index, [item.key for item in items if item.held is Held.DEAD]):
             await self._epochs.raise_epoch(f"node {node.id} has a tombstone of a message that is listed")
-            return
+            return True
         good = [item for item in items if verdicts.get(item.key) and item.position < row.watermark]
         fates = await self._index.fates([item.key for item in good])
         live = [key for key, fate in fates.items() if fate is Fate.LIVE]
@@ -171,8 +174,12 @@ class Scrubber:
             strange = [item for item in strange if item.key in fates]  # what could not be read may not be entered yet
         if strange and not self._index.catching_up:
             settled: list[tuple[bytes, Held, Position]] = [(item.key, item.held, item.position) for item in strange]
-            await self._index.settle_inventory(node.id, row.incarnation, settled, facts.birth, {}, False)
+            if not (await self._index.settle_inventory(node.id, end, settled, birth, {}, False)).moved:
+                return False
             self._world.log.event(Event.NODE_DAMAGE, node=node.id, strange_copies=len(strange))
+        place.checked += len(verdicts)
+        place.bad += sum(1 for good in verdicts.values() if not good)
+        return True
 
     # -- the file -------------------------------------------------------------------------------------------------------
 

@@ -14,10 +14,10 @@ from powermail.base import limits
 from powermail.base.errors import NodeTrouble
 from powermail.base.log import Event
 from powermail.base.world import World
-from powermail.index.contract import Batch, Fate, Index, NodeRow
-from powermail.keeper.belief import compare_belief, is_good, read_commits
+from powermail.index.contract import Fate, Index, NodeRow
+from powermail.keeper.belief import compare_belief, end_of, is_good, read_commits
 from powermail.mail.envelope import Commit
-from powermail.storage.contract import Held, Item, NodeFacts, Position, StorageNode, Unread
+from powermail.storage.contract import End, Held, Item, NodeFacts, Position, StorageNode, Unread
 
 _TRIES = 3  # of one page whose keys change while it is compared
 
@@ -48,19 +48,22 @@ class Walker:
         walk = self._walks.get(node.id)
         if walk is None or (walk.incarnation, walk.epoch) != (row.incarnation, self._index.epoch):
             walk = self._walks[node.id] = await self._begin(node, row)
-        while items := await node.inventory(walk.after, limits.RECONCILE_BATCH):
-            if not await self._page(node, walk, facts, items):
-                return False
+        while True:
+            end = await end_of(node)
+            items = await node.inventory(walk.after, limits.RECONCILE_BATCH)
+            if not items:
+                break
+            if end.incarnation != walk.incarnation or not await self._page(node, walk, end, facts.birth, items):
+                return False  # or the node has gone on since: from here again
             walk.after = items[-1].key
         await self._check_belief(node)
         if walk.epoch != self._index.epoch:
             return False
-        done = await self._index.walked(node.id, walk.incarnation, walk.end, walk.end, walk.round, walk.epoch)
+        # Law 6: the watermark passes over what could not be read, so that is noted with it; it is tried again by reconcile.
+        done = await self._index.walked(node.id, walk.incarnation, walk.end, walk.end, walk.round, walk.epoch, walk.bad)
         del self._walks[node.id]
         self._world.counters.add("law.11.walks")
         self._world.counters.add("law.11.entered", walk.entered)
-        if done and walk.bad:
-            await self._note_unread(node, walk)
         self._world.log.event(Event.RECONCILED, node=node.id, messages=walk.entered, by="walk")
         return done
 
@@ -71,7 +74,7 @@ class Walker:
             raise NodeTrouble(f"node {node.id} gives no stamp, so it cannot be walked yet")
         return _Walk(row.incarnation, epoch, await node.fence(stamp), round_)
 
-    async def _page(self, node: StorageNode, walk: _Walk, facts: NodeFacts, items: Sequence[Item]) -> bool:
+    async def _page(self, node: StorageNode, walk: _Walk, end: End, birth: Position, items: Sequence[Item]) -> bool:
         known = await self._index.fates([item.key for item in items])
         settled: list[tuple[bytes, Held, Position]] = []
         unknown: dict[bytes, Position] = {}
@@ -80,7 +83,7 @@ class Walker:
                 if item.position >= walk.end:
                     continue  # reconcile will come to it
                 fate = known.get(item.key)
-                if item.position < facts.birth and fate in (None, Fate.LIVE):
+                if item.position < birth and fate in (None, Fate.LIVE):
                     if fate is None or not await is_good(self._world, self._index, node, item.key):
                         continue  # law 12: believed only when it was verified, never entered
                 elif fate is None:
@@ -93,9 +96,9 @@ class Walker:
             commits.update(records.good)
             for key, why in records.bad.items():
                 self._world.log.event(Event.COPY_BAD, key=key, node=node.id, error=why)
-                walk.bad = (*walk.bad, Unread(unknown.get(key, walk.end), 0))
+                walk.bad = (*walk.bad, Unread(unknown[key], 0))
             settled = [each for each in settled if each[0] not in wanted or each[0] in records.good]
-            result = await self._index.settle_inventory(node.id, walk.incarnation, settled, facts.birth, commits, True)
+            result = await self._index.settle_inventory(node.id, end, settled, birth, commits, True)
             if not result.missing:
                 walk.entered += result.entered
                 return result.moved
@@ -108,8 +111,3 @@ class Walker:
         while keys := await self._index.copies_on(node.id, after, limits.RECONCILE_BATCH):
             after = keys[-1]
             await compare_belief(self._index, node, keys)
-
-    async def _note_unread(self, node: StorageNode, walk: _Walk) -> None:
-        """Records that could not be read are tried again by reconcile, and hold back forgetting (law 6)."""
-        batch = Batch(node.id, walk.incarnation, walk.end, walk.end, walk.end, (), (), {}, unread=walk.bad)
-        await self._index.reconcile(batch)

@@ -72,7 +72,9 @@ class Dropped(NamedTuple):
 
 
 class Rank(NamedTuple):
-    """How new what is kept under a name is: the index's epoch when it was planned, UIDVALIDITY, MODSEQ. All 0: it has none."""
+    """How new what is kept under a name is: the index's epoch when it was planned, UIDVALIDITY, MODSEQ (of the queue's state 0,
+    and its number). All 0: it has none.
+    """
 
     epoch: int = 0
     uidvalidity: int = 0

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from powermail.base import limits
 from powermail.base.errors import IndexTrouble
 from powermail.index import laws
-from powermail.index.contract import CheckpointPlan, Fate
+from powermail.index.contract import CheckpointPlan, Fate, QueuePlan
 from powermail.index.memory.mailboxes import MailboxPart
 from powermail.index.memory.state import Gone, MailboxRow
-from powermail.index.memory.transaction import STARTS_BEHIND
-from powermail.storage.contract import Position
+from powermail.index.memory.transaction import STARTS_BEHIND, Undo
+from powermail.storage.contract import Rank
 
 
 class CheckpointPart(MailboxPart):
@@ -107,7 +107,31 @@ class CheckpointPart(MailboxPart):
     async def checkpoints_lost(self, node: str) -> int:
         return self.transact(lambda: self.lose_checkpoints(node))
 
-    async def queue_state(self, after: int, limit: int) -> tuple[dict[str, tuple[str, Position]], list[tuple[int, bytes, str]]]:
-        watermarks = {name: (row.incarnation, row.watermark) for name, row in sorted(self.state.nodes.items())}
+    async def queue_plan(self, limit: int) -> QueuePlan:
+        def planning() -> QueuePlan:
+            s = self.state
+            s.queue_planned += 1
+            watermarks = {
+                name: (row.incarnation, min([row.watermark, *(note.position for at, note in s.unread if at == name)]))
+                for name, row in sorted(s.nodes.items())
+            }
+            rank = Rank(s.epoch, 0, s.queue_planned)
+            return QueuePlan(rank, 1 - s.queue_done[1], watermarks, self._queue_open(0, limit))
+
+        return self.transact(planning)
+
+    async def queue_open(self, after: int, limit: int) -> list[tuple[int, bytes, str]]:
+        return self._queue_open(after, limit)
+
+    def _queue_open(self, after: int, limit: int) -> list[tuple[int, bytes, str]]:
         rows = [(number, row.key, row.destination) for number, row in sorted(self.state.queue.items()) if number > after]
-        return watermarks, rows[:limit]
+        return rows[:limit]
+
+    async def queue_done(self, plan: QueuePlan) -> None:
+        def done() -> None:
+            s = self.state
+            if plan.rank.epoch != s.epoch:
+                raise Undo(None)
+            s.queue_done = max(s.queue_done, (plan.rank.modseq, plan.side))
+
+        self.transact(done)

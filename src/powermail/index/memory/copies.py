@@ -108,14 +108,17 @@ class CopyPart(Transactions):
             for key, position, origin in batch.copies
         ]
         self._need({key for key, _, deed in deeds if deed is Deed.ENTER}, batch.commits)
+        if batch.end < node.end_seen:
+            self._refuse_late(node.id, [(key, deed) for key, _, deed in deeds])
         entered = 0
         for key, position, origin in batch.copies:
             entered += self._do(
                 laws.deed(self._fate(key), origin, position < batch.birth), node.id, key, position, batch.commits
             )
         self._bury(died)  # that commits were lost is known, and this node's walk is still owed
-        for unread in batch.unread:
-            s.unread[node.id, unread] = None  # it holds back forgetting (law 9)
+        for read in batch.read:
+            s.unread.pop((node.id, read), None)
+        self.note_unread(node.id, batch.unread)
         s.nodes[node.id] = node._replace(
             watermark=batch.to,
             end_seen=max(node.end_seen, batch.end),
@@ -128,6 +131,13 @@ class CopyPart(Transactions):
         """Ends the transaction if commit records are missing."""
         if missing := tuple(sorted(key for key in keys if key not in commits)):
             raise Undo(Reconciled(False, missing=missing))
+
+    def _refuse_late(self, node: str, deeds: Sequence[tuple[bytes, Deed | None]]) -> None:
+        """Ends a transaction whose news of a node is older than what was seen since, if it adds a belief (law 8)."""
+        s = self.state
+        for key, deed in deeds:
+            if deed is Deed.ENTER or (deed is Deed.BELIEVE and (key, node) not in s.copies and (key, node) not in s.suspects):
+                raise Undo(Reconciled(False))
 
     def _do(self, deed: Deed, node: str, key: bytes, position: Position, commits: Mapping[bytes, Commit]) -> int:
         if deed is Deed.ENTER:
@@ -142,18 +152,20 @@ class CopyPart(Transactions):
         return 0
 
     async def settle_inventory(
-        self, node: str, incarnation: str, items: Sequence[tuple[bytes, Held, Position]], birth: Position,
+        self, node: str, end: End, items: Sequence[tuple[bytes, Held, Position]], birth: Position,
         commits: Mapping[bytes, Commit], enter: bool,
     ) -> Reconciled:  # fmt: skip
         def settling() -> Reconciled:
             row = self.state.nodes.get(node)
-            if row is None or row.incarnation != incarnation:
+            if row is None or row.incarnation != end.incarnation:
                 raise Undo(Reconciled(False))
             died = [key for key, held, _ in items if held is Held.DEAD and self._fate(key) is Fate.LIVE]
             if died and not (enter or row.owes_walk or row.owes_compare):
                 raise Undo(Reconciled(False, lost=True))
             deeds = [(key, position, self._deed(row, key, held, position, birth, enter)) for key, held, position in items]
             self._need({key for key, _, deed in deeds if deed is Deed.ENTER}, commits)
+            if self._is_late(node, end):
+                self._refuse_late(node, [(key, deed) for key, _, deed in deeds])
             entered = 0
             for key, held, position in items:
                 found = self._deed(row, key, held, position, birth, enter)
@@ -244,10 +256,12 @@ class CopyPart(Transactions):
 
         return self.transact(believing)
 
-    async def let_go(self, key: bytes, copy: Receipt, groups: Mapping[str, str], required: int) -> bool:
+    async def let_go(self, key: bytes, copy: Receipt, end: Position, groups: Mapping[str, str], required: int) -> bool:
         def letting_go() -> bool:
-            s, member = self.state, self.state.nodes.get(copy.node)
-            if self._fate(key) is not Fate.LIVE or member is None or member.incarnation != copy.incarnation:
+            s = self.state
+            if self._fate(key) is not Fate.LIVE or copy.node not in s.nodes:
+                raise Undo(False)
+            if self._is_late(copy.node, End(copy.incarnation, end)):
                 raise Undo(False)
             others = {groups[node] for held, node in s.copies if held == key and node != copy.node and node in groups}
             if (key, copy.node) not in s.copies or len(others) < required:
@@ -258,12 +272,19 @@ class CopyPart(Transactions):
 
         return self.transact(letting_go)
 
-    async def disbelieve(self, node: str, keys: Sequence[bytes]) -> None:
-        def disbelieving() -> None:
-            for key in keys:
-                self.state.copies.pop((key, node), None)
+    async def disbelieve(self, node: str, keys: Sequence[bytes], end: End) -> bool:
+        def disbelieving() -> bool:
+            row = self.state.nodes.get(node)
+            if row is None or row.incarnation != end.incarnation:
+                raise Undo(False)
+            believed = [key for key in keys if (key, node) in self.state.copies]
+            if believed and self._is_late(node, end):
+                raise Undo(False)
+            for key in dict.fromkeys(believed):
+                del self.state.copies[key, node]
+            return True
 
-        self.transact(disbelieving)
+        return self.transact(disbelieving)
 
     async def note_bad(self, key: bytes, node: str, why: str) -> None:
         def noting() -> None:
@@ -285,8 +306,13 @@ class CopyPart(Transactions):
     async def suspects(self, node: str, after: bytes, limit: int) -> list[bytes]:
         return sorted(key for key, holder in self.state.suspects if holder == node and key > after)[:limit]
 
-    async def clear_suspect(self, key: bytes, node: str) -> None:
-        self.transact(lambda: self.state.suspects.pop((key, node), None))
+    async def clear_suspect(self, key: bytes, node: str, end: End) -> None:
+        def clearing() -> None:
+            if node not in self.state.nodes or self._is_late(node, end):
+                raise Undo(None)
+            self.state.suspects.pop((key, node), None)
+
+        self.transact(clearing)
 
     # -- orders ---------------------------------------------------------------------------------------------------------
 
@@ -306,12 +332,16 @@ class CopyPart(Transactions):
 
     async def confirm_drops(self, node: str, drops: Sequence[DropOrder], done: Dropped) -> None:
         def confirming() -> None:
+            s = self.state
+            late = node in s.nodes and self._is_late(node, done.end)
             self._see(node, done.end)
             for key, position in drops:
-                if (node, key, position) in self.state.drops:
-                    del self.state.drops[node, key, position]
-                    if key not in done.live:
-                        self.state.copies.pop((key, node), None)  # law 6: the belief goes too
+                if (node, key, position) in s.drops:
+                    del s.drops[node, key, position]
+                    if key not in done.live and (key, node) in s.copies:
+                        if late:
+                            raise Undo(None)  # law 8: another copy may have been made since
+                        del s.copies[key, node]  # law 6: the belief goes too
 
         self.transact(confirming)
 
@@ -351,11 +381,13 @@ class CopyPart(Transactions):
         if node in s.nodes:
             s.nodes[node] = NodeRow(**{**s.nodes[node]._asdict(), **values})
 
-    async def note_boot(self, node: str, incarnation: str, boot: str) -> None:
+    async def note_boot(self, node: str, incarnation: str, boots: Sequence[str]) -> None:
         def noting() -> None:
             row = self.state.nodes.get(node)
-            if row is not None and row.incarnation == incarnation and (row.boot or not self.state.catching_up):  # law 11
-                self._set_node(node, boot=boot)
+            if row is None or row.incarnation != incarnation or (row.boot and row.boot not in boots):
+                raise Undo(None)
+            if row.boot or not self.state.catching_up:  # law 11
+                self._set_node(node, boot=boots[-1])
 
         self.transact(noting)
 
@@ -392,9 +424,6 @@ class CopyPart(Transactions):
 
     async def unread(self, node: str, limit: int) -> list[Unread]:
         return sorted(stretch for at, stretch in self.state.unread if at == node)[:limit]
-
-    async def clear_unread(self, node: str, unread: Unread) -> None:
-        self.transact(lambda: self.state.unread.pop((node, unread), None))
 
     # -- forgetting -----------------------------------------------------------------------------------------------------
 

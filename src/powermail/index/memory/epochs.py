@@ -10,7 +10,7 @@ from powermail.base.errors import IndexTrouble
 from powermail.index import laws
 from powermail.index.contract import EpochFacts, Fate, Head
 from powermail.index.memory.transaction import Transactions, Undo
-from powermail.storage.contract import Mark, Position
+from powermail.storage.contract import Mark, Position, Unread
 
 
 class EpochPart(Transactions):
@@ -138,7 +138,10 @@ class EpochPart(Transactions):
 
         return self.transact(beginning)
 
-    async def walked(self, node: str, incarnation: str, watermark: Position, end: Position, round: int, epoch: int) -> bool:
+    async def walked(
+        self, node: str, incarnation: str, watermark: Position, end: Position, round: int, epoch: int,
+        unread: Sequence[Unread] = (),
+    ) -> bool:  # fmt: skip
         def walking() -> bool:
             row = self.state.nodes.get(node)
             if row is None or row.incarnation != incarnation:
@@ -150,6 +153,7 @@ class EpochPart(Transactions):
                 scan_round=max(row.scan_round, round),
                 owes_walk=False,
             )
+            self.note_unread(node, unread)
             return True
 
         return self.transact(walking)

@@ -121,6 +121,8 @@ class State:
     layout: Layout = NO_LAYOUT
     moves: dict[str, MoveRow] = field(default_factory=dict)
     attempts: dict[int, tuple[Attempt, ...]] = field(default_factory=dict)  # by queue row
+    queue_planned: int = 0  # number of the last checkpoint of the queue that was begun
+    queue_done: tuple[int, int] = (0, 0)  # (number, side) of the last that became durable
     held_domains: dict[str, None] = field(default_factory=dict)
     returns: dict[str, tuple[str, float]] = field(default_factory=dict)  # (original, until) by address
     purged: dict[str, None] = field(default_factory=dict)

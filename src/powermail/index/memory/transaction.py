@@ -17,7 +17,7 @@ from powermail.index.contract import EntryFacts, Fate, QueueRow, Release
 from powermail.index.memory.state import Gone, KeyRow, Lease, MailboxRow, MemoryStore, Slot, State
 from powermail.index.view import Change, Op, View
 from powermail.mail.envelope import Commit, Target
-from powermail.storage.contract import Mark, Position
+from powermail.storage.contract import Mark, Position, Unread
 
 T = TypeVar("T")
 # What was not numbered for so many unclean starts is checkpointed behind its leap, before the leap is too far (law 11).
@@ -417,6 +417,15 @@ class Transactions:
     def drop(self, node: str, key: bytes, position: Position) -> None:
         """A copy that a member is to drop (laws 6, 12)."""
         self.state.drops[node, key, position] = None
+
+    def note_unread(self, node: str, notes: Iterable[Unread]) -> None:
+        """What could not be read holds back forgetting (law 9). Of two notes that begin at one place the longer stays."""
+        unread = self.state.unread
+        for note in notes:
+            longest = max([note, *(known for at, known in unread if at == node and known.position == note.position)])
+            for at in [at for at in unread if at[0] == node and at[1].position == note.position]:
+                del unread[at]
+            unread[node, longest] = None
 
     def leave(self, mailbox: int, uids: Iterable[int], moved: Mapping[bytes, Gone] | None = None) -> Release:
         """Expunges those of `uids` that exist, as one change; `moved` says where keys went that were moved (law 13)."""

@@ -13,14 +13,14 @@ from typing import NamedTuple
 from powermail.base import limits
 from powermail.base.errors import IndexTrouble
 from powermail.index import laws
-from powermail.index.contract import CheckpointPlan, MailboxFacts
+from powermail.index.contract import CheckpointPlan, MailboxFacts, QueuePlan
 from powermail.index.sql.core import STARTS_BEHIND
 from powermail.index.sql.engine import Reading, Transaction, Untouched, split
 from powermail.index.sql.mailboxes import MailboxPart
 from powermail.index.sql.nodes import NodePart
 from powermail.index.sql.numbers import MAILBOX, trimmed
 from powermail.index.view import unpack_uids
-from powermail.storage.contract import Position
+from powermail.storage.contract import Position, Rank
 
 _LOST_ROWS = 5000  # mailboxes that lose their checkpoint in one transaction
 _STATE = (
@@ -233,17 +233,50 @@ class CheckpointPart(MailboxPart, NodePart):
         await self.checkpoints_lost(node)
         return await super().expel(node, version)
 
-    async def queue_state(self, after: int, limit: int) -> tuple[dict[str, tuple[str, Position]], list[tuple[int, bytes, str]]]:
-        return await self._read(self._queue_state, after, limit)
+    async def queue_plan(self, limit: int) -> QueuePlan:
+        return await self._write(self._in_queue_plan, limit)
 
-    async def _queue_state(
-        self, db: Reading, after: int, limit: int
-    ) -> tuple[dict[str, tuple[str, Position]], list[tuple[int, bytes, str]]]:
-        marks = {
+    async def _in_queue_plan(self, db: Transaction, limit: int) -> QueuePlan:
+        """The number first, whose row stays locked: who has a higher one reads later. Then how far logs are settled, and last
+        what waits, so that whatever lies behind is named or done.
+        """
+        row = await db.one(
+            "INSERT INTO counters VALUES ('queue_planned', 1)"
+            " ON CONFLICT (name) DO UPDATE SET value = counters.value + 1 RETURNING value"
+        )
+        number: int = row[0]
+        counters = dict(await db.rows("SELECT name, value FROM counters WHERE name IN ('epoch', 'queue_done')"))
+        watermarks = {
             node: (incarnation, Position(segment, place))
             for node, incarnation, segment, place in await db.rows(
                 "SELECT id, incarnation, segment, place FROM nodes ORDER BY id"
             )
         }
+        for node, segment, place in await db.rows("SELECT node, segment, place FROM unread"):  # law 6: not settled yet
+            if node in watermarks:
+                incarnation, watermark = watermarks[node]
+                watermarks[node] = incarnation, min(watermark, Position(segment, place))
+        rows = await self._queue_open(db, 0, limit)
+        return QueuePlan(Rank(counters["epoch"], 0, number), 1 - counters.get("queue_done", 0) % 2, watermarks, rows)
+
+    async def queue_open(self, after: int, limit: int) -> list[tuple[int, bytes, str]]:
+        return await self._read(self._queue_open, after, limit)
+
+    async def _queue_open(self, db: Reading, after: int, limit: int) -> list[tuple[int, bytes, str]]:
         rows = await db.rows("SELECT id, key, destination FROM queue WHERE id > ? ORDER BY id LIMIT ?", (after, limit))
-        return marks, [(number, key, destination) for number, key, destination in rows]
+        return [(number, key, destination) for number, key, destination in rows]
+
+    async def queue_done(self, plan: QueuePlan) -> None:
+        await self._write(self._in_queue_done, plan)
+
+    async def _in_queue_done(self, db: Transaction, plan: QueuePlan) -> Untouched[None] | None:
+        """One counter tells the number, twice, and the side: nothing of a later one is taken back."""
+        row = await db.one("SELECT value FROM counters WHERE name = 'epoch'")
+        if row[0] != plan.rank.epoch:  # law 11: numbers may be given anew since
+            return Untouched(None)
+        await db.change(
+            "INSERT INTO counters VALUES ('queue_done', ?)"
+            " ON CONFLICT (name) DO UPDATE SET value = greatest(counters.value, excluded.value)",
+            (2 * plan.rank.modseq + plan.side,),
+        )
+        return None

@@ -11,9 +11,9 @@ from powermail.index import laws
 from powermail.index.contract import Batch, Fate, NodeRow, Reconciled
 from powermail.index.laws import Deed
 from powermail.index.sql.engine import Again, Transaction, Untouched
-from powermail.index.sql.references import References
+from powermail.index.sql.references import References, is_late
 from powermail.mail.envelope import Commit
-from powermail.storage.contract import Held, Position
+from powermail.storage.contract import End, Held, Position
 
 _Found = list[tuple[bytes, Position, Deed]]
 
@@ -46,13 +46,16 @@ class ComparingPart(References):
         missing = self._missing(found, batch.commits)
         if missing:
             return Untouched(Reconciled(False, missing=missing))
-        entered = await self._in_do(db, batch.node, found, batch.commits)
+        entered, adds = await self._in_do(db, batch.node, found, batch.commits)
+        if adds and batch.end < node.end_seen:
+            return Untouched(Reconciled(False))  # law 8: what was found may have gone since
         if died:  # that commits were lost is known, and this node's walk is still owed (law 11)
             await self._in_bury(db, died)
         await db.many(
-            "INSERT INTO unread VALUES (?, ?, ?, ?) ON CONFLICT (node, segment, place) DO UPDATE SET octets = excluded.octets",
-            [(batch.node, *unread.position, unread.octets) for unread in batch.unread],
+            "DELETE FROM unread WHERE node = ? AND segment = ? AND place = ? AND octets = ?",
+            [(batch.node, *note.position, note.octets) for note in batch.read],
         )
+        await self._in_note_unread(db, batch.node, batch.unread)
         await self._in_move_watermark(db, node, batch)
         return Reconciled(True, entered)
 
@@ -78,34 +81,35 @@ class ComparingPart(References):
         """Keys whose commit records are needed first."""
         return tuple(sorted({key for key, _, deed in found if deed is Deed.ENTER and key not in commits}))
 
-    async def _in_do(self, db: Transaction, node: str, found: _Found, commits: Mapping[bytes, Commit]) -> int:
-        """Does what was decided; how many messages were entered live."""
+    async def _in_do(self, db: Transaction, node: str, found: _Found, commits: Mapping[bytes, Commit]) -> tuple[int, bool]:
+        """Does what was decided; how many messages were entered live, and whether a belief was added."""
         entering = [(key, commits[key]) for key, _, deed in found if deed is Deed.ENTER]
         if entering:
             await self._in_may_number(db)
         entered = await self._in_enter_found(db, node, entering)
+        adds = bool(entering)
         believed = sorted({key for key, _, deed in found if deed is Deed.BELIEVE})
         if believed:  # what failed its check counts no more until the keeper has looked
             doubted = await db.rows_in("SELECT key FROM suspects WHERE node = ? AND key IN", believed, "", (node,))
-            await self._in_believe(db, node, sorted({*believed} - {row[0] for row in doubted}), True)
+            adds = await self._in_believe(db, node, sorted({*believed} - {row[0] for row in doubted}), True) or adds
         await self._in_order(db, [(node, key) for key, _, deed in found if deed is Deed.BURY])
         await self._in_drop(db, node, [(key, position) for key, position, deed in found if deed is Deed.DROP])
-        return entered
+        return entered, adds
 
     # -- inventories ---------------------------------------------------------------------------------------------------
 
     async def settle_inventory(
-        self, node: str, incarnation: str, items: Sequence[tuple[bytes, Held, Position]], birth: Position,
+        self, node: str, end: End, items: Sequence[tuple[bytes, Held, Position]], birth: Position,
         commits: Mapping[bytes, Commit], enter: bool,
     ) -> Reconciled:  # fmt: skip
-        return await self._write(self._in_settle, node, incarnation, items, birth, commits, enter)
+        return await self._write(self._in_settle, node, end, items, birth, commits, enter)
 
     async def _in_settle(
-        self, db: Transaction, node: str, incarnation: str, items: Sequence[tuple[bytes, Held, Position]], birth: Position,
+        self, db: Transaction, node: str, end: End, items: Sequence[tuple[bytes, Held, Position]], birth: Position,
         commits: Mapping[bytes, Commit], enter: bool,
     ) -> Reconciled | Untouched[Reconciled]:  # fmt: skip
         row = await db.member(node)
-        if row is None or row.incarnation != incarnation:
+        if row is None or row.incarnation != end.incarnation:
             return Untouched(Reconciled(False))
         keys = [key for key, _, _ in items]
         found_here = await db.rows_in("SELECT key FROM drops WHERE node = ? AND key IN", keys, "", (node,))
@@ -131,7 +135,9 @@ class ComparingPart(References):
         if missing:
             return Untouched(Reconciled(False, missing=missing))
         before = db.changes
-        entered = await self._in_do(db, node, found, commits)
+        entered, adds = await self._in_do(db, node, found, commits)
+        if adds and is_late(row, end):
+            return Untouched(Reconciled(False))  # law 8: what was found may have gone since
         if enter:
             await self._in_bury_found(db, [key for key, held, _ in items if held is Held.DEAD and key not in fates], died)
         else:

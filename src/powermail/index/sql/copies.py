@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from powermail.index.contract import Damage, DropOrder, Fate, MessageFacts, NodeRow
+from powermail.index.contract import Damage, DropOrder, Fate, MessageFacts
 from powermail.index.sql.core import NO_NODES
 from powermail.index.sql.engine import Again, Reading, Transaction, Untouched, split
-from powermail.index.sql.references import References
+from powermail.index.sql.references import References, is_late
 from powermail.storage.contract import Dropped, End, Position, Receipt
 
 _FACTS = "m.key, m.octets, m.sha256, p.nodes, m.refs FROM messages m JOIN placements p ON p.id = m.placement"
@@ -112,11 +112,6 @@ class CopyPart(References):
             octets += row[1]
         return messages, octets
 
-    @staticmethod
-    def _is_late(row: NodeRow, end: End) -> bool:
-        """What was found there is of another disk, or older than what the index has seen since (law 8)."""
-        return row.incarnation != end.incarnation or end.position < row.end_seen
-
     async def believe(self, key: bytes, node: str, end: End) -> bool:
         return await self._write(self._in_believe_repaired, key, node, end)
 
@@ -128,22 +123,22 @@ class CopyPart(References):
         if fate is not Fate.LIVE:
             await self._in_order(db, [(node, key)])  # law 8
             return False
-        if self._is_late(row, end):
+        if is_late(row, end):
             return Untouched(False)
         await self._in_believe(db, node, [key], True)
         await db.change("DELETE FROM suspects WHERE node = ? AND key = ?", (node, key))
         return True
 
-    async def let_go(self, key: bytes, copy: Receipt, groups: Mapping[str, str], required: int) -> bool:
-        return await self._write(self._in_let_go, key, copy, groups, required)
+    async def let_go(self, key: bytes, copy: Receipt, end: Position, groups: Mapping[str, str], required: int) -> bool:
+        return await self._write(self._in_let_go, key, copy, end, groups, required)
 
     async def _in_let_go(
-        self, db: Transaction, key: bytes, copy: Receipt, groups: Mapping[str, str], required: int
+        self, db: Transaction, key: bytes, copy: Receipt, end: Position, groups: Mapping[str, str], required: int
     ) -> bool | Untouched[bool]:
         member = await db.member(copy.node)
         await db.lock_keys([key])
         row = await db.one("SELECT placement FROM messages WHERE key = ? AND fate = 1", (key,))
-        if row is None or member is None or member.incarnation != copy.incarnation:
+        if row is None or member is None or is_late(member, End(copy.incarnation, end)):
             return Untouched(False)
         nodes = await db.placements.nodes(row[0])
         others = {groups[node] for node in nodes if node != copy.node and node in groups}
@@ -153,8 +148,16 @@ class CopyPart(References):
         await self._in_drop(db, copy.node, [(key, copy.position)])
         return True
 
-    async def disbelieve(self, node: str, keys: Sequence[bytes]) -> None:
-        await self._write(self._in_believe, node, list(keys), False)
+    async def disbelieve(self, node: str, keys: Sequence[bytes], end: End) -> bool:
+        return await self._write(self._in_disbelieve, node, keys, end)
+
+    async def _in_disbelieve(self, db: Transaction, node: str, keys: Sequence[bytes], end: End) -> bool | Untouched[bool]:
+        """Law 8: a copy that was made since would be without a belief, and get no tombstone when its message dies."""
+        row = await db.member(node)
+        if row is None or row.incarnation != end.incarnation:
+            return Untouched(False)
+        changed = await self._in_believe(db, node, keys, False)
+        return Untouched(not changed) if not changed or is_late(row, end) else True
 
     async def note_bad(self, key: bytes, node: str, why: str) -> None:
         await self._write(self._in_note_bad, key, node, why)
@@ -194,8 +197,15 @@ class CopyPart(References):
         rows = await db.rows(f"SELECT key FROM {table} WHERE node = ? AND key > ? ORDER BY key LIMIT ?", (node, after, limit))
         return [row[0] for row in rows]
 
-    async def clear_suspect(self, key: bytes, node: str) -> None:
-        await self._write(self._in_clear, "DELETE FROM suspects WHERE node = ? AND key = ?", [(node, key)])
+    async def clear_suspect(self, key: bytes, node: str, end: End) -> None:
+        await self._write(self._in_clear_suspect, key, node, end)
+
+    async def _in_clear_suspect(self, db: Transaction, key: bytes, node: str, end: End) -> Untouched[None] | None:
+        row = await db.member(node)
+        if row is None or is_late(row, end):  # law 8: there may be a copy by now
+            return Untouched(None)
+        await db.change("DELETE FROM suspects WHERE node = ? AND key = ?", (node, key))
+        return None
 
     async def _in_clear(self, db: Transaction, statement: str, values: Sequence[tuple[object, ...]]) -> None:
         await db.many(statement, values)
@@ -239,11 +249,14 @@ class CopyPart(References):
     async def _in_confirm_drops(
         self, db: Transaction, node: str, drops: Sequence[DropOrder], done: Dropped
     ) -> Untouched[None] | None:
-        if not await self._in_see(db, node, done.end):
+        row = await db.member(node)
+        if row is None or not await self._in_see(db, node, done.end):
             return Untouched(None)
         statement = "DELETE FROM drops WHERE node = ? AND key = ? AND segment = ? AND place = ?"
         gone = [key for key, position in drops if await db.change(statement, (node, key, *position))]
-        await self._in_believe(db, node, [key for key in gone if key not in done.live], False)  # law 6: the belief goes too
+        ended = await self._in_believe(db, node, [key for key in gone if key not in done.live], False)  # law 6
+        if ended and is_late(row, done.end):
+            return Untouched(None)  # law 8: another copy may have been made since
         return None
 
     async def orders_total(self, node: str) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from powermail.index.contract import EpochFacts, Head
 from powermail.index.sql.core import LEFT_OUT
 from powermail.index.sql.engine import Reading, Transaction, Untouched
 from powermail.index.sql.references import References
-from powermail.storage.contract import Mark, Position
+from powermail.storage.contract import Mark, Position, Unread
 
 _NUMBERS = "uid_next, modseq, uidvalidity, epoch, start, base_uid, base_modseq"
 
@@ -226,12 +226,16 @@ class EpochPart(References):
         await self._in_set(db, "waiting", 0)
         return True
 
-    async def walked(self, node: str, incarnation: str, watermark: Position, end: Position, round: int, epoch: int) -> bool:
-        return await self._write(self._in_walked, node, incarnation, watermark, end, round, epoch)
+    async def walked(
+        self, node: str, incarnation: str, watermark: Position, end: Position, round: int, epoch: int,
+        unread: Sequence[Unread] = (),
+    ) -> bool:  # fmt: skip
+        return await self._write(self._in_walked, node, incarnation, watermark, end, round, epoch, unread)
 
     async def _in_walked(
-        self, db: Transaction, node: str, incarnation: str, watermark: Position, end: Position, round: int, epoch: int
-    ) -> bool | Untouched[bool]:
+        self, db: Transaction, node: str, incarnation: str, watermark: Position, end: Position, round: int, epoch: int,
+        unread: Sequence[Unread],
+    ) -> bool | Untouched[bool]:  # fmt: skip
         row = await db.member(node)
         if row is None or row.incarnation != incarnation or not await self._in_still(db, epoch):
             return Untouched(False)  # a walk that began before commits were lost has seen what they brought
@@ -240,6 +244,7 @@ class EpochPart(References):
             " WHERE id = ? AND incarnation = ?",
             (*max(row.watermark, watermark), *max(row.end_seen, end), max(row.scan_round, round), node, incarnation),
         )
+        await self._in_note_unread(db, node, unread)  # with the watermark that passes over it (law 6)
         if not await db.one("SELECT 1 FROM nodes WHERE owes_walk = 1"):
             await self._in_find_by_key_no_more(db)
         db.stale = True

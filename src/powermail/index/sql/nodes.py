@@ -56,13 +56,20 @@ class NodePart(References, MembershipPart):
         # Nothing that lies before a new incarnation's birth is ever entered: what could not be read there matters no more.
         await db.change("DELETE FROM unread WHERE node = ?", (node,))
 
-    async def note_boot(self, node: str, incarnation: str, boot: str) -> None:
-        await self._write(
-            self._in_update,
-            "UPDATE nodes SET boot = ? WHERE id = ? AND incarnation = ?"
+    async def note_boot(self, node: str, incarnation: str, boots: Sequence[str]) -> None:
+        await self._write(self._in_note_boot, node, incarnation, boots)
+
+    async def _in_note_boot(self, db: Transaction, node: str, incarnation: str, boots: Sequence[str]) -> Untouched[None] | None:
+        row = await db.member(node)
+        if row is None or row.incarnation != incarnation or (row.boot and row.boot not in boots):
+            return Untouched(None)  # law 12: a later opening was noted, which an older disk lacks
+        await self._in_update(
+            db,
+            "UPDATE nodes SET boot = ? WHERE id = ?"
             " AND (boot <> '' OR (SELECT value FROM counters WHERE name = 'catching_up') = 0)",  # law 11
-            (boot, node, incarnation),
+            (boots[-1], node),
         )
+        return None
 
     async def note_compared(self, node: str) -> None:
         await self._write(self._in_update, "UPDATE nodes SET owes_compare = 0 WHERE id = ?", (node,))
@@ -100,13 +107,6 @@ class NodePart(References, MembershipPart):
             "SELECT segment, place, octets FROM unread WHERE node = ? ORDER BY segment, place LIMIT ?", (node, limit)
         )
         return [Unread(Position(segment, place), octets) for segment, place, octets in rows]
-
-    async def clear_unread(self, node: str, unread: Unread) -> None:
-        await self._write(
-            self._in_update,
-            "DELETE FROM unread WHERE node = ? AND segment = ? AND place = ? AND octets = ?",
-            (node, *unread.position, unread.octets),
-        )
 
     # -- forgetting ----------------------------------------------------------------------------------------------------
 

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from powermail.index.contract import Fate, Release
+from powermail.index.contract import Fate, NodeRow, Release
 from powermail.index.sql.core import NO_NODES
 from powermail.index.sql.engine import Transaction, parts
 from powermail.index.sql.numbers import Numbering
 from powermail.index.view import Op
-from powermail.storage.contract import Position
+from powermail.storage.contract import End, Position, Unread
 
 _IN_ORDER = "ORDER BY key FOR UPDATE"
 _BY_KEY = itemgetter(1)
@@ -27,6 +27,11 @@ class Moved(NamedTuple):
 
     mailbox: int
     modseq: int
+
+
+def is_late(row: NodeRow, end: End) -> bool:
+    """What was found there is of another disk, or older than what the index has seen since (law 8)."""
+    return row.incarnation != end.incarnation or end.position < row.end_seen
 
 
 class References(Numbering):
@@ -87,8 +92,16 @@ class References(Numbering):
         rows = [(node, key, *position) for key, position in copies]
         await db.put("INSERT INTO drops", 4, rows, " ON CONFLICT DO NOTHING")
 
-    async def _in_believe(self, db: Transaction, node: str, keys: Sequence[bytes], present: bool) -> None:
-        """Believes, or no longer believes, that a node holds these. Only live keys have copies."""
+    async def _in_note_unread(self, db: Transaction, node: str, notes: Sequence[Unread]) -> None:
+        """What could not be read holds back forgetting (law 9). Of two notes that begin at one place the longer stays."""
+        await db.many(
+            "INSERT INTO unread VALUES (?, ?, ?, ?) ON CONFLICT (node, segment, place)"
+            " DO UPDATE SET octets = greatest(unread.octets, excluded.octets)",
+            [(node, *note.position, note.octets) for note in notes],
+        )
+
+    async def _in_believe(self, db: Transaction, node: str, keys: Sequence[bytes], present: bool) -> bool:
+        """Believes, or no longer believes, that a node holds these; whether anything changed. Only live keys have copies."""
         rows = await db.rows_in("SELECT key, placement FROM messages WHERE fate = 1 AND key IN", sorted(set(keys)), _IN_ORDER)
         changes = []
         for key, placement in rows:
@@ -96,6 +109,7 @@ class References(Numbering):
             if after != placement:
                 changes.append((after, key))
         await db.many("UPDATE messages SET placement = ? WHERE key = ?", changes)
+        return bool(changes)
 
     # -- leaving a mailbox -----------------------------------------------------------------------------------------------
 
