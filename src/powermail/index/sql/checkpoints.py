@@ -245,7 +245,7 @@ class CheckpointPart(MailboxPart, NodePart):
             " ON CONFLICT (name) DO UPDATE SET value = counters.value + 1 RETURNING value"
         )
         number: int = row[0]
-        counters = dict(await db.rows("SELECT name, value FROM counters WHERE name IN ('epoch', 'queue_done')"))
+        said = dict(await db.rows("SELECT name, value FROM counters WHERE name IN ('epoch', 'queue_done')"))
         watermarks = {
             node: (incarnation, Position(segment, place))
             for node, incarnation, segment, place in await db.rows(
@@ -257,7 +257,7 @@ class CheckpointPart(MailboxPart, NodePart):
                 incarnation, watermark = watermarks[node]
                 watermarks[node] = incarnation, min(watermark, Position(segment, place))
         rows = await self._queue_open(db, 0, limit)
-        return QueuePlan(Rank(counters["epoch"], 0, number), 1 - counters.get("queue_done", 0) % 2, watermarks, rows)
+        return QueuePlan(Rank(said["epoch"], 0, number), 1 - said.get("queue_done", 0) % 2, watermarks, rows)
 
     async def queue_open(self, after: int, limit: int) -> list[tuple[int, bytes, str]]:
         return await self._read(self._queue_open, after, limit)
