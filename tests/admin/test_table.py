@@ -109,6 +109,21 @@ async def test_a_fault_of_this_program_is_answered_and_written_down(running: Run
     assert 'where="operation queue_list"' in line and "test_table.py" in line
 
 
+@pytest.mark.parametrize("said", [b"", b'{"result":[1,2', b'{"beat":true}\n{"res'])
+async def test_a_server_that_dies_in_its_answer_is_trouble(tmp_path: Path, said: bytes) -> None:
+    """Not a traceback: half a line is no answer."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.write(said)
+        writer.close()
+
+    path = str(tmp_path / "control.sock")
+    async with await asyncio.start_unix_server(serve, path):
+        with pytest.raises(Trouble, match="closed the connection without an answer"):
+            await ask_raw(path, "queue_list", {}, unseen)
+
+
 @pytest.mark.parametrize("number", [2**63, -(2**63), 10**30])
 async def test_a_number_that_no_database_holds_is_refused(running: Running, number: int) -> None:
     for name, arguments in (("queue_show", {"number": number}), ("queue_delete", {"numbers": [1, number]})):

@@ -113,9 +113,9 @@ class Office:
         await self.index.invite(invitation, seconds)
         return token
 
-    async def join(self, token: forms.Token, machine: Machine, address: str = "") -> Joined:
+    async def join(self, token: forms.Token, machine: Machine, address: str = "", site: str = "") -> Joined:
         """The machine joins."""
-        return await join(machine.world, self.address, token, machine.key, machine.request, address)
+        return await join(machine.world, self.address, token, machine.key, machine.request, address, site)
 
     def refused(self, why: str) -> int:
         """How often that was refused."""

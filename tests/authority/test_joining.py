@@ -139,6 +139,20 @@ async def test_a_node_without_an_address_may_ask_again_with_one(at: Office) -> N
     assert at.refused("address") == 3
 
 
+async def test_a_node_says_where_it_stands_and_stays_where_it_was_put_since(at: Office) -> None:
+    token, machine = await at.invite("d", "node", group="rack-d", address="192.0.2.4:2700"), at.machine()
+    with pytest.raises(Refusal, match="a word"):
+        await at.join(token, machine, site="two words")
+    assert at.refused("site") == 1
+    first = await at.join(token, machine, site="north")
+    row = (await at.index.layout()).row("d")
+    assert first.issued.site == "north" and row is not None and row.site == "north"
+    await at.index.change_layout([LayoutChange("d", site="south")])
+    assert (await at.join(token, machine, site="west")).issued.site == "north", "the same answer"
+    row = (await at.index.layout()).row("d")
+    assert row is not None and row.site == "south"
+
+
 # -- a token is used once -----------------------------------------------------------------------------------------------
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+import shutil
+import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -133,3 +138,83 @@ def test_a_backup_from_before_the_index_was_moved_is_refused(backed_up: tuple[st
     done = powermail("restore", to, "--yes", "--data", data)
     assert done.status == 2 and f"moved to {postgresql.url}" in done.sentence()
     assert not list(Path(data).glob("before-restore-*"))
+
+
+# -- logs that are left behind -----------------------------------------------------------------------------------------------
+
+
+def log_of_another(path: Path) -> bytes:
+    """A write-ahead log that SQLite would play into a file of this name, as one whose file went before it is."""
+    other = path.with_name("other.db")
+    db = sqlite3.connect(other, isolation_level=None)
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("CREATE TABLE foreign_table (a)")
+    db.execute("INSERT INTO foreign_table VALUES (1)")
+    octets = Path(f"{other}-wal").read_bytes()
+    db.close()
+    other.unlink()
+    assert octets
+    return octets
+
+
+def tables(path: Path) -> set[str]:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return {row[0] for row in db.execute("SELECT name FROM sqlite_master")}
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_log_that_was_left_behind_is_not_played_into_what_is_restored(backed_up: tuple[str, str], gone: bool) -> None:
+    """As after a restore that was killed when it had set the file aside and not yet its log."""
+    data, to = backed_up
+    names = [f"{name}{suffix}" for name in ("index.db", "directory.db") for suffix in ("-wal", "-journal", "-shm")]
+    for name in names:
+        path = Path(data, name.partition("-")[0])
+        if gone:
+            path.unlink(missing_ok=True)
+        Path(data, name).write_bytes(log_of_another(path))
+    done = powermail("restore", to, "--yes", "--data", data, "--json")
+    assert done.status == 0, done
+    assert all(Path(done.json()["set_aside"], name).exists() for name in names)
+    assert not any("foreign_table" in tables(Path(data, name)) for name in ("index.db", "directory.db"))
+    assert addresses(data) == ["ann@example.org", "postmaster@localhost"] and powermail("verify", "--data", data).status == 0
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+def test_a_restore_that_is_killed_anywhere_is_said_and_goes_on(
+    backed_up: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is half there under its name, and nobody serves files of two times."""
+    data, to = backed_up
+    powermail("account", "delete", "ann@example.org", "--data", data)
+    names = [path.relative_to(data) for path in Path(data).glob("*") if path.is_file()]
+    for step in (0, 5, 11, 14, 18, 23, 60):
+        calls = 0
+
+        def counted(real: Any, *args: Any, step: int = step, **more: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > step:
+                raise Killed
+            return real(*args, **more)
+
+        with monkeypatch.context() as patch:
+            for module, call in ((shutil, "move"), (shutil, "copyfile"), (os, "rename"), (os, "unlink")):
+                patch.setattr(module, call, functools.partial(counted, getattr(module, call)))
+            try:
+                done = powermail("restore", to, "--yes", "--data", data)
+            except Killed:
+                done = None
+        if done is not None:
+            assert done.status == 0 and step == 60, done
+            break
+        if Path(data, "restoring").exists():
+            refused = powermail("account", "list", "--data", data)
+            assert refused.status == 2 and "`powermail restore" in refused.sentence(), refused
+        else:
+            assert addresses(data)
+    assert addresses(data) == ["ann@example.org", "postmaster@localhost"]
+    assert not list(Path(data).rglob("*.restoring")) and not Path(data, "restoring").exists()
+    assert {path.relative_to(data) for path in Path(data).glob("*") if path.is_file()} >= set(names)

@@ -87,7 +87,7 @@ def test_a_half_moved_directory_goes_on_and_one_of_others_is_refused(data: str, 
     assert move(data, postgresql.url).status == 0, "what lacks is put there"
     make(tmp_path / "third")
     refused = move(str(tmp_path / "third"), postgresql.url)
-    assert refused.status == 2 and "name a database that is empty" in refused.sentence()
+    assert refused.status == 2 and "name a database without accounts" in refused.sentence()
     assert Path(tmp_path / "third" / "directory.db").exists()
 
 
@@ -118,5 +118,63 @@ def test_one_value_of_a_settings_file_is_changed_and_no_other_line(text: str, af
 
 @pytest.mark.parametrize("text", ["index.path = 'p'\n", "index = {path = 'p'}\n", "[index]\ndatabase = '''\na'''\n"])
 def test_a_settings_file_that_is_written_in_another_way_is_left_alone(text: str) -> None:
-    with pytest.raises(OperatorError, match=r'index\.database = "x"'):
-        with_values(text, {"index.database": "x"}, "f")
+    with pytest.raises(OperatorError, match=r'index\.database = "postgresql://u@h/n"$'):
+        with_values(text, {"index.database": "postgresql://u@h/n"}, "f")
+
+
+# -- broken off, and what is there already -------------------------------------------------------------------------------
+
+
+def killed_before_it_was_set_aside(data: str, to: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings name the database, and the file is still there."""
+    for step in range(20):
+        with killed_at(step, monkeypatch), pytest.raises(Killed):
+            move(data, to)
+        if "[directory]" in Path(f"{data}/powermail.toml").read_text():
+            assert Path(f"{data}/directory.db").exists()
+            return
+    raise AssertionError
+
+
+def test_a_move_that_had_only_the_file_to_set_aside_copies_nothing_any_more(
+    data: str, postgresql: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database was served since: who was deleted there stays so, and a new password is the password."""
+    killed_before_it_was_set_aside(data, postgresql.url, monkeypatch)
+    assert powermail("account", "delete", "user1@example.org", "--data", data).status == 0
+    assert powermail("account", "set", "user2@example.org", "--quota", "77", "--data", data).status == 0
+    assert powermail("account", "add", "new@example.org", "--password", "x", "--data", data).status == 0
+    before = accounts(data)
+    done = move(data, postgresql.url)
+    assert done.status == 0 and done.json()["accounts"] == 33 and len(done.json()["sha256"]) == 64, done
+    assert accounts(data) == before and "user1@example.org" not in [row["address"] for row in before]
+    assert not list(Path(data).glob("directory.db")) and not list(Path(data).glob("directory.db.moved"))
+
+
+def test_a_file_that_was_never_moved_is_not_set_aside_for_a_database_that_the_settings_name(
+    data: str, postgresql: Database
+) -> None:
+    words = ("--set", "directory.backend=postgresql", "--set", f"directory.database={postgresql.url}")
+    assert powermail("directory", "init", "--data", data, *words).status == 0
+    done = powermail("directory", "move", "--to", postgresql.url, "--data", data, *words)
+    assert done.status == 2 and "was not moved there" in done.sentence(), done
+    assert Path(f"{data}/directory.db").exists()
+
+
+@pytest.mark.parametrize(
+    "odd", ["INSERT INTO accounts (address) VALUES ('far@elsewhere.example')", "another row", "unreadable"]
+)
+def test_a_table_of_somebody_else_is_refused_before_anything_is_put_there(data: str, database: Database, odd: str) -> None:
+    words = (
+        "--set", f"directory.backend={database.server.kind}", "--set", f"directory.database={database.url}",
+    )  # fmt: skip
+    assert powermail("directory", "init", "--data", data, *words).status == 0
+    statement = {
+        "another row": "INSERT INTO accounts (address, quota_octets) VALUES ('user3@example.org', 12345)",
+        "unreadable": "INSERT INTO accounts (address) VALUES ('two@at@example.org')",
+    }.get(odd, odd)
+    database.sql(statement)
+    done = move(data, database.url)
+    assert done.status == 2 and "Nothing was changed" in done.sentence() and "DELETE FROM accounts" in done.sentence(), done
+    assert database.sql("SELECT count(*) FROM accounts").split() == ["1"]
+    assert "[directory]" not in Path(f"{data}/powermail.toml").read_text()

@@ -15,11 +15,24 @@ import pytest
 
 from powermail.admin.enrolment import wanted_roles
 from powermail.app.authority import make_registrar, open_authority, shared_settings
+from powermail.app.core import told_by
 from powermail.app.joining import Place, join_cluster, settings_of
+from powermail.app.noding import NodeProcess
+from powermail.app.roles import as_client
 from powermail.app.setup import cluster_of_nodes
 from powermail.authority.registrar import Registrar
 from powermail.authority.service import AuthorityService
-from powermail.base.certificates import Authority, as_pem, make_request, pin_of
+from powermail.base.certificates import (
+    Authority,
+    as_pem,
+    check_issued,
+    facts_of,
+    has_key,
+    make_authority,
+    make_key,
+    make_request,
+    pin_of,
+)
 from powermail.base.disk import SystemDisk
 from powermail.base.errors import OperatorError
 from powermail.base.log import MemoryLog, NullLog
@@ -29,6 +42,7 @@ from powermail.base.tls import PeerCertificate
 from powermail.base.world import system_world
 from powermail.index.sharing import Holder
 from powermail.index.sqlite import SqliteIndex, cluster_of
+from powermail.storage.identity import make_store
 from powermail.wire import enrolment as forms
 from tests.cli.support import powermail
 
@@ -52,6 +66,9 @@ TOKEN = f"pm1.{'ab' * 32}.{'01' * 8}.{'02' * 16}"
         (f"join {TOKEN}", "needs --authority"),
         ("join pm1.x --authority 127.0.0.1:1", "a token is"),
         (f"join {TOKEN} --authority nowhere", "not host:port"),
+        (f"join {TOKEN} --authority 127.0.0.1:1 --site {'x' * 65}", "is a word"),
+        (f"node site a {'x' * 65}", "is not a word"),
+        ("node site z north", "no node 'z'"),
         (f"join {TOKEN} --authority 127.0.0.1:1", "an installation of its own"),
     ],
 )
@@ -192,6 +209,61 @@ def test_who_has_no_certificate_of_an_authority_gives_none(data: str) -> None:
     assert (holder.identity, holder.roles) == ("first", ("authority", "front"))
 
 
+def test_a_node_that_is_added_to_the_settings_of_the_first_machine_is_named_by_its_certificate(data: str) -> None:
+    """Others speak to nobody as a node who is not named so. One that was expelled is not named again."""
+    assert powermail("cluster", "init", "--id", "first", "--data", data).status == 0
+    with Path(f"{data}/powermail.toml").open("a") as file:
+        for name in ("d", "e"):
+            file.write(f'\n[[cluster.nodes]]\nid = "{name}"\npath = "nodes/{name}"\ngroup = "rack-{name}"\n')
+    settings = load_file(f"{data}/powermail.toml")
+    paths = tuple(f"{data}/tls/{name}" for name in ("peer.pem", "peer.key", "authority.pem"))
+    world = system_world(MemoryLog())
+    before = facts_of(Path(paths[0]).read_bytes())
+
+    async def opened() -> tuple[PeerCertificate, list[Holder]]:
+        own = PeerCertificate((paths[0], paths[1], paths[2]), world.disk, world.log)
+        async with AsyncExitStack() as stack:
+            index = SqliteIndex(world, f"{data}/index.db")
+            stack.push_async_callback(index.close)
+            await index.open()
+            await index.expel_identity("e")
+            await open_authority(stack, world, settings, data, index, own, lambda error: None)
+            return own, await index.holders()
+
+    own, holders = asyncio.run(opened())
+    cluster = cluster_of(f"{data}/index.db")
+    after = facts_of(Path(paths[0]).read_bytes())
+    assert set(after.uris) == {*before.uris, f"powermail://{cluster}/node/d"} and own.facts == after
+    check_issued(Path(paths[0]).read_bytes(), Path(paths[2]).read_bytes(), time.time())
+    assert has_key(Path(paths[0]).read_bytes(), Path(paths[1]).read_bytes())
+    assert Path(paths[0]).stat().st_mode & 0o777 == 0o600
+    (holder,) = [one for one in holders if one.identity == "first"]
+    assert holder.ends_at == after.ends_at and set(holder.roles) == {"front", "keeper", "operator", "authority"}
+    octets = Path(paths[0]).read_bytes()
+    asyncio.run(opened())
+    assert Path(paths[0]).read_bytes() == octets, "once"
+
+
+async def test_a_machine_without_the_authority_says_how_another_node_of_its_joins(tmp_path: Path) -> None:
+    log, cluster = MemoryLog(), "ab" * 16
+    world, key = system_world(log), make_key()
+    made = make_authority(cluster, time.time())
+    uris = [f"powermail://{cluster}/node/d"]
+    issued = as_pem(Authority(*made).issue(make_request(key), "d", uris, time.time()))
+    for name, octets in (("peer.pem", issued), ("peer.key", key), ("authority.pem", made[0])):
+        world.disk.replace_file(f"{tmp_path}/{name}", octets)
+    text = '[peers]\nlisten = ["127.0.0.1:0"]\ncertificate = "peer.pem"\nkey = "peer.key"\nauthority = "authority.pem"\n'
+    for name in ("d", "e"):
+        text += f'[[cluster.nodes]]\nid = "{name}"\npath = "nodes/{name}"\ngroup = "rack-{name}"\n'
+        make_store(world.disk, f"{tmp_path}/nodes/{name}", cluster, name, world.entropy)
+    broken: list[BaseException] = []
+    process = NodeProcess(world, load(text, {}), str(tmp_path), broken.append)
+    await process.start()
+    await process.stop()
+    (line,) = [line for line in log.lines if "the settings name it" in line]
+    assert "node=e " in line and "`powermail node add e --group GROUP`" in line and not broken
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -265,6 +337,26 @@ def test_front_ends_are_told_what_the_cluster_has_in_common() -> None:
     made = load(settings_of(issued, "192.0.2.1:2701", Place("/data")), {})
     assert made.cluster.copies_required == 3 and made.index.database == "postgresql://user@db1,db2/mail"
     assert made.peers.authority_at == ["192.0.2.1:2701"] and made.smtp.listen != ["0.0.0.0:25"]
+
+
+def test_a_machine_knows_where_it_stands_by_its_own_word() -> None:
+    """Its nodes stand there too; how copies go is the same in all sites, where a machine is not."""
+    shared = shared_settings(load('site = "north"\n[cluster]\nsites = "near"', {}))
+    assert shared == {"cluster.sites": '"near"'}
+    issued = forms.Issued(b"", "ours", "d", ("node",), "rack-d", 1, "192.0.2.4:2700", shared)
+    made = load(settings_of(issued, "192.0.2.1:2701", Place("/data", site="south")), {})
+    assert made.site == "south" and made.cluster.sites == "near"
+    (change,) = told_by(made)
+    assert change.site == "south" and told_by(as_client(made))[0].site == "south"
+    far = '[[cluster.nodes]]\nid = "far"\naddress = "192.0.2.9:2700"\ngroup = "g"\n'
+    other = load(f'site = "north"\n[cluster]\ncopies_required = 1\n{far}', {})
+    assert told_by(other)[0].site is None, "what another machine serves stands elsewhere, if nobody says more"
+
+
+@pytest.mark.parametrize("text", ['site = "two words"', '[cluster]\nsites = "away"', f'site = "{"x" * 65}"'])
+def test_sites_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(OperatorError, match="site"):
+        load(text, {})
 
 
 class Office:

@@ -20,7 +20,7 @@ import pytest
 from powermail.base.disk import SystemDisk
 from powermail.base.log import NullLog
 from powermail.base.world import system_world
-from powermail.index.moving import MOVED, OF_ONE_ENGINE
+from powermail.index.moving import MOVED_AS, OF_ONE_ENGINE
 from powermail.index.postgres.moving import PostgresSide
 from powermail.index.sqlite import SqliteIndex
 from powermail.index.sqlite.moving import SqliteSide
@@ -198,7 +198,7 @@ def killed_at(step: int, monkeypatch: pytest.MonkeyPatch, from_mark: bool = Fals
 
         def sync(self: Any, *args: Any) -> Any:
             nonlocal counting
-            counting = counting or (name == "change" and f"'{MOVED}'" in repr(args))
+            counting = counting or (name == "change" and f"'{MOVED_AS}'" in repr(args))
             if counting and len(done) == step:
                 raise Killed(name)
             if counting:
@@ -306,7 +306,7 @@ from powermail.index.postgres.statements import text_of
 
 calls, real = 0, PostgresSide._change
 
-async def change(side, work):
+async def change(side, work, provided):
     global calls
     calls += 1
     if calls == int(sys.argv[1]):
@@ -314,7 +314,7 @@ async def change(side, work):
         for text, rows in work:
             await side._connection.executemany(text_of(text), rows)
         os.kill(os.getpid(), signal.SIGKILL)
-    await real(side, work)
+    await real(side, work, provided)
 
 PostgresSide._change = change
 sys.exit(main(sys.argv[2:]))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,25 @@ def test_the_unit_fits_the_program() -> None:
     settings = dict(re.findall(r"^([A-Za-z]+)=(.*)$", UNIT.read_text(), re.MULTILINE))
     assert settings["Type"] == "notify"
     assert int(settings["TimeoutStartSec"]) > limits.NODE_OPEN_TIMEOUT_S
-    assert int(settings["TimeoutStopSec"]) > limits.DRAIN_TIMEOUT_S + limits.NODE_CLOSE_WAIT_S
+    assert int(settings["TimeoutStopSec"]) > limits.STOP_ALL_S, "whatever hangs, the program ends before it is killed"
+    assert f"after {limits.STOP_ALL_S:g} s" in UNIT.read_text()
     assert settings["UMask"] == "0077"
+
+
+def test_a_stop_ends_although_the_event_loop_hangs() -> None:
+    """A service manager that has to kill it waits minutes; so does whoever stops many machines one after the other."""
+    code = (
+        "import asyncio, time\n"
+        "from powermail.base.log import StreamLog\n"
+        "from powermail.cli.serving import end_within\n"
+        "async def main():\n"
+        "    end_within(0.6, StreamLog(time.time, 'info', False))\n"
+        "    await asyncio.sleep(0.3)\n"
+        "    time.sleep(60)\n"
+        "asyncio.run(main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == -signal.SIGALRM and "ends as if it were killed" in done.stdout + done.stderr
 
 
 def test_the_unit_is_right_in_the_eyes_of_systemd(tmp_path: Path) -> None:

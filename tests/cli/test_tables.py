@@ -32,8 +32,10 @@ NODES = [
     NodeFacts(
         "a",
         "rack-a",
+        "",
         1,
         "missing",
+        False,
         False,
         7,
         1,
@@ -48,7 +50,7 @@ NODES = [
         None,
         "no identity in /srv/disk: " + "x" * 200,
     ),
-    NodeFacts("b", "rack-b", 1, "read-write", True, 7, 1, 1, 1, 2**33, 2**40, 0, 0.0, None, 2, AT, ""),
+    NodeFacts("b", "rack-b", "north", 1, "read-write", True, True, 7, 1, 1, 1, 2**33, 2**40, 0, 0.0, None, 2, AT, ""),
 ]
 
 
@@ -145,7 +147,21 @@ def test_json_is_one_complete_value_on_every_command_and_on_errors(looked_at: st
 
 
 def test_every_command_that_only_looks_is_tried_as_json() -> None:
-    changing = {"init", "serve", "rebuild", "backup", "restore", "demo", "sim", "completion", "man", "reload", "index", "join"}
+    changing = {
+        "init",
+        "serve",
+        "rebuild",
+        "backup",
+        "restore",
+        "demo",
+        "sim",
+        "torture",
+        "completion",
+        "man",
+        "reload",
+        "index",
+        "join",
+    }
     tried = {words.split(" ")[0] for words in READING}
     assert {name.split(" ")[0] for name in COMMANDS} - changing <= tried
 

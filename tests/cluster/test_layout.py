@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from powermail.app.core import make_nodes
+from powermail.app.core import kept_layout, make_nodes
 from powermail.base import limits
 from powermail.base.errors import NotRedundant
 from powermail.base.log import MemoryLog
@@ -216,6 +216,25 @@ async def test_a_change_of_the_layout_makes_no_receipt_more_redundant_than_it_wa
     assert len(message.receipts) == 2
 
 
+@virtual
+async def test_a_receipt_of_a_node_that_was_expelled_meanwhile_does_not_count() -> None:
+    """P1: nothing of that node counts any more, and an index that is away would not say so before the 250."""
+    world = make_world()
+    a, b, c = Late("a", "g1"), MemoryNode("b", "g2"), MemoryNode("c", "g3")
+    cluster = Cluster(world, [a, b, c], 2, "random")
+    cluster.apply(Layout(1, (A, B, LayoutRow("c", "g3", state=BLOCKED))))
+    await cluster.start(admit_all)
+    message = replication(cluster)
+    await message.write(b"octets")
+    committing = asyncio.ensure_future(message.commit(record))
+    await asyncio.sleep(0.5)
+    cluster.apply(Layout(2, (A, LayoutRow("b", "g2", state=EXPELLED), LayoutRow("c", "g3", state=BLOCKED))))
+    a.let.set()
+    with pytest.raises(NotStored):
+        await committing
+    assert [receipt.node for receipt in message.receipts] == ["a"] and set(message.undecided) == {"a", "b"}
+
+
 @pytest.mark.parametrize("state", [BLOCKED, DRAINING])
 @virtual
 async def test_a_message_placed_before_a_node_was_to_take_no_more_is_committed_elsewhere(state: Standing) -> None:
@@ -252,5 +271,7 @@ def test_nodes_of_the_layout_that_was_kept_are_spoken_to_by_its_version(tmp_path
     cluster = "11" * 16
     layout = Layout(7, (LayoutRow("far", "g", "192.0.2.1:2700"),))
     (tmp_path / LAYOUT_NAME).write_bytes(format_layout(layout, cluster))
-    (node,) = make_nodes(system_world(MemoryLog()), Settings(), str(tmp_path), cluster, SqliteKeyIndex)
+    world, data = system_world(MemoryLog()), str(tmp_path)
+    kept = kept_layout(world, Settings(), data, cluster)
+    (node,) = make_nodes(world, Settings(), data, cluster, SqliteKeyIndex, kept)
     assert isinstance(node, RemoteNode) and node.where.fence == 7

@@ -12,12 +12,13 @@ import pytest
 
 from powermail.base import limits
 from powermail.base.counters import Counters
+from powermail.base.database_url import Host
 from powermail.base.errors import DirectoryTrouble, OperatorError
 from powermail.base.world import World
 from powermail.directory.accounts import SqlDirectory
 from powermail.directory.authenticate import Authenticator, AuthTrouble
 from powermail.directory.contract import Account
-from powermail.directory.database import Address, Host, parse
+from powermail.directory.database import Address, parse
 from powermail.directory.pool import Broken
 from powermail.directory.postgres import PostgresSession
 from powermail.directory.resolve import DirectoryCache, Resolver
@@ -161,7 +162,7 @@ async def test_nobody_hears_that_his_password_is_wrong_while_the_directory_is_aw
 async def test_connections_are_bounded(database: Database, directory: SqlDirectory) -> None:
     found = await asyncio.gather(*(directory.find("ann@example.org") for _ in range(60)))
     assert all(account is not None for account in found)
-    asked = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'powermail'"
+    asked = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'powermail-directory'"
     if database.server.kind == "mysql":
         asked = f"SELECT count(*) FROM information_schema.processlist WHERE db = '{database.name}' AND command = 'Sleep'"
     assert 1 <= int(await asyncio.to_thread(database.sql, asked)) <= 2

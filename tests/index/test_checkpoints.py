@@ -16,6 +16,7 @@ from tests.index.support import (
     elsewhere,
     end_of,
     inbox,
+    incarnation,
     key,
     mailbox,
     scan_all,
@@ -353,3 +354,28 @@ async def test_what_was_written_of_another_uidvalidity_is_not_taken_for_this_one
     following = await planned(index, box)
     assert following.whole
     assert following.mailbox.uidvalidity > later.uidvalidity
+
+
+@pytest.mark.parametrize("how", ["expelled", "replaced", "never came"])
+async def test_a_checkpoint_counts_only_where_all_its_holders_are_members_still(rig: Rig, how: str) -> None:
+    """Law 13: else it lies on fewer than R groups, and nothing is due any more."""
+    index = rig.index
+    await admit(index)
+    await deliver(index, 1)
+    box = await mailbox(index)
+    plan = await planned(index, box)
+    written_to = {"a": incarnation("a"), "b": incarnation("b")}
+    if how == "expelled":
+        assert await index.expel("b")
+    elif how == "replaced":
+        await index.admit_node("b", "south", "another", "boot", START, START)
+    else:
+        written_to = {"a": incarnation("a"), "z": "z"}
+    rig.clock.at += 7
+    await index.checkpoint_done(plan, list(written_to), rig.clock.at, written_to)
+    assert await index.checkpoint_due(rig.clock.at, 9) == [box]
+    again = await planned(index, box)
+    assert again.whole and again.nodes == ()
+    holders = {"a": incarnation("a"), "c": incarnation("c")}
+    await index.checkpoint_done(again, list(holders), rig.clock.at, holders)
+    assert await index.checkpoint_due(FAR, 9) == []

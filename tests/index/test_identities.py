@@ -96,3 +96,24 @@ async def test_a_renewal_is_noted(index: Index) -> None:
     assert await index.note_holder("front-1", ("front", "keeper"), 5e9)
     assert await index.note_holder("front-1", ("front",), 6e9)
     assert await index.holders() == [Holder("front-1", ("front",), 6e9)]
+
+
+async def test_expulsions_that_nodes_remember_are_heard_once_in_each_epoch(index: Index) -> None:
+    """An index that was put back, or made anew, has forgotten some; a loss of commits is a new epoch (law 11)."""
+    assert not await index.expelled_known()
+    await index.note_holder("front-1", ("front",), 5e9)
+    await index.invite(INVITED, SOON)
+    await index.expel_identity("front-2")
+    assert await index.take_expelled(["front-1", "front-2", "d"]) == 2
+    assert not await index.expelled_known(), "not every node was asked"
+    assert await index.tokens() == [] and not await index.note_holder("front-1", ("front",), 6e9)
+    before = {holder.identity: holder.expelled_at for holder in await index.holders()}
+    epoch = (await index.epoch_facts()).epoch
+    assert await index.take_expelled(["front-1"], epoch) == 0 and await index.expelled_known()
+    assert {holder.identity: holder.expelled_at for holder in await index.holders()} == before
+    assert await index.raise_epoch([], "a backup was put back") == epoch + 1
+    assert not await index.expelled_known()
+    await index.take_expelled([], epoch)
+    assert not await index.expelled_known(), "it was heard before commits were lost"
+    await index.take_expelled([], epoch + 1)
+    assert await index.expelled_known()

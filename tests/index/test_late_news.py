@@ -7,6 +7,8 @@ import pytest
 from powermail.index.contract import Batch, DropOrder, Fate, Index, Reconciled
 from powermail.storage.contract import START, Dropped, End, Held, Origin, Position, Rank, Unread
 from tests.index.support import (
+    NODES,
+    admit,
     begin_again,
     commit,
     deliver,
@@ -232,3 +234,17 @@ async def test_what_could_not_be_read_yet_is_not_settled_for_the_queue(index: In
     await reconcile(index, "b", SEEN, unread=[Unread(Position(5, 0), 9)])
     marks = (await index.queue_plan(9)).watermarks
     assert marks == {"a": (incarnation("a"), place(1)), "b": (incarnation("b"), SEEN), "c": (incarnation("c"), START)}
+
+
+async def test_a_disk_is_not_taken_in_beside_one_that_came_since(index: Index) -> None:
+    """Law 12: a keeper saw a disk and slept while it was swapped once more; the one that is there now is not retired for it."""
+    await admit(index)
+    before = incarnation("a")
+    assert await index.admit_node("a", NODES["a"], "a-3", "", START, START, before) is True
+    assert await index.admit_node("a", NODES["a"], "a-2", "", START, START, before) is False
+    assert await index.admit_node("z", "north", "z-1", "", START, START, "z-0") is False
+    assert await index.admit_node("a", NODES["a"], "a-2", "", START, START, "") is False
+    rows = {row.id: row.incarnation for row in await index.node_rows()}
+    assert rows["a"] == "a-3" and "z" not in rows
+    assert "a-3" not in index.mark().retired and before in index.mark().retired
+    assert await index.admit_node("a", NODES["a"], "a-4", "", START, START) is True, "who names none does not care"

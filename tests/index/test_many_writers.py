@@ -498,6 +498,9 @@ async def test_a_standby_that_was_behind_when_it_was_promoted_is_noticed_by_each
             await begin_again(reader, remembered)
             assert await writer.lost(remembered) == ""
             await deliver(writer, 4)
+            with pytest.raises(IndexTrouble):
+                await uids(writer, box)
+            assert writer.unsettled, "2 and 3 were listed: first logs are entered to their ends (P7)"
             writer.settled()
             assert await uids(writer, box) == [1, 2 + JUMP], "2 and 3 are never given again"
     finally:

@@ -10,10 +10,10 @@ import pytest
 from powermail.base import limits
 from powermail.base.errors import OperatorError
 from powermail.index.contract import DropOrder, Index
-from powermail.index.sharing import MoveRow
-from powermail.storage.contract import Position, Receipt
+from powermail.index.sharing import HAND_ON, MoveRow
+from powermail.storage.contract import START, Position, Receipt
 from powermail.storage.layout import NO_LAYOUT, Layout, LayoutChange, LayoutRow, Standing
-from tests.index.support import FAR, RIGS, SHARED, Rig, deliver, incarnation, key, place, reconcile
+from tests.index.support import FAR, RIGS, SHARED, Rig, admit, deliver, incarnation, key, place, reconcile
 
 A, B = LayoutChange("a", "north"), LayoutChange("b", "south", "b.example:2700", "here", 2)
 
@@ -185,3 +185,48 @@ async def test_a_copy_is_let_go_only_when_enough_groups_have_another(index: Inde
     assert await index.let_go(key(1), copy, FAR, groups, 2) is True
     assert await holders(index) == ("b", "c") and await index.drops("a", 9) == [DropOrder(key(1), place(1))]
     assert await index.let_go(key(1), copy, FAR, groups, 2) is False, "it is not believed there any more"
+
+
+# -- what those who went by an older layout may do no more, and what a disk that went leaves to do --------------------------
+
+
+async def test_what_may_cost_redundancy_raises_the_fence_and_nothing_else_does(index: Index) -> None:
+    """A node that was away meanwhile is told so when it is back: the index remembers below which version nobody may go."""
+    layout = await made(index)
+    assert await index.layout_fence() == 0
+    for change in (LayoutChange("a", state=Standing.DRAINING), LayoutChange("b", priority=7), LayoutChange("c", "west")):
+        changed = await index.change_layout([change])
+        assert changed is not None
+        layout = changed
+    assert await index.layout_fence() == 0, "what is new, drained or used later costs nothing"
+    for change in (LayoutChange("b", "north"), LayoutChange("a", state=Standing.LEAVING)):
+        changed = await index.change_layout([change], layout.version)
+        assert changed is not None
+        layout = changed
+        assert await index.layout_fence() == layout.version
+    assert await index.change_layout([LayoutChange("b", priority=1)]) is not None
+    assert await index.layout_fence() == layout.version
+    assert await index.expel("a")
+    assert await index.layout_fence() == await index.layout_version() == layout.version + 2
+    put_back = await index.restore_layout(Layout(50, layout.rows))
+    assert await index.layout_fence() == put_back.version, "nobody knows what was changed between"
+
+
+async def test_a_disk_that_goes_leaves_a_move_that_hands_on_what_it_had(rig: Rig) -> None:
+    """In the transaction that ends its membership: whoever dies behind it has forgotten nothing."""
+    index = rig.index
+    await admit(index)
+    assert await index.moves() == []
+    await index.admit_node("a", "north", incarnation("a"), "later boot", START, START)
+    assert await index.moves() == [], "the same disk, opened again"
+    await index.admit_node("a", "north", "another", "boot", START, START)
+    rig.clock.at += 5
+    assert await index.expel("b")
+    assert await index.expel("never came")
+    first, second = await index.moves()
+    assert (first.name, second.name) == (f"{HAND_ON} a", f"{HAND_ON} b") and second.began_at == first.began_at + 5
+    await index.end_move(first.name, first.began_at - 1)
+    assert await index.moves() == [first, second], "it began anew since it was looked at"
+    await index.end_move(first.name, first.began_at)
+    await index.end_move(second.name)
+    assert await index.moves() == []

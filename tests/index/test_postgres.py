@@ -491,12 +491,17 @@ async def test_another_process_goes_on_when_one_has_begun_the_new_epoch(rig: Pos
         await begin_again(rig.index, other.mark())
         await deliver(other, 4)
         assert await other.lost(other.mark()) == ""
+        with pytest.raises(IndexTrouble):
+            await mailbox(other)
+        other.settled()  # it has read what the nodes hold
         assert (await uids(other, await mailbox(other)))[-1] == 3 + JUMP
 
 
 @pytest.mark.parametrize(("name", "walk"), [("timeline", False), ("system", True)])
 async def test_another_history_of_the_database_raises_the_epoch(rig: PostgresRig, name: str, walk: bool) -> None:
-    """Law 10: a standby was promoted, or a backup restored. A new timeline alone needs no walk; another server does."""
+    """Law 10: a standby was promoted, or a backup restored. A new timeline alone needs no walk, once nodes were asked; another
+    server does.
+    """
     index = rig.index
     await deliver(index, 1)
     box = await mailbox(index)
@@ -510,7 +515,7 @@ async def test_another_history_of_the_database_raises_the_epoch(rig: PostgresRig
         await index.view(box)
     why = await index.lost(index.mark())
     assert "77" in why
-    await index.raise_epoch([index.mark()], why)
+    await index.raise_epoch([index.mark()], why, asked=True)
     assert (index.catching_up, index.numbering) == (walk, False)
     assert any(row.owes_walk for row in await index.node_rows()) == walk
     await index.begin_epoch(index.epoch)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
+import asyncpg
 import pytest
 
 from powermail.base import limits
 from powermail.base.errors import IndexLost, IndexTrouble
-from powermail.index.contract import Outcome
+from powermail.index.contract import FlagChange, Outcome
 from powermail.index.postgres import PostgresIndex
-from tests.index.sharing import WAIT_S, Wire, another, standby_has_all
+from tests.index.sharing import WAIT_S, Wire, another, between, standby_has_all
 from tests.index.support import CLUSTER, PostgresRig, begin_again, deliver, delivery, elsewhere, inbox, key, mailbox, uids
 from tests.servers import Postgres, standby_of
 
@@ -165,3 +167,59 @@ async def test_who_is_cancelled_in_begin_leaves_no_connection_in_a_snapshot(shar
         await reading
     assert all(link.connection is None for link in index._readers.all)
     await index.close()
+
+
+async def test_what_the_server_rolled_back_at_commit_did_not_happen(shared_rig: PostgresRig) -> None:
+    """A statement of it failed, and who ran it went on: the server says so in its answer to COMMIT, and not as an error."""
+    index = shared_rig.running
+    tries: list[int] = []
+
+    async def goes_on(db: Any) -> str:
+        tries.append(len(tries))
+        if len(tries) == 1:
+            with suppress(asyncpg.PostgresError):
+                await db.change("UPDATE counters SET value = 1 / 0")
+
+            async def raised() -> bool:
+                return True
+
+            db.raise_count = raised
+        return "done"
+
+    before = index.mark()
+    assert await index._write(goes_on) == "done" and tries == [0, 1]
+    assert await index.lost(before) == "" and await index.lost(index.mark()) == ""
+
+
+async def test_of_two_clusters_that_begin_in_one_database_one_has_it(
+    shared_rig: PostgresRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both found it empty."""
+    async with shared_rig.beside() as beside:
+        await beside.execute("DELETE FROM meta")
+        late = PostgresIndex(shared_rig.world, shared_rig.url, shared_rig.ids)
+
+        async def first() -> None:
+            await beside.execute("INSERT INTO meta VALUES ('cluster', $1)", CLUSTER)
+
+        acted = between(monkeypatch, late, "_begin", first)
+        await late.open("11" * 16)
+        assert acted and late.cluster == CLUSTER
+        await late.close()
+
+
+async def test_a_mailbox_is_read_though_nobody_may_fold_its_tail(
+    shared_rig: PostgresRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P3: the connections that write are all busy, or wait for what somebody holds."""
+    index = shared_rig.running
+    await deliver(index, 1)
+    box = await mailbox(index)
+    monkeypatch.setattr(limits, "VIEW_TAIL_ROWS", 3)
+    for flag in range(5):
+        await index.store(box, [1], FlagChange.REPLACE, 1 << (flag % 2), None)
+    links = [await index._writers.take() for _ in index._writers.all]
+    monkeypatch.setattr(limits, "INDEX_TURN_S", 0.05)
+    assert len(await index.view(box)) == 1
+    for link in links:
+        index._writers.give(link)

@@ -12,6 +12,7 @@ from powermail.base import limits
 from powermail.base.errors import IndexTrouble
 from powermail.index.contract import Fate, Outcome
 from powermail.index.postgres.statements import SharedPlacements, Writer
+from powermail.index.sql import nodes
 from powermail.storage.contract import START, Held, Origin, Position, Unread
 from tests.index.sharing import WAIT_S, another, between, blocked
 from tests.index.support import (
@@ -160,7 +161,7 @@ async def test_a_repair_beside_an_expulsion_does_not_bring_the_node_back_in(
 ) -> None:
     await deliver(shared_rig.index, 1)
     async with another(shared_rig) as other:
-        acted = between(monkeypatch, SharedPlacements, "id", lambda: other.expel("b"))
+        acted = between(monkeypatch, SharedPlacements, "need", lambda: other.expel("b"))
         assert await shared_rig.index.believe(key(1), "c", end_of("c"))
     assert acted
     assert [facts.nodes for facts in await shared_rig.index.messages([key(1)])] == [("a", "c")]
@@ -198,6 +199,34 @@ async def test_a_node_that_is_admitted_while_the_epoch_rises_owes_its_walk(
         go_on.set()
         await asyncio.gather(raising, admitting)
     assert {row.id: row.owes_walk for row in await shared_rig.index.node_rows()} == dict.fromkeys("abcd", True)
+
+
+async def test_what_an_expelled_node_leaves_goes_part_by_part(shared_rig: PostgresRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was away for months has more orders than a statement is given time for; it must be possible to let it go."""
+    monkeypatch.setattr(nodes, "_LEFT_ROWS", 3)
+    index = shared_rig.running
+    async with shared_rig.beside() as beside:
+        for number in range(1, 11):
+            for table, more in (("orders", ""), ("drops", ", 1, 2"), ("suspects", ", 'bad'")):
+                await beside.execute(f"INSERT INTO {table} VALUES ('b', $1{more}), ('c', $1{more})", key(number))
+    parts: list[Any] = []
+    clear = index._in_clear_left
+
+    async def counted(*args: Any) -> Any:
+        parts.append(args)
+        return await clear(*args)
+
+    monkeypatch.setattr(index, "_in_clear_left", counted)
+    assert await index.expel("b") and len(parts) == 3 * 4 + 1
+    assert await index.orders_total("b") == (0, 0) and await index.orders_total("c") == (10, 10)
+    async with shared_rig.beside() as beside:
+        await beside.execute("INSERT INTO orders VALUES ('b', $1)", key(1))  # of one who came to no end with it
+        await index.admit_node("b", "south", "b-2", "", START, START)
+        assert await index.orders_total("b") == (0, 0)
+        await beside.execute("DELETE FROM suspects")
+        await beside.execute("INSERT INTO orders VALUES ('b', $1)", key(1))
+    await index.clear_left("b")
+    assert await index.orders_total("b") == (1, 0), "it is a member again"
 
 
 async def _waits_or_one(watch: Any, task: asyncio.Future[Any]) -> None:

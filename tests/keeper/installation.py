@@ -10,13 +10,14 @@ from powermail.base.disk import SystemDisk
 from powermail.base.lane import ThreadLane
 from powermail.base.log import MemoryLog
 from powermail.base.net import SocketNetwork
+from powermail.base.sqlite_files import SUFFIXES
 from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
 from powermail.index.contract import Batch, Delivery, EntryFacts, Index, Outcome
 from powermail.index.memory import MemoryIndex, MemoryStore
 from powermail.index.sqlite import SqliteIndex
 from powermail.keeper.checkpoint import Checkpointer
-from powermail.keeper.rebuild import SUFFIXES, Rebuilder, Rebuilt
+from powermail.keeper.rebuild import Rebuilder, Rebuilt
 from powermail.mail.envelope import Commit, Envelope, Target
 from powermail.sim.memory import MemoryNode
 from powermail.sim.world import SimEntropy

@@ -11,11 +11,12 @@ import pytest
 
 from powermail.base import limits
 from powermail.base.log import MemoryLog
+from powermail.base.sqlite_files import SUFFIXES
 from powermail.base.world import World, system_world
 from powermail.cluster.cluster import Cluster
 from powermail.index.sqlite import SqliteIndex
 from powermail.keeper.checkpoint import Checkpointer
-from powermail.keeper.rebuild import SUFFIXES, Rebuilder, Rebuilt
+from powermail.keeper.rebuild import Rebuilder, Rebuilt
 from powermail.storage.contract import Held, StorageNode
 from powermail.storage.log.keys import SqliteKeyIndex
 from powermail.storage.log.store import Options

@@ -13,8 +13,8 @@ import pytest_asyncio
 
 from powermail.base.disk import File, SystemDisk
 from powermail.base.errors import IndexTrouble, NodeTrouble, NotRedundant, OperatorError
+from powermail.base.sqlite_files import SUFFIXES
 from powermail.index.contract import Delivery, Fate, Outcome
-from powermail.keeper.rebuild import SUFFIXES
 from powermail.storage.contract import Mark, Origin, Position, Stamp
 from tests.index.support import inbox, key
 from tests.keeper.installation import Installation, numbers, shown

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from powermail.base import limits
@@ -24,8 +26,9 @@ from tests.storage.support import key
 
 
 @pytest.fixture
-async def there(tmp_path: Path) -> AsyncIterator[Installation]:
-    """A node that is served."""
+async def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Installation]:
+    """A node that is served; who does not say soon that he goes by a newer layout never will."""
+    monkeypatch.setattr(limits, "NODE_FOLLOW_WAIT_S", 0.2)
     async with installation(tmp_path) as made:
         made.service.obeyed = Obeyed(made.world, str(tmp_path / "obeyed"))
         yield made
@@ -208,6 +211,36 @@ def test_ids_that_are_expelled_are_bounded(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OperatorError):
         obeyed.expel(["d"])
     assert list(obeyed.expelled) == ["a", "b", "c"]
+
+
+def test_what_only_the_expelled_have_said_is_void_and_what_others_said_stays() -> None:
+    obeyed = Obeyed(system_world(MemoryLog()))
+    assert obeyed.expel(["a", "b"], "keeper-1") == (2, 0)
+    assert obeyed.expel(["b", "c", "keeper-1"], "keeper-2") == (2, 1), "a was said by keeper-1 alone"
+    assert obeyed.expelled == {"b": ("keeper-1", "keeper-2"), "c": ("keeper-2",), "keeper-1": ("keeper-2",)}
+    assert obeyed.expel(["keeper-2"], "keeper-3", more=True) == (1, 0), "it goes on, and says the others again"
+    assert obeyed.expel(["b", "c"], "keeper-3") == (0, 1)
+    assert set(obeyed.expelled) == {"b", "c", "keeper-2"}
+
+
+def test_a_full_list_takes_who_filled_it_with_what_that_one_alone_has_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "NODE_EXPELLED_MAX", 4)
+    obeyed = Obeyed(system_world(MemoryLog()))
+    obeyed.expel(["a", "b", "c", "d"], "thief")
+    assert obeyed.expel(["d", "thief"], "keeper-1", more=True) == (1, 3)
+    assert set(obeyed.expelled) == {"d", "thief"}
+
+
+@pytest.mark.parametrize("by", [[], [["keeper-1"]]])
+async def test_ids_that_an_older_program_wrote_are_refused_still(tmp_path: Path, by: list[list[str]]) -> None:
+    """P19: it writes no `by`, or that of others; what nobody is known to have said is never void."""
+    world, path = system_world(MemoryLog()), tmp_path / "obeyed"
+    body = msgspec.json.encode({"expelled": ["a", "b"], "by": by})
+    path.write_bytes(b"powermail-obeyed 1 " + hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+    obeyed = Obeyed(world, str(path))
+    obeyed.expel(["a", "c", "keeper-1"], "keeper-2")
+    await obeyed.keep()
+    assert Obeyed(world, str(path)).expelled == {"a": (), "b": (), "c": ("keeper-2",), "keeper-1": ("keeper-2",)}
 
 
 async def test_marks_of_others_are_not_touched_by_a_fence(there: Installation) -> None:

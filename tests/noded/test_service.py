@@ -14,7 +14,7 @@ import pytest
 
 from powermail.base import limits
 from powermail.base.errors import CommitRefused, NodeTrouble, OperatorError
-from powermail.storage.contract import Chunk, Mark, NodeState, Origin
+from powermail.storage.contract import Chunk, Mark, NodeState, Origin, Position, Receipt
 from powermail.wire import node_forms as forms
 from powermail.wire.node_frames import HEADER
 from powermail.wire.node_verbs import Failure
@@ -554,6 +554,30 @@ async def test_a_bug_of_ours_ends_one_operation_and_is_written_down(there: Insta
     lines: list[str] = there.world.log.lines  # type: ignore[attr-defined]
     assert any("ZeroDivisionError" in line for line in lines)
     lines.clear()
+
+
+async def test_what_came_together_is_answered_one_by_one_where_the_node_does_so(
+    there: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first receipt brings those along that are there; what is not yet is answered when it is, a refusal as one."""
+    asked: dict[bytes, asyncio.Future[Receipt]] = {}
+
+    def commits(name: bytes, *_: Any) -> asyncio.Future[Receipt]:
+        return asked.setdefault(name, asyncio.get_running_loop().create_future())
+
+    raw = await there.welcomed()
+    stamp = await stamped(raw)
+    monkeypatch.setattr(there.node, "commit", commits)
+    raw.say(*(commit(number, number, stamp) for number in (3, 4, 5, 6)))
+    await until(lambda: len(asked) == 4)
+    first, second, third, fourth = asked.values()
+    third.set_exception(CommitRefused("not here"))
+    first.set_result(Receipt("a", "inc", Position(1, 8)))
+    assert await answered(raw, 3, 5) == {3: "ACKS", 5: "ERROR"}
+    fourth.set_result(Receipt("a", "inc", Position(1, 24)))
+    assert await answered(raw, 6) == {6: "ACKS"}
+    second.set_result(Receipt("a", "other", Position(2, 8)))
+    assert (await raw.hear("ACKS"))[2:] == (["other"], [(4, 2, 8)])
 
 
 async def test_a_definite_refusal_is_the_nodes_own(there: Installation) -> None:

@@ -1,8 +1,9 @@
 """Plants each bug of this directory in a copy of the tree and runs what should catch it: `make planted`.
 
 A patch begins with what the bug is, then `Caught by:` and either arguments for pytest, or `sim: SECONDS SEEDS [FAULT,FAULT…]`:
-seeds of the simulator until one reports a problem. A third line, `Model: MODEL.CLAUSE`, says by removing which clause of the
-laws the exhaustive model shows the same mistake (`tests/model`). What nothing catches is a hole in the tests.
+seeds of the simulator until one reports a problem; with `cluster` behind it, of the simulated cluster. A third line, `Model:
+MODEL.CLAUSE`, says by removing which clause of the laws the exhaustive model shows the same mistake (`tests/model`). What
+nothing catches is a hole in the tests.
 """
 
 from __future__ import annotations

@@ -207,6 +207,18 @@ def test_notes_of_damage_grow_together_survive_and_heal() -> None:
     assert last.count() == 0
 
 
+def test_a_stretch_that_was_looked_at_in_part_heals_in_part() -> None:
+    damage = Damage(SimDisk(), PATH)
+    damage.note(3, 128, 640, "large", blind=True)
+    damage.heal(3, 256, 128, [(256, 64)])
+    assert damage.count() == 3 and all(damage.blind_at(3, offset) for offset in (128, 256, 384, 760))
+    assert not damage.blind_at(3, 320), "this part reads well"
+    damage.heal(3, 320, 0, [])
+    assert damage.count() == 3, "of one record nothing is known but that it is good"
+    damage.heal(3, 128, 640, [])
+    assert damage.count() == 0
+
+
 def test_notes_of_damage_are_bounded() -> None:
     disk = SimDisk()
     disk.make_directory(PATH)

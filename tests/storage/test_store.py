@@ -518,6 +518,49 @@ def test_an_unreadable_record_is_named_and_read_again() -> None:
     assert sorted(found) == list(range(1, 20))
 
 
+@pytest.mark.parametrize(("records_max", "octets_max"), [(3, limits.MIB), (1000, 600)])
+def test_a_stretch_is_read_again_in_parts(monkeypatch: pytest.MonkeyPatch, records_max: int, octets_max: int) -> None:
+    """A whole segment may come back at once: one call shows a part of it, names the rest, and nothing is passed over."""
+    disk, path, stretch = bad_store(range(1, 20), 5)
+    disk.bad[path] = [(0, 1 << 30)]
+    store = open_store(disk)
+    unread: list[Unread] = []
+    after, found = START, list[int]()
+    while (scan := store.scanner.scan(after, 100, 0.0)).following != after:
+        found += [int.from_bytes(item.key, "big") for item in scan.items]
+        unread, after = unread + scan.unread, scan.following
+    hidden = set(range(1, 20)) - set(found)
+    assert len(hidden) > 4 and store.damaged() == 1
+    monkeypatch.setattr(limits, "REREAD_RECORDS_MAX", records_max)
+    monkeypatch.setattr(limits, "REREAD_OCTETS_MAX", octets_max)
+    disk.bad.clear()
+    segment = disk.below.content[disk.below.names[path]]
+    good, segment[slice(*stretch)] = segment[slice(*stretch)], b"?" * (stretch[1] - stretch[0])  # but one
+    shown, parts = list[int](), 0
+
+    def look_at(notes: list[Unread]) -> list[Unread]:
+        """As the keeper goes about it: what is named anew takes the place of the note."""
+        nonlocal parts
+        left: list[Unread] = []
+        while notes:
+            note, *notes = notes
+            again = reread(store, note)
+            assert again is not None and len(again.items) <= min(records_max, 5)
+            if again.unread == [note]:
+                left.append(note)
+            else:
+                notes, parts = [*again.unread, *notes], parts + 1
+            shown.extend([int.from_bytes(item.key, "big") for item in again.items])
+        return left
+
+    left = look_at(unread)
+    assert parts > 2 and sorted(shown) == sorted(hidden - {5}), "each once"
+    segment[slice(*stretch)] = good
+    assert look_at(left) == []
+    assert sorted(shown) == sorted(hidden)
+    assert store.damaged() == 0, "the quarantine has healed with it"
+
+
 def test_an_unreadable_segment_is_noted_and_the_rest_is_served() -> None:
     disk, path, _ = bad_store(range(1, 30), 5)
     assert len(segments(disk.below)) > 3

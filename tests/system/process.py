@@ -102,14 +102,15 @@ class Served(Place):
         return [Listed(row[0], message["uid"], bytes.fromhex(message["key"])) for message in found["messages"]]
 
 
-def command(*words: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command line."""
-    return subprocess.run([sys.executable, "-m", "powermail", *words], capture_output=True, text=True, timeout=120, check=False)
+def command(*words: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs the command line; by its environment that of another program than this tree's."""
+    run = [sys.executable, "-m", "powermail", *words]
+    return subprocess.run(run, capture_output=True, text=True, timeout=120, check=False, env=environment)
 
 
-def make(data: Path) -> None:
+def make(data: Path, environment: dict[str, str] | None = None) -> None:
     """A new installation; its segments are small, so that no command looks through much unused room."""
-    assert command("init", "--data", str(data)).returncode == 0
+    assert command("init", "--data", str(data), environment=environment).returncode == 0
     settings = data / "powermail.toml"
     settings.write_text(settings.read_text().replace("[cluster]\n", f"[cluster]\nsegment_octets = {limits.MIB}\n"))
 

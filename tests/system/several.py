@@ -31,11 +31,14 @@ def free_port() -> int:
 class Several(Place):
     """`powermail serve` with a process for each role."""
 
+    start_s = START_S
+
     def __init__(self, data: Path, roles: str, *more: str) -> None:
         self.data = data
         self.clients: list[Client] = []
         self._words = ["--roles", roles, *more]
         self._doors = "front" in roles
+        self.environment: dict[str, str] | None = None  # of another program than this tree's
         self._log: IO[bytes] | None = None
         self._process: asyncio.subprocess.Process | None = None
 
@@ -52,11 +55,17 @@ class Several(Place):
             *[*FREE, "--set", "cluster.reserve_octets=0", *self._words],
             stdout=self._log,
             stderr=self._log,
+            env=self.environment,
         )
-        ends_at = time.monotonic() + START_S
+        ends_at = time.monotonic() + self.start_s
         while b"PowerMail is ready" not in self.log.read_bytes():
             assert time.monotonic() < ends_at and self._process.returncode is None, self.log.read_text()
             await asyncio.sleep(0.02)
+
+    @property
+    def begun(self) -> bool:
+        """True once it was started."""
+        return self._process is not None
 
     @property
     def pid(self) -> int:

@@ -16,7 +16,7 @@ from powermail.base.errors import OperatorError
 from powermail.storage.identity import make_store
 from tests.noded.certificates import Authority, uris
 from tests.system.conftest import Running
-from tests.system.process import START_S, Served, make
+from tests.system.process import START_S, Served, command, make
 from tests.system.test_nodes_over_network import NodeServed, states, until_state
 
 ADDRESS = "ann@local.example"
@@ -117,6 +117,34 @@ async def test_what_may_cost_redundancy_is_said_and_refused_with_the_number(runn
     assert await running.operation("moves") == []
 
 
+async def test_nodes_say_where_they_stand_and_copies_go_apart(running: Running) -> None:
+    """While mail flows, without a restart; what lay together is brought apart."""
+    await running.mailbox(ADDRESS)
+    cluster, jobs = running.powermail.core.cluster, running.powermail.keeping
+    for number in range(6):
+        assert (await running.send([ADDRESS], b"Subject: %d\r\n\r\nx" % number)).startswith("250")
+    assert await running.operation("node_site", node="a", site="north", dry_run=True) == {"id": "a", "site": "north"}
+    assert cluster.site_of("a") == "" and "disperse" not in {worker.name for worker in jobs.workers}
+    for node, site in {"a": "north", "b": "north", "c": "south"}.items():
+        await running.operation("node_site", node=node, site=site)
+
+    def is_apart() -> bool:
+        return cluster.apart
+
+    assert is_apart() and "disperse" in {worker.name for worker in jobs.workers}
+    await running.until("all lie in both", lambda status: not status["in_too_few_sites"]["messages"])
+    assert (await running.send([ADDRESS], b"Subject: x\r\n\r\nx")).startswith("250")
+    listing = await running.operation("list_messages", address=ADDRESS)
+    assert isinstance(listing, dict) and len(listing["messages"]) == 7
+    assert all("c" in message["nodes"] and len(message["nodes"]) >= 2 for message in listing["messages"])
+    listed = await running.operation("node_list")
+    assert isinstance(listed, list) and [node["site"] for node in listed] == ["north", "north", "south"]
+    with pytest.raises(OperatorError, match="not a word"):
+        await running.operation("node_site", node="a", site="two words")
+    await running.operation("node_site", node="c", site="north")
+    assert not is_apart() and "disperse" not in {worker.name for worker in jobs.workers}
+
+
 async def test_a_node_that_never_came_is_taken_out_again(running: Running) -> None:
     """A word mistyped must not count as a group for ever: it is in the layout, and no member yet."""
     await running.operation("node_address", node="z", address="127.0.0.1:1", group="rack-z")
@@ -179,3 +207,33 @@ async def test_a_drain_is_shown_with_how_far_it_is_and_taken_back(running: Runni
         while await running.operation("moves"):
             await asyncio.sleep(0.1)
     assert "a" in {node.id for node in running.powermail.core.cluster.place()}
+
+
+async def test_a_keeper_killed_while_a_node_is_taken_out_goes_on_when_it_starts(tmp_path: Path) -> None:
+    """`keeper/test_killed` tries every transaction of it in memory; this one is a process, its disks, and kill -9."""
+    data = tmp_path / "data"
+    nodes = [word for name in "abcd" for word in ("--node", f"{name}=nodes/{name}:rack-{name}")]
+    done = await asyncio.to_thread(command, "init", "--data", str(data), *nodes)
+    assert done.returncode == 0, done.stderr
+    front = Served(data)
+    try:
+        await front.start()
+        await front.mailbox(ADDRESS)
+        bodies = [b"Subject: %d\r\n\r\ntext of %d\r\n" % (number, number) for number in range(6)]
+        for body in bodies:
+            assert (await front.send([ADDRESS], body.removesuffix(b"\r\n"))).startswith("250")
+        begun = await front.operation("node_remove", node="a", confirm=True)
+        assert isinstance(begun, dict) and begun["done"]
+        for _ in range(2):
+            await front.kill()
+            await front.start()
+        async with asyncio.timeout(START_S):
+            while "a" in await states(front):
+                await asyncio.sleep(0.1)
+        assert await front.operation("moves") == []
+        listing = await front.operation("list_messages", address=ADDRESS)
+        assert isinstance(listing, dict) and listing["not_redundant"] == 0
+        assert sorted(await front.read(ADDRESS)) == sorted(bodies)
+        await front.stop()
+    finally:
+        await front.kill()

@@ -36,6 +36,7 @@ class NodeServed:
     def __init__(self, name: str, data: Path, disk: Path, authority: Authority, cluster: str) -> None:
         self.port = free_port()
         self.data = data
+        self.environment: dict[str, str] | None = None  # of another program than this tree's
         self._log = data / "log"
         self._process: asyncio.subprocess.Process | None = None
         certificate, key = authority.issue(*uris(cluster, name, "node"))
@@ -55,11 +56,17 @@ class NodeServed:
                 *["--set", "log.json=true", "--set", "cluster.reserve_octets=0"],
                 stdout=log,
                 stderr=log,
+                env=self.environment,
             )
         ends_at = time.monotonic() + START_S
         while b'"event":"listening"' not in self._log.read_bytes():
             assert time.monotonic() < ends_at and self._process.returncode is None, self._log.read_text()
             await asyncio.sleep(0.02)
+
+    @property
+    def begun(self) -> bool:
+        """True once it was started."""
+        return self._process is not None
 
     async def end(self, number: signal.Signals) -> int:
         """Sends a signal and waits for the end; the exit status."""

@@ -14,6 +14,7 @@ import pytest
 
 from powermail.app.compose import PowerMail
 from powermail.base import limits
+from powermail.base.disk import SystemDisk
 from powermail.cluster.packing import Packer
 from powermail.cluster.replicate import Replication
 from powermail.keeper.collect import Collector
@@ -456,3 +457,39 @@ async def test_a_command_on_a_stopped_installation_does_not_wait_for_a_node_that
         fault.over.set()
         await opened.stop(0.5)
         await running.start()
+
+
+async def test_a_stop_leaves_behind_what_hangs(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum of its limits is below what a service manager waits; the next start finds what is to be done."""
+    await running.mailbox(ANN)
+    await running.fill(1)
+    let_go = asyncio.Event()
+
+    async def hang() -> None:
+        await let_go.wait()
+
+    for name in ("STOP_REST_S", "STOP_CLOSE_S"):
+        monkeypatch.setattr(limits, name, 0.2)
+    monkeypatch.setattr(running.powermail.core.marker, "put_all", hang)
+    running.powermail._stack.push_async_callback(hang)
+    counters = running.powermail.world.counters
+    try:
+        async with asyncio.timeout(20):
+            await running.stop()
+    finally:
+        let_go.set()
+    assert counters.get("process.stops_cut_off") == 2
+    assert len([line for line in running.lines("trouble") if "what hangs is left" in line]) == 2
+    async with asyncio.timeout(20):  # what was left goes on here, where no process ends
+        while _is_locked(running):
+            await asyncio.sleep(0.05)
+    await running.start()
+    assert len(await running.entries()) == 1
+
+
+def _is_locked(running: Running) -> bool:
+    try:
+        SystemDisk().lock(f"{running.data}/lock").release()
+    except BlockingIOError:
+        return True
+    return False

@@ -147,7 +147,7 @@ class ControlServer:
     async def _answer(self, line: bytes, progress: Progress, who: str) -> Answer:
         try:
             request = msgspec.json.decode(line, type=Ask)
-        except msgspec.DecodeError as error:
+        except ValueError as error:
             return Answer(error=f"bad request: {error}", kind="misuse")
         try:
             result = await self._operations.call(request.call, request.arguments, progress, who)
@@ -183,7 +183,7 @@ async def ask_raw(path: str, call: str, arguments: Mapping[str, object], progres
     try:
         writer.write(msgspec.json.encode(Ask(call, dict(arguments))) + b"\n")
         await writer.drain()
-        while line := await _line(reader, writer):
+        while (line := await _line(reader, writer)).endswith(b"\n"):  # else it died in the middle of it
             answer = msgspec.json.decode(line, type=Answer)
             if answer.progress is not None:
                 await progress(*answer.progress)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from powermail.keeper.owners import Owners
     from powermail.keeper.purges import Purges
     from powermail.keeper.repair import Repairer
+    from powermail.keeper.salvage import Salvager
     from powermail.keeper.scrub import Scrubber
     from powermail.message.opener import Opener
     from powermail.storage.contract import StorageNode
@@ -65,6 +66,8 @@ class Desk:
     outbound_troubles: Callable[[], list[str]] = list  # why mail does not leave
     peer_certificate: PeerCertificate | None = None  # of this installation in its cluster
     expeller: Expeller | None = None
+    salvager: Salvager | None = None
+    open_disk: Callable[[str], Awaitable[StorageNode]] | None = None  # a node's directory that is no member; to be closed
     leases: Leases | None = None  # where several processes keep one index
     parts: tuple[str, ...] = ()  # those of this machine that ought to show themselves
 

@@ -12,9 +12,11 @@ from msgspec import Struct
 
 from powermail.admin.desk import Desk
 from powermail.admin.table import Names, Operation, Progress, Request, option, several, unseen, word, words, yes
+from powermail.base import limits
 from powermail.base.errors import NoSuch, OperatorError, Trouble
 from powermail.base.log import Event
 from powermail.base.net import parse_host_port
+from powermail.base.settings import is_site
 from powermail.index.sharing import MoveRow
 from powermail.keeper.drain import DRAIN, REMOVE, Dependence, dependence, seconds_left
 from powermail.keeper.rebalance import REBALANCE, excess
@@ -343,6 +345,31 @@ async def address(desk: Desk, request: NodeAddress, progress: Progress) -> Reach
     return Reached(request.node, request.address)
 
 
+class NodeSite(Request):
+    """Which node, and where it stands."""
+
+    node: Annotated[str, word(_NAME)]
+    site: Annotated[str, word('a word, the same for all that stands together; "" takes it back')]
+    dry_run: Annotated[bool, option(_DRY)] = False
+
+
+class Placed(Struct):
+    """A node and where it stands."""
+
+    id: str
+    site: str
+
+
+async def site(desk: Desk, request: NodeSite, progress: Progress) -> Placed:
+    """Says where a node stands: who stands there reads it first, and copies go into different sites."""
+    (row,) = await _rows(desk, [request.node])
+    if not is_site(request.site):
+        raise OperatorError(f"{request.site[: limits.SITE_CHARS_MAX]!r} is not a word; nothing was changed")
+    if not request.dry_run:
+        await _change(desk, [LayoutChange(row.id, site=request.site)])
+    return Placed(row.id, request.site)
+
+
 class Rebalance(Request):
     """Whether really, and whether to end it."""
 
@@ -421,6 +448,7 @@ OPERATIONS = (
               long=True),
     Operation("node_priority", "node priority", NodePriority, Ranked, priority, "how early a node is used", changes=True),
     Operation("node_address", "node address", NodeAddress, Reached, address, "where a node is reached", changes=True),
+    Operation("node_site", "node site", NodeSite, Placed, site, "where a node stands", changes=True),
     Operation("rebalance", "rebalance", Rebalance, Uneven, rebalance, "move copies from full disks to empty ones",
               changes=True, long=True),
     Operation("moves", "moves", Request, list[MoveFacts], moves, "drains and rebalancing under way"),

@@ -85,6 +85,8 @@ async def purge(desk: Desk, request: Purge, progress: Progress) -> Purged:
         return Purged(names, messages, octets, False, undone=undone)
     if not request.confirm or request.dry_run:
         return Purged(names, messages, octets, False)
+    if why := await desk.purges.why_not(any(not row[3] for row in rows)):
+        raise OperatorError(f"{why}. Nothing was changed")
     grace_s = desk.settings.directory.purge_grace_days * 86_400.0
     if not request.now and grace_s:
         due_at = await desk.purges.order([(row[0], not row[3]) for row in rows], grace_s)

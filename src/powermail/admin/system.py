@@ -16,6 +16,7 @@ from powermail.admin.table import Operation, Progress, Request, place
 from powermail.base import limits
 from powermail.base.clock import utc
 from powermail.base.errors import OperatorError, Trouble
+from powermail.keeper.disperse import sites_of_copies, wanted_sites
 from powermail.keeper.leases import seen
 from powermail.storage.layout import Standing
 
@@ -92,6 +93,9 @@ class Status(Struct):
     jobs: list[JobFacts] = []
     members: list[MemberFacts] = []
     moves: list[MoveFacts] = []
+    note: str = ""  # what there is to say of a machine whose processes answer no operator
+    site: str = ""  # where this machine stands, empty if nobody said
+    in_too_few_sites: Thin = field(default_factory=Thin)  # redundant, and brought into another site by and by
 
 
 async def status(desk: Desk, request: Request, progress: Progress) -> Status:
@@ -117,6 +121,9 @@ async def status(desk: Desk, request: Request, progress: Progress) -> Status:
             return otherwise
 
     thin = await look(desk.index.under_copied_total(desk.repairer.counted_groups(), desk.cluster.copies_required), (0, 0))
+    few = (0, 0)
+    if desk.cluster.apart:
+        few = await look(desk.index.under_copied_total(sites_of_copies(desk.cluster), wanted_sites(desk.cluster)), (0, 0))
     silent = any(text.startswith("index: ") for text in degraded)
     totals: dict[str, int] = {} if silent else await look(desk.index.totals(), {})
     if thin[0]:
@@ -153,6 +160,8 @@ async def status(desk: Desk, request: Request, progress: Progress) -> Status:
         jobs=jobs,
         members=members,
         moves=[] if silent else await look(moves(desk, request), []),
+        site=desk.cluster.site,
+        in_too_few_sites=Thin(few[0], few[1]),
     )
 
 

@@ -16,7 +16,7 @@ from powermail.app.indexes import make_index
 from powermail.authority.registrar import Registrar
 from powermail.authority.renewing import NAME, Renewer, by_network, by_registrar
 from powermail.authority.service import AuthorityService
-from powermail.base.certificates import Authority
+from powermail.base.certificates import Authority, BadRequest, as_pem, make_request
 from powermail.base.errors import OperatorError, Trouble
 from powermail.base.log import Event
 from powermail.base.net import parse_host_port
@@ -25,8 +25,9 @@ from powermail.base.tasks import Tasks, Worker
 from powermail.base.tls import PeerCertificate
 from powermail.base.world import World
 from powermail.index.contract import Index
+from powermail.storage.layout import Standing
 from powermail.wire import enrolment as forms
-from powermail.wire.node_identity import NotOurs, parse_names, peer_of
+from powermail.wire.node_identity import Name, NotOurs, parse_names, peer_of
 from powermail.wire.node_verbs import Role
 
 # What a machine that asks the index has to know as the first one does; all but hosts, paths and doors, which are its own.
@@ -90,9 +91,39 @@ async def open_authority(
         await service.listen(*parse_host_port(address))
     try:  # the index knows of every holder; the first one was given its certificate without it
         await index.note_holder(*own, certificate.facts.ends_at)
+        await _name_nodes(world, settings, index, registrar, certificate, own[0])
     except Trouble as error:
         world.log.event(Event.TROUBLE, worker="start", error=str(error))
     return registrar, service
+
+
+async def _name_nodes(
+    world: World, settings: Settings, index: Index, registrar: Registrar, certificate: PeerCertificate, identity: str
+) -> None:
+    """Nodes that were added to the settings of this machine since its certificate was given are named by the next one: others
+    speak to nobody as a node who is not named so. Raises Trouble.
+    """
+    names = [name for name in parse_names([("URI", uri) for uri in certificate.facts.uris]) if name.cluster == index.cluster]
+    gone = {row.id for row in (await index.layout()).rows if row.state is Standing.EXPELLED}
+    gone |= {holder.identity for holder in await index.holders() if holder.expelled_at}
+    fresh = [node for node in unnamed_nodes(settings, certificate) if node not in gone]
+    if not fresh:
+        return
+    names += [Name(index.cluster, Role.NODE, node) for node in fresh]
+    try:
+        issued = await registrar.name(make_request(world.disk.read_file(certificate.paths[1])), names, identity)
+        world.disk.replace_file(certificate.paths[0], as_pem(issued), 0o600)
+    except (OSError, ValueError, BadRequest, OperatorError) as error:
+        raise Trouble(f"{certificate.paths[0]} does not name {', '.join(fresh)}, and cannot be made anew: {error}") from error
+    certificate.reload()
+    world.log.event(Event.CERTIFICATE, renewed=certificate.paths[0], named=" ".join(fresh))
+
+
+def unnamed_nodes(settings: Settings, certificate: PeerCertificate) -> list[str]:
+    """Nodes of the settings that are served here, and that the certificate of this machine does not name."""
+    names = parse_names([("URI", uri) for uri in certificate.facts.uris])
+    named = {name.id for name in names if name.role is Role.NODE}
+    return [node.id for node in settings.cluster.nodes if node.path and node.id not in named]
 
 
 def _own_roles(index: Index, certificate: PeerCertificate) -> tuple[str, list[str]]:

@@ -13,44 +13,50 @@ import os
 import socket
 import ssl
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import msgspec
 from cryptography import x509
 
+from powermail.app.checking_members import Membership, duties_of, sockets
 from powermail.app.directories import address_of
 from powermail.app.indexes import refuse_moved
 from powermail.app.places import Places, secret_files
 from powermail.app.roles import listening
-from powermail.app.setup import cluster_of_nodes, shared_disks
+from powermail.app.setup import cluster_in, shared_disks
 from powermail.base import limits
-from powermail.base.certificates import Untrusted, check_issued
 from powermail.base.errors import OperatorError
 from powermail.base.findings import Finding
 from powermail.base.net import parse_host_port
-from powermail.base.settings import Settings, inside
+from powermail.base.settings import RESTORING, Settings, inside
+from powermail.base.sqlite_files import present
 from powermail.base.tls import server_context
 from powermail.base.world import World
 from powermail.index.sqlite import cluster_of
+from powermail.storage.identity import Identity
 
 _DAY_S = 86_400.0
 
 
 class Checker:
-    """Looks at one installation. `serving`: a server of it runs, so that its ports are taken by right."""
+    """Looks at one installation, as far as its processes use it. `serving`: a server of it runs, so that its ports are taken by
+    right. `roles`: of `powermail serve --roles`; "" if nobody says.
+    """
 
-    def __init__(self, world: World, settings: Settings, data: str, serving: bool) -> None:
+    def __init__(self, world: World, settings: Settings, data: str, serving: bool, roles: str = "") -> None:
         self._world = world
         self._settings = settings
         self._data = data
         self._serving = serving
+        self._duties = duties_of(world, settings, data, roles)
+        self._membership = Membership(world, settings, data, self._duties)
 
     async def findings(self) -> list[Finding]:
         """Everything that is wrong, in the order in which it is looked at."""
         found: list[Finding] = []
         lane = self._world.lane("config-check")
         try:
-            for look in (self._files, self._certificates, self._ports, self._nodes, self._groups, self._index_file):
+            members = self._membership.findings
+            for look in (self._files, self._certificate, members, self._ports, self._nodes, self._groups, self._index_file):
                 found += await self._within(lane.run(_listed, look), look.__name__.strip("_").replace("_", " "))
             found += await self._within(lane.run(_listed, self._names), "names")
         finally:
@@ -67,19 +73,20 @@ class Checker:
     def _path(self, name: str) -> str:
         return inside(self._data, name)
 
-    @property
-    def _uses_peers(self) -> bool:
-        return any(node.address for node in self._settings.cluster.nodes) or bool(self._settings.peers.authority_listen)
-
     # -- files ------------------------------------------------------------------------------------------------------------
 
     def _files(self) -> Iterator[Finding]:
         disk, out, directory = self._world.disk, self._settings.outbound, self._settings.directory
         if disk.mode(self._data) & 0o077:
             yield Finding(self._data, "others may look into the data directory", f"`chmod 700 {self._data}`")
-        for path in secret_files(self._settings, self._data, self._uses_peers):
+        if disk.exists(f"{self._data}/{RESTORING}"):
+            said = "a backup was being put back, and that was broken off: files of two times lie here"
+            yield Finding(self._data, said, f"`{disk.read_file(f'{self._data}/{RESTORING}').decode(errors='replace')}`")
+        for path in secret_files(self._settings, self._data, peers=True):
             if disk.exists(path) and disk.mode(path) & 0o007:
                 yield Finding(path, "it holds a secret and everybody may read it", f"`chmod o-rwx {path}`")
+        if not self._duties.mail:
+            return
         named = {
             "outbound.smarthost_password_file": out.smarthost_password_file,
             "outbound.smarthost_token_file": out.smarthost_token_file,
@@ -90,14 +97,20 @@ class Checker:
         for setting, name in named.items():
             if name and not os.access(self._path(name), os.R_OK):
                 yield Finding(setting, f"{self._path(name)} cannot be read", "put the file there, readable for who serves")
-        if directory.backend == "sqlite" and not disk.exists(self._path(directory.path)):
-            cure = "`powermail restore` puts one back from a backup; is its disk mounted?"
-            yield Finding("directory.path", f"{self._path(directory.path)} is missing", cure)
+        if directory.backend == "sqlite":
+            path = self._path(directory.path)
+            if not disk.exists(path):
+                cure = "`powermail restore` puts one back from a backup; is its disk mounted?"
+                yield Finding("directory.path", f"{path} is missing", cure)
+                for beside in present(disk, path):
+                    yield Finding("directory.path", f"{beside} was left behind by a file that went", "move it away")
 
     # -- certificates -----------------------------------------------------------------------------------------------------
 
-    def _certificates(self) -> Iterator[Finding]:
+    def _certificate(self) -> Iterator[Finding]:
         settings, disk = self._settings, self._world.disk
+        if not self._duties.front:
+            return
         path, key = self._path(settings.tls.certificate), self._path(settings.tls.key)
         try:
             server_context(path, key)
@@ -108,8 +121,6 @@ class Checker:
         else:
             yield from self._dates("tls.certificate", path, certificate.not_valid_after_utc.timestamp())
             yield from self._named(path, certificate)
-        if self._uses_peers:
-            yield from self._peers()
 
     def _dates(self, about: str, path: str, ends_at: float) -> Iterator[Finding]:
         days = (ends_at - self._world.clock.now()) / _DAY_S
@@ -129,32 +140,21 @@ class Checker:
             said = f"{path} is for {', '.join(known) or 'no name'}, and this host is {host}: clients refuse it"
             yield Finding("tls.certificate", said, "set hostname to a name of the certificate, or get one for it")
 
-    def _peers(self) -> Iterator[Finding]:
-        peers, disk = self._settings.peers, self._world.disk
-        paths = [self._path(name) for name in (peers.certificate, peers.key, peers.authority)]
-        cure = "`powermail join TOKEN` brings what a machine of a cluster needs"
-        try:
-            certificate, _, authority = (disk.read_file(path) for path in paths)
-            facts = check_issued(certificate, authority, self._world.clock.now())
-        except OSError as error:
-            yield Finding("peers", f"{error.filename} cannot be read: {error.strerror}", cure)
-        except Untrusted as error:
-            yield Finding("peers.certificate", str(error), cure)
-        else:
-            yield from self._dates("peers.certificate", paths[0], facts.ends_at)
-
     # -- ports ------------------------------------------------------------------------------------------------------------
 
     def _ports(self) -> Iterator[Finding]:
-        wanted = [(name, address) for name, address in listening(self._settings)]
-        wanted += [("metrics", address) for address in self._settings.metrics.listen]
         taken: dict[tuple[str, int], str] = {}
-        for name, text in wanted:
-            host, port = parse_host_port(text)
-            if port and (other := taken.setdefault((host, port), name)) != name:
-                yield Finding(name, f"{text} is the address of {other} too", "give each its own port")
+        for name, text, further in sockets(self._settings, self._duties):
+            host, first = parse_host_port(text)
+            port = first + further if first else 0
+            shown = text if not further else f"port {port}"
+            if port and (host, port) in taken:
+                yield Finding(name, f"{shown} is the address of {taken[host, port]} too", "give each its own port")
             elif not self._serving and (why := _cannot_bind(host, port)) is not None:
-                yield Finding(name, f"{text} cannot be listened on: {why[0]}", why[1])
+                yield Finding(name, f"{shown} cannot be listened on: {why[0]}", why[1])
+            taken[host, port] = name
+        if self._duties.node and not self._settings.peers.listen:
+            yield Finding("peers.listen", "it is empty, and the role node serves its nodes there", "name an address")
 
     # -- nodes ------------------------------------------------------------------------------------------------------------
 
@@ -171,41 +171,50 @@ class Checker:
                     cure = f"mount its disk; an empty one is made a store by `powermail node replace {node}`"
                     yield Finding(about, f"there is no identity in {path}", cure)
                     continue
-                identity = msgspec.json.decode(disk.read_file(f"{path}/identity"), type=dict[str, Any])
-                clusters.add(str(identity.get("cluster")))
-                if identity.get("node", node) != node:
-                    yield Finding(about, f"{path} is the store of node {identity['node']}", "put each path to its node")
+                octets = disk.read_file(f"{path}/identity")
+                clusters.add(cluster_in(octets))
+                if (owner := msgspec.json.decode(octets, type=Identity).node) != node:
+                    yield Finding(about, f"{path} is the store of node {owner}", "put each path to its node")
                 if not os.access(path, os.W_OK | os.X_OK):
                     yield Finding(about, f"{path} may not be written", f"`chown -R` it to who serves, or `chmod u+rwx {path}`")
                 free = disk.free_octets(path)
                 if free < limits.NODE_LOW_FACTOR * cluster.reserve_octets:
                     said = f"{free >> 20} MiB are free; it takes no mail below {cluster.reserve_octets >> 20} MiB"
                     yield Finding(about, said, "make room, or add a disk")
-            except (OSError, msgspec.DecodeError) as error:
-                yield Finding(about, f"{path}: {getattr(error, 'strerror', None) or error}", "is its disk sound?")
+            except ValueError as error:
+                cure = "put it back from a copy of that disk; without one, `powermail node expel` says what giving it up costs"
+                yield Finding(about, f"{path}/identity is damaged: {error}", cure)
+            except OSError as error:
+                yield Finding(about, f"{path}: {error.strerror or error}", "is its disk sound?")
         if len(clusters) > 1:
             yield Finding("cluster.nodes", f"the nodes belong to {len(clusters)} clusters", "put each disk back where it was")
 
     def _groups(self) -> Iterator[Finding]:
-        cluster = self._settings.cluster
-        if not cluster.nodes:
-            yield Finding("cluster.nodes", "there are no nodes", "`powermail init` makes three")
-            return
-        groups = {node.id: node.group for node in cluster.nodes}
-        if 1 < cluster.copies_required == len(set(groups.values())):
-            said = f"{cluster.copies_required} copies in {len(set(groups.values()))} groups: no mail is taken while one is away"
+        """Of the whole cluster, where a process puts mail on nodes; how many copies there are is no matter of a node."""
+        required, groups = self._settings.cluster.copies_required, self._membership.groups()
+        if self._duties.mail and not groups:
+            if not self._membership.is_member:
+                yield Finding("cluster.nodes", "there are no nodes", "`powermail init` makes three")
+            elif self._membership.layout() is not None:
+                yield Finding("cluster.nodes", "the layout names no node: no mail is taken", "`powermail node add` invites one")
+        if self._duties.mail and groups and required > len(set(groups.values())):
+            said = f"{required} copies are wanted, in {len(set(groups.values()))} groups: no mail is taken"
+            yield Finding("cluster.nodes", said, "add nodes in other groups")
+        elif self._duties.mail and 1 < required == len(set(groups.values())):
+            said = f"{required} copies in {required} groups: no mail is taken while one is away"
             yield Finding("cluster.nodes", said, "add a node in another group")
-        paths = {node.id: self._path(node.path).rstrip("/") for node in cluster.nodes if node.path}
+        paths = {node.id: self._path(node.path).rstrip("/") for node in self._settings.cluster.nodes if node.path}
         for names in shared_disks(self._world, paths):
-            if len({groups[name] for name in names}) > 1:
+            if len({groups.get(name, name) for name in names}) > 1:
                 said = f"nodes {', '.join(names)} are of several groups and lie on one disk: its loss takes them all"
                 yield Finding("cluster.nodes", said, "put each on a disk of its own, or in one group")
 
     # -- names ------------------------------------------------------------------------------------------------------------
 
     def _names(self) -> Iterator[Finding]:
-        host = self._settings.hostname
-        public = [text for _, text in listening(self._settings) if not _is_loopback(parse_host_port(text)[0])]
+        host, smarthost = self._settings.hostname, self._settings.outbound.smarthost
+        doors = listening(self._settings) if self._duties.front else ()
+        public = [text for _, text in doors if not _is_loopback(parse_host_port(text)[0])]
         if public and "." not in host:
             said = f"hostname is {host!r}: other servers refuse a greeting without a full name (RFC 5321, 4.1.1.1)"
             yield Finding("hostname", said, 'set hostname = "mail.example.org", as the name servers know this machine')
@@ -213,25 +222,18 @@ class Checker:
             yield Finding(
                 "hostname", f"the name servers do not know {host}", "give it an address record, and the address its PTR"
             )
-        smarthost = self._settings.outbound.smarthost
-        if smarthost and not _resolves(parse_host_port(smarthost)[0]):
+        if smarthost and self._duties.mail and not _resolves(parse_host_port(smarthost)[0]):
             yield Finding("outbound.smarthost", f"the name servers do not know {smarthost}", "is it written right?")
-        for node in self._settings.cluster.nodes:
-            if node.address and not _resolves(parse_host_port(node.address)[0]):
-                yield Finding(f"node {node.id}", f"the name servers do not know {node.address}", "is it written right?")
+        for about, name in self._membership.resolvable():
+            if not _resolves(name):
+                yield Finding(about, f"the name servers do not know {name}", "is it written right?")
 
     # -- databases --------------------------------------------------------------------------------------------------------
 
-    def _cluster(self) -> str:
-        try:
-            return cluster_of_nodes(self._world, self._settings, self._data)
-        except (OperatorError, OSError):
-            return ""
-
     def _index_file(self) -> Iterator[Finding]:
-        if self._settings.index.database:
+        if self._settings.index.database or not self._duties.uses_index:
             return
-        path, here = self._path(self._settings.index.path), self._cluster()
+        path, here = self._path(self._settings.index.path), self._membership.cluster
         try:
             refuse_moved(self._world, path)
         except OperatorError as error:
@@ -240,21 +242,23 @@ class Checker:
         cure = "`powermail rebuild` makes it anew from the nodes"
         if not self._world.disk.exists(path):
             yield Finding("index.path", f"{path} is missing", f"is its disk mounted? {cure}")
+            for beside in present(self._world.disk, path):
+                yield Finding("index.path", f"{beside} was left behind by a file that went", f"{cure}, and sets that aside")
         elif not (cluster := cluster_of(path)):
             yield Finding("index.path", f"{path} is damaged, or no index", cure)
         elif here and cluster != here:
             yield Finding("index.path", f"{path} belongs to cluster {cluster}, the nodes to {here}", "put its own back")
 
     async def _index_database(self) -> list[Finding]:
-        if not self._settings.index.database:
+        if not self._settings.index.database or not self._duties.uses_index:
             return []
         from powermail.index.postgres.checking import findings
 
-        return await findings(self._settings.index.database, self._cluster())
+        return await findings(self._settings.index.database, self._membership.cluster)
 
     async def _directory_database(self) -> list[Finding]:
         chosen = self._settings.directory
-        if chosen.backend == "sqlite":
+        if chosen.backend == "sqlite" or not self._duties.mail:
             return []
         from powermail.directory.checking import findings
 

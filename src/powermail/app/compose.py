@@ -8,23 +8,21 @@ however far the start came.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
+from typing import Any
 
 from powermail.admin.desk import Desk
 from powermail.admin.enrolment import own_id
 from powermail.admin.operations import Operations
 from powermail.admin.table import Progress
 from powermail.app.authority import make_renewer, open_authority
-from powermail.app.core import Core, MakeKeys, make_nodes, open_core, take_lock
+from powermail.app.core import Core, MakeKeys, open_core, take_lock
 from powermail.app.front import Front, make_front, open_doors
-from powermail.app.indexes import refuse_moved
 from powermail.app.keeping import Keeping, make_keeping
 from powermail.app.places import Places, secret_files
 from powermail.app.roles import ALONE, Duties
-from powermail.app.setup import cluster_of_nodes
 from powermail.base import limits
-from powermail.base.clock import utc
 from powermail.base.errors import OperatorError, Trouble
 from powermail.base.log import Event
 from powermail.base.settings import Settings, inside
@@ -33,13 +31,17 @@ from powermail.base.tasks import Tasks
 from powermail.base.world import World
 from powermail.directory.sqlite import SqliteDirectory
 from powermail.door.life import Life
-from powermail.index.sqlite import SqliteIndex, cluster_of
+from powermail.index.sqlite import SqliteIndex
 from powermail.keeper.entering import Awaiting
 from powermail.keeper.leases import Leases, Process, Step
-from powermail.keeper.rebuild import Rebuilder, Rebuilt
+from powermail.keeper.rebuild import Rebuilt
+from powermail.keeper.salvage import Salvager
 from powermail.storage.contract import StorageNode
+from powermail.storage.identity import find_identity
 from powermail.storage.layout import Standing
 from powermail.storage.log.keys import SqliteKeyIndex
+from powermail.storage.log.store import Options
+from powermail.storage.node import LocalNode
 
 Reload = Callable[[], Awaitable[tuple[list[str], list[str]]]]
 _LOOK_S = 0.1
@@ -216,6 +218,9 @@ class PowerMail:
             except TimeoutError:
                 return f"the place of node {node} does not answer"
 
+        salvager = None
+        if core.reads_logs:
+            salvager = Salvager(self.world, core.cluster, core.index, core.directory, keeping.repairer)
         return Operations(
             Desk(
                 world=self.world,
@@ -244,10 +249,33 @@ class PowerMail:
                 outbound_troubles=front.outbound.troubles,
                 peer_certificate=core.certificate,
                 expeller=keeping.expeller,
+                salvager=salvager,
+                open_disk=self._open_disk,
                 leases=self.leases,
                 parts=self.duties.parts,
             )
         )
+
+    async def _open_disk(self, path: str) -> StorageNode:
+        """The directory of a node that is no member. Raises OperatorError, NodeTrouble."""
+        core, path = self.core, inside(self.data, path).rstrip("/")
+        lane = self.world.lane("salvage")
+        try:
+            identity = await lane.run(find_identity, self.world.disk, path)
+        finally:
+            lane.close()
+        for row in await core.index.node_rows():
+            if row.incarnation == identity.incarnation:
+                raise OperatorError(f"{path} is the disk of node {row.id}, which is a member: nothing there is lost")
+        options = Options(self.settings.cluster.segment_octets, 0)
+        disk = LocalNode(self.world, core.index.cluster, identity.node, path, "", 0, options, self._make_keys)
+        try:
+            await disk.open()
+        except BaseException:
+            await disk.close()
+            raise
+        disk.id = f"the disk in {path}"  # no node has such a name: nothing is believed or noted of it
+        return disk
 
     def _noted(self, noting: asyncio.Future[None]) -> None:
         if not noting.cancelled() and (error := noting.exception()) is not None:
@@ -307,49 +335,18 @@ class PowerMail:
 
     # -- rebuilding -----------------------------------------------------------------------------------------------
 
-    async def rebuild(self, progress: Progress, without: Sequence[str] = (), replace: bool = False) -> Rebuilt:
-        """Makes a new index from the nodes alone. Raises OperatorError, Trouble.
+    async def rebuild(
+        self, progress: Progress, without: Sequence[str] = (), replace: bool = False, by_settings: bool = False
+    ) -> Rebuilt:
+        """Makes a new index from the nodes alone (`app.rebuilding`). Raises OperatorError, Trouble.
 
         One that is there and cannot be used is set aside; a good one only with `replace`.
         """
-        path = inside(self.data, self.settings.index.path)
+        from powermail.app.rebuilding import Rebuild, Wanted
 
-        async def read(to: str) -> Rebuilt:
-            return await self._read_nodes(to, progress, without)
-
-        if self.settings.index.database:
-            from powermail.app.rebuilding import into_database
-
-            self._take_lock()
-            return await into_database(self.world, self.settings, self.data, read, progress, replace)
-        refuse_moved(self.world, path)
         self._take_lock()
-        if self.world.disk.exists(path):
-            if cluster_of(path) and not replace:
-                raise OperatorError(
-                    f"{path} is there and can be used; `powermail rebuild --yes` sets it aside and makes it anew. Nothing was "
-                    "changed"
-                )
-            aside = f"{path}.before-rebuild-{utc(self.world.clock.now()):%Y%m%d-%H%M%S}"
-            while self.world.disk.exists(aside):
-                aside += "-"  # within one second, or after a clock was set back: what was set aside before stays
-            for suffix in ("", "-wal", "-shm"):
-                if self.world.disk.exists(f"{path}{suffix}"):
-                    self.world.disk.rename(f"{path}{suffix}", f"{aside}{suffix}")
-        return await read(path)
-
-    async def _read_nodes(self, path: str, progress: Progress, without: Sequence[str]) -> Rebuilt:
-        """A new index at `path`, from all nodes, also those of other machines."""
-        cluster = cluster_of_nodes(self.world, self.settings, self.data)
-        nodes = make_nodes(self.world, self.settings, self.data, cluster, self._make_keys)
-        for node in nodes:
-            self._stack.push_async_callback(node.close)
-            try:
-                await node.open()
-            except (OperatorError, Trouble) as error:
-                self.world.log.event(Event.TROUBLE, node=node.id, error=str(error))  # the rebuild says what that costs
-        required = self.settings.cluster.copies_required
-        return await Rebuilder(self.world, nodes, path, cluster, required, progress, without).run()
+        wanted = Wanted(tuple(without), replace, by_settings)
+        return await Rebuild(self.world, self.settings, self.data, self._make_keys, progress, wanted).run(self._stack)
 
     # -- stopping -------------------------------------------------------------------------------------------------
 
@@ -374,9 +371,23 @@ class PowerMail:
         await self._promises.drain(drain_s)
         await self._jobs.cancel()
         if was_serving:
-            await self.front.outbound.stop()  # before the index rests: what became of mail is still to be written down
-            await self._rest()
-        await self._stack.aclose()
+            await self._within(limits.STOP_REST_S, self._wind_up())
+        await self._within(limits.STOP_CLOSE_S, self._stack.aclose())
+
+    async def _within(self, seconds: float, work: Coroutine[Any, Any, None]) -> None:
+        """What hangs does not hold up a stop: it is left, and the next start does what is to be done, as after a crash."""
+        task = asyncio.ensure_future(work)
+        done, _ = await asyncio.wait([task], timeout=seconds)
+        if done:
+            task.result()
+            return
+        task.cancel()
+        self.world.counters.add("process.stops_cut_off")
+        self.world.log.event(Event.TROUBLE, worker="stop", error=f"it takes longer than {seconds:g} s; what hangs is left")
+
+    async def _wind_up(self) -> None:
+        await self.front.outbound.stop()  # before the index rests: what became of mail is still to be written down
+        await self._rest()
 
     async def _rest(self) -> None:
         """So that the next start finds nothing to do: all entered, marks on the nodes, the slot stopped (law 10)."""

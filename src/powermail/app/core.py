@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from powermail.app.directories import make_directory
 from powermail.app.indexes import make_index
@@ -15,7 +17,7 @@ from powermail.base.disk import Lock
 from powermail.base.errors import OperatorError
 from powermail.base.log import Event
 from powermail.base.net import parse_host_port
-from powermail.base.settings import Settings, inside
+from powermail.base.settings import RESTORING, NodeSettings, Settings, inside
 from powermail.base.tls import PeerCertificate
 from powermail.base.world import World
 from powermail.cluster.cluster import Cluster, Make
@@ -32,7 +34,7 @@ from powermail.keeper.owners import Owners
 from powermail.keeper.reconcile import Reconciler
 from powermail.message.opener import Opener
 from powermail.storage.contract import StorageNode
-from powermail.storage.layout import LAYOUT_NAME, LayoutChange, LayoutRow, parse_layout
+from powermail.storage.layout import LAYOUT_NAME, Layout, LayoutChange, LayoutRow, parse_layout
 from powermail.storage.log.keys import KeyIndex
 from powermail.storage.log.segments import OPEN_MAX_DEFAULT
 from powermail.storage.log.store import Options
@@ -87,11 +89,26 @@ class Core:
 def take_lock(world: World, data: str) -> Lock:
     """That no other installation serves this data directory. Raises OperatorError."""
     try:
-        return world.disk.lock(f"{data}/lock")
+        lock = world.disk.lock(f"{data}/lock")
     except BlockingIOError as error:
         raise OperatorError(f"another process serves {data}") from error
     except OSError as error:
         raise OperatorError(f"cannot write in {data}: {error.strerror}") from error
+    try:
+        refuse_restoring(world, data)
+    except OperatorError:
+        lock.release()
+        raise
+    return lock
+
+
+def refuse_restoring(world: World, data: str) -> None:
+    """Raises OperatorError where a restore was broken off."""
+    if world.disk.exists(f"{data}/{RESTORING}"):
+        command = world.disk.read_file(f"{data}/{RESTORING}").decode(errors="replace")
+        raise OperatorError(
+            f"a backup was being put back, and that was broken off, so that files of two times lie here: `{command}` again"
+        )
 
 
 def make_nodes(
@@ -100,28 +117,62 @@ def make_nodes(
     data: str,
     cluster: str,
     make_keys: MakeKeys,
-    certificate: PeerCertificate | None = None,
+    kept: Layout | None,
+    without: Collection[str] = (),
+    outdated: Callable[[int, bytes], None] | None = None,
 ) -> list[StorageNode]:
-    """The nodes of the settings and of the last layout that was kept here, not opened yet; `certificate` is shown to those of
-    other machines. Raises OperatorError.
+    """The nodes of the settings and of a layout that was kept, not opened yet; those of `without` never are. `outdated` as of
+    `node_maker`. Raises OperatorError for one that cannot be reached from here.
     """
-    make = node_maker(world, settings, data, cluster, make_keys, certificate)
-    rows = {node.id: LayoutRow(node.id, node.group, node.address, priority=node.priority) for node in settings.cluster.nodes}
-    path, version = f"{data}/{LAYOUT_NAME}", 0
-    if world.disk.exists(path):
-        try:
-            layout = parse_layout(world.disk.read_file(path), cluster)
-            version = layout.version
-            rows = {row.id: row for row in layout.members()} | {  # not what was expelled, though the settings name it still
-                name: row for name, row in rows.items() if all(name != known.id for known in layout.rows)
-            }
-        except (OSError, ValueError) as error:
-            world.log.event(Event.TROUBLE, worker="layout", error=f"{path}: {error}")
-    nodes = [node for row in rows.values() if (node := make(row)) is not None]
-    for node in nodes:
-        if isinstance(node, RemoteNode):
-            node.where.fence = version  # its machine refuses who goes by an older one than it was told
+    make = node_maker(world, settings, data, cluster, make_keys, None, outdated)
+    rows = {
+        node.id: LayoutRow(node.id, node.group, node.address, site_of(settings, node), node.priority)
+        for node in settings.cluster.nodes
+    }
+    if kept is not None:
+        rows = {row.id: row for row in kept.members()} | {  # not what was expelled, though the settings name it still
+            name: row for name, row in rows.items() if all(name != known.id for known in kept.rows)
+        }
+    nodes = []
+    for row in rows.values():
+        if (node := make(row)) is None and row.id in without:
+            node = make(msgspec.structs.replace(row, address="localhost:0"))  # which nobody asks
+        if node is None:
+            raise OperatorError(
+                f"node {row.id} of group {row.group} is neither in the settings of this machine nor reached at an address: run "
+                "this on the machine that has its path, put it into [[cluster.nodes]] with its address, or leave it out with "
+                f"--without {row.id}. Nothing was changed"
+            )
+        nodes.append(node)
+        if isinstance(node, RemoteNode):  # its machine refuses who goes by an older one than it was told
+            node.where.fence = kept.version if kept is not None else 0
     return nodes
+
+
+def kept_layout(world: World, settings: Settings, data: str, cluster: str, by_settings: bool = False) -> Layout | None:
+    """The last layout that was kept here; None where the settings name all nodes, as an operator may say with `by_settings`.
+
+    Raises OperatorError where it is damaged, or missing in a cluster: nodes that it names and the settings do not would be
+    passed over without a word.
+    """
+    if by_settings:
+        return None
+    path = f"{data}/{LAYOUT_NAME}"
+    cure = (
+        "put it back from a backup (`files/layout`) or from the data directory of another front end or keeper; or say "
+        "--by-settings, if [[cluster.nodes]] of the settings names every node: what only others hold would be missing"
+    )
+    if not world.disk.exists(path):
+        if own_certificate(world, settings, data) is None:
+            return None  # of one machine, and perhaps of a release that kept none
+        raise OperatorError(f"{path}, which names the nodes of the cluster, is missing: {cure}. Nothing was changed")
+    try:
+        return parse_layout(world.disk.read_file(path), cluster)
+    except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise OperatorError(
+            f"{path}, which names the nodes of the cluster, is damaged: {said}; {cure}. Nothing was changed"
+        ) from error
 
 
 def node_maker(
@@ -162,6 +213,11 @@ def node_maker(
     return make
 
 
+def site_of(settings: Settings, node: NodeSettings) -> str:
+    """Where a node of the settings stands: one that is served here stands where this machine does, if nobody says another."""
+    return node.site or (settings.site if node.path else "")
+
+
 def told_by(settings: Settings) -> list[LayoutChange]:
     """What the settings say of nodes, for the layout."""
     return [
@@ -169,8 +225,9 @@ def told_by(settings: Settings) -> list[LayoutChange]:
             node.id,
             node.group,
             node.address or None,
-            priority=node.priority,
-            told=told(node.group, node.priority, node.address),
+            site_of(settings, node) or None,
+            node.priority,
+            told=told(node.group, node.priority, node.address, site_of(settings, node)),
         )
         for node in settings.cluster.nodes
     ]
@@ -240,7 +297,8 @@ async def open_core(stack: AsyncExitStack, world: World, settings: Settings, dat
 
     make = node_maker(world, settings, data, index.cluster, make_keys, certificate, outdated)
     wanted = settings.cluster
-    cluster = Cluster(world, [], wanted.copies_required, wanted.policy, make, wanted.reserve_octets)
+    apart = wanted.sites == "apart"
+    cluster = Cluster(world, [], wanted.copies_required, wanted.policy, make, wanted.reserve_octets, settings.site, apart)
     stack.push_async_callback(cluster.close)
     following = LayoutFollower(world, cluster, index, f"{data}/{LAYOUT_NAME}")
     stack.callback(following.close)

@@ -20,9 +20,21 @@ def make_index(world: World, settings: Settings, data: str) -> SqliteIndex | Pos
         from powermail.index.postgres import PostgresIndex
 
         return PostgresIndex(world, settings.index.database)
+    refuse_without(settings)
     path = inside(data, settings.index.path)
     refuse_moved(world, path)
     return SqliteIndex(world, path)
+
+
+def refuse_without(settings: Settings) -> None:
+    """An index in a file is the first machine's, whose one process opens it. Raises OperatorError on one that has joined: what
+    was made here would be a second index of the nodes, which would take that for lost commits (law 11).
+    """
+    if settings.peers.authority_at and not settings.peers.authority_listen and not settings.index.database:
+        raise OperatorError(
+            "this machine has joined a cluster and has no index (index.database is not set): it serves nodes, with `powermail "
+            "serve --roles node`; say this on a front end or a keeper, or on the first machine. Nothing was changed"
+        )
 
 
 def note_of(path: str) -> str:

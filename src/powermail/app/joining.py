@@ -29,7 +29,7 @@ from powermail.base.certificates import (
 from powermail.base.clock import utc
 from powermail.base.errors import OperatorError
 from powermail.base.net import parse_host_port
-from powermail.base.settings import SETTINGS_NAME, Settings, inside, load
+from powermail.base.settings import SETTINGS_NAME, Settings, inside, is_site, load
 from powermail.base.settings_text import Value, with_values, written
 from powermail.base.tls import make_self_signed
 from powermail.base.world import World
@@ -121,6 +121,7 @@ class Place(NamedTuple):
     address: str = ""  # where others reach the node; "": as its token says
     listen: str = ""  # where it listens; "": at that address
     hostname: str = ""  # of a front end, in banners and trace fields
+    site: str = ""  # where the machine stands
 
 
 class Member(NamedTuple):
@@ -144,6 +145,8 @@ async def join_cluster(world: World, text: str, authority: str, place: Place) ->
     for address in (place.address, place.listen):
         if address:
             parse_host_port(address)
+    if not is_site(place.site):
+        raise OperatorError(f"--site {place.site!r}: the name of a site is a word")
     disk, data = world.disk, place.data
     again = disk.exists(f"{data}/{SETTINGS_NAME}")
     if again and not disk.exists(f"{data}/{_CERTIFICATE}"):
@@ -152,7 +155,7 @@ async def join_cluster(world: World, text: str, authority: str, place: Place) ->
         raise OperatorError(f"{data} is not empty ({', '.join(present[:3])}); nothing was changed")
     disk.make_directory(f"{data}/tls")
     key, request = _kept_request(world, data, token)
-    joined = await asking.join(world, authority, token, key, request, place.address)
+    joined = await asking.join(world, authority, token, key, request, place.address, place.site)
     issued = joined.issued
     if again:
         _check_same(world, data, issued)
@@ -232,6 +235,8 @@ def settings_of(issued: Issued, authority: str, place: Place) -> str:
     lines = ["# PowerMail settings, made by `powermail join`. Every key with its default and meaning: docs/settings.md"]
     if place.hostname:
         lines.append(f"hostname = {written(place.hostname)}")
+    if place.site:
+        lines.append(f"site = {written(place.site)}")
     sections: dict[str, list[str]] = {}
     for name, value in issued.settings.items():
         if not is_shared(name) or not _SETTING.fullmatch(name) or not value.isprintable():

@@ -15,6 +15,7 @@ from powermail.base.tasks import Tasks, Worker
 from powermail.keeper.checkpoint import Checkpointer
 from powermail.keeper.collect import Collector
 from powermail.keeper.compact import Compactor
+from powermail.keeper.disperse import DISPERSE, Disperser
 from powermail.keeper.drain import Drainer
 from powermail.keeper.entering import Awaiting, Entering
 from powermail.keeper.epochs import Marker
@@ -47,6 +48,7 @@ class Keeping:
     purges: Purges
     drainer: Drainer
     rebalancer: Rebalancer
+    disperser: Disperser
     expeller: Expeller
     workers: list[Worker] = field(default_factory=list)
     _running: dict[str, tuple[Worker, asyncio.Task[None]]] = field(default_factory=dict)
@@ -67,6 +69,8 @@ class Keeping:
             "drain": self.drainer.step,
             "rebalance": self.rebalancer.step,
         }
+        if core.cluster.apart:
+            steps[DISPERSE] = self.disperser.step
         of_nodes: dict[str, Callable[[StorageNode], Awaitable[float]]] = {
             "health": core.cluster.watch,
             "marks": self.marker.step,
@@ -97,12 +101,15 @@ class Keeping:
         return steps
 
     def leased_jobs(self, leases: Leases) -> dict[str, Step]:
-        """What one keeper of all does at a time. The scans of a round go with its rows."""
+        """What one keeper of all does at a time. The scans of a round go with its rows. But every keeper tells nodes of the
+        layout: one that came back takes no mail before the first has spoken.
+        """
         steps = {
             name: leases.leased("forget" if name.startswith("scan ") else name, step)
             for name, step in self.jobs().items()
             if name.split(" ")[0] not in _OWN
         }
+        steps["spread"] = self.core.following.spread
         steps["clear"] = leases.leased("clear", leases.clear)
         steps["enter"] = leases.leased("enter", Entering(self.core.cluster, self.core.index, self.core.reconciler, leases).step)
         return steps
@@ -157,19 +164,21 @@ def make_keeping(stack: AsyncExitStack, core: Core) -> Keeping:
     checkpointer = Checkpointer(world, cluster, index)
     stack.callback(scrubber.close)
     stack.callback(checkpointer.close)
-    purges = Purges(world, cluster, index, core.directory, f"{core.data}/purges.json")
+    purges = Purges(world, cluster, index, core.directory, f"{core.data}/purges.json", core.reads_logs)
     stack.callback(purges.close)
+    repairer = Repairer(world, cluster, index, core.fetcher, settings.repair_after_s)
     return Keeping(
         core,
         core.marker,
         Collector(world, cluster, index),
         Compactor(world, cluster, index, settings.tombstone_days),
         Forgetter(world, cluster, index, core.reconciler),
-        Repairer(world, cluster, index, core.fetcher, settings.repair_after_s),
+        repairer,
         scrubber,
         checkpointer,
         purges,
         Drainer(world, cluster, index, core.reconciler, core.following),
         Rebalancer(world, cluster, index, core.fetcher),
-        Expeller(cluster, index),
+        Disperser(world, cluster, index, repairer),
+        Expeller(world, cluster, index),
     )

@@ -13,24 +13,38 @@ from typing import NamedTuple
 
 import msgspec
 
+from powermail.app.core import refuse_restoring
 from powermail.app.directories import initialise_directory, make_directory
 from powermail.app.indexes import note_of
 from powermail.base import limits
 from powermail.base.clock import utc
+from powermail.base.database_url import shown_url
 from powermail.base.errors import OperatorError
-from powermail.base.net import without_password
 from powermail.base.settings import SETTINGS_NAME, Settings, check, inside
 from powermail.base.settings_text import with_values
+from powermail.base.sqlite_files import name_aside, present, put_in_place, remove, set_aside
 from powermail.base.world import World
 from powermail.directory.contract import Backend
 from powermail.directory.sqlite import SqliteDirectory
-from powermail.index.moving import CLUSTER, MOVED, MOVED_AS, MOVED_FROM, MOVING, MovedTable, Side, counted, move, state_of
+from powermail.index.moving import (
+    CLUSTER,
+    LEAVING,
+    MOVED,
+    MOVED_AS,
+    MOVED_FROM,
+    MOVING,
+    MovedTable,
+    Side,
+    counted,
+    let_stay,
+    move,
+    state_of,
+)
 from powermail.index.sqlite import SqliteIndex
 from powermail.index.sqlite.moving import SqliteSide
 
 Progress = Callable[[int, int], Awaitable[None]]
 TO_FILE = "sqlite"  # `--to sqlite`: back into a file
-SUFFIXES = ("", "-wal", "-shm")
 
 
 async def _nobody(ids: Sequence[str]) -> dict[str, str]:
@@ -72,6 +86,7 @@ class Mover:
         except BlockingIOError as error:
             raise OperatorError(f"a server runs on {self._data}: stop it first; nothing was changed") from error
         try:
+            refuse_restoring(self._world, self._data)
             yield
         finally:
             lock.release()
@@ -102,6 +117,26 @@ class Mover:
                 await database.close()
         return IndexMoved(self._path if target is None else target.name, "", tables)
 
+    async def undo(self) -> bool:
+        """Takes back a move out of a database that did not come to its end; False if none was ordered. Raises OperatorError,
+        IndexTrouble.
+        """
+        from powermail.index.postgres.moving import PostgresSide
+
+        whence, building = self._settings.index.database, f"{self._path}.moving"
+        if not whence:
+            raise OperatorError(f"the index is the file {self._path}, which stays until a move is at its end: nothing to undo")
+        async with self._alone():
+            source = PostgresSide(whence)
+            try:
+                await source.open()
+                done = await let_stay(source)
+            finally:
+                await source.close()
+            found = bool(present(self._world.disk, building))
+            remove(self._world.disk, building)
+            return done or found
+
     @property
     def _path(self) -> str:
         return inside(self._data, self._settings.index.path)
@@ -112,8 +147,8 @@ class Mover:
 
         disk, path = self._world.disk, self._path
         named = self._settings.index.database
-        if named and (without_password(named) != without_password(to) or not disk.exists(path)):
-            raise OperatorError(f"the index is in {without_password(named)} already: nothing was changed")
+        if named and (shown_url(named) != shown_url(to) or not disk.exists(path)):
+            raise OperatorError(f"the index is in {shown_url(named)} already: nothing was changed")
         if not disk.exists(path):
             raise OperatorError(f"there is no index {path} to be moved: nothing was changed")
         target, source = PostgresSide(to), SqliteSide(self._world, path)
@@ -140,7 +175,7 @@ class Mover:
     @staticmethod
     async def _is_as_it_was(source: SqliteSide, state: str) -> bool:
         """True if an earlier run has begun with this very state, or has come to the last step: it goes on."""
-        return MOVED in await source.notes() or (bool(state) and await state_of(source) == state)
+        return MOVED in await source.notes() or (bool(state) and (await state_of(source)).id == state)
 
     async def _close_well(self, path: str) -> None:
         """Brings a file of an earlier release on; and one whose process died, or that was put back, begins where it must
@@ -167,7 +202,8 @@ class Mover:
         try:
             await source.open()
             if not disk.exists(path):
-                if not disk.exists(building) and MOVED not in await source.notes():
+                notes = await source.notes()
+                if not disk.exists(building) and MOVED not in notes and LEAVING not in notes:
                     await self._rest(whence)
                 await target.open(make=True)
                 tables = await move(source, target, self._progress)
@@ -177,8 +213,8 @@ class Mover:
             await target.close()
             await source.close()
         if not disk.exists(path):
-            disk.rename(building, path)
-            disk.sync_directory(path.rpartition("/")[0])
+            set_aside(disk, path, name_aside(disk, path, "left-behind", self._world.clock))  # of a file that went before
+            put_in_place(disk, building, path)
         if disk.exists(note_of(path)):
             disk.unlink(note_of(path))
         self._set({"index.database": ""})
@@ -212,8 +248,9 @@ class Mover:
         async with self._alone():
             chosen = self._settings.directory
             path, disk = inside(self._data, chosen.path), self._world.disk
-            if not chosen.in_file and (chosen.find or chosen.database != to or not disk.exists(path)):
-                raise OperatorError("the directory is no file of ours: nothing was changed")
+            note = f"{path}.moved"
+            if not chosen.in_file:
+                return await self._directory_at_its_end(path, note, to)
             there = msgspec.structs.replace(
                 chosen, backend=to.partition("://")[0], database=to,
                 database_password_file=password_file or chosen.database_password_file,
@@ -226,15 +263,76 @@ class Mover:
             try:
                 await source.open(make=False)
                 await target.open(make=False)
+                await self._refuse_foreign(source, target)
                 count, digest = await self._accounts(source, target)
             finally:
                 await source.close()
                 await target.close()
+            disk.replace_file(note, msgspec.json.encode(DirectoryMoved(to, "", count, digest)))  # all is there
             values = {"directory.backend": there.backend, "directory.database": to}
             if password_file:
                 values["directory.database_password_file"] = password_file
             self._set(values)
-            return DirectoryMoved(to, self._set_aside(path), count, digest)
+            return self._directory_set_aside(path, note, DirectoryMoved(to, "", count, digest))
+
+    async def _directory_at_its_end(self, path: str, note: str, to: str) -> DirectoryMoved:
+        """The settings name the database: a run that was killed then had only the file to set aside. It was served since, for
+        all that is known: nothing of the file goes there any more. Raises OperatorError.
+        """
+        disk, chosen = self._world.disk, self._settings.directory
+        if chosen.find or chosen.backend == "sqlite":
+            raise OperatorError("the directory is of the operator's own statements (directory.find): nothing was changed")
+        if chosen.database != to or not present(disk, path):
+            raise OperatorError(f"the directory is in {shown_url(chosen.database)} already: nothing was changed")
+        try:
+            done = msgspec.json.decode(disk.read_file(note), type=DirectoryMoved) if disk.exists(note) else None
+        except ValueError:
+            done = None
+        if done is None or done.to != to or await self._digest(path) != done.sha256:
+            raise OperatorError(
+                f"the settings name {shown_url(to)}, and {path} was not moved there: move it away if it is of no use; or set "
+                "directory.backend and directory.database as they were, and say this again. Nothing was changed"
+            )
+        return self._directory_set_aside(path, note, done)
+
+    def _directory_set_aside(self, path: str, note: str, done: DirectoryMoved) -> DirectoryMoved:
+        aside = self._set_aside(path)
+        self._world.disk.unlink(note)
+        self._world.disk.sync_directory(self._data)
+        return done._replace(set_aside=aside)
+
+    async def _refuse_foreign(self, source: Backend, target: Backend) -> None:
+        """Before anything is put there: all that the table has must be what an earlier run has put. Raises OperatorError."""
+        cure = (
+            "name a database without accounts, or empty that table (`DELETE FROM accounts`) if nobody uses it. Nothing was "
+            "changed"
+        )
+        (total, doubts), count, after = await target.doubts(), 0, ""
+        while page := await target.all(after, limits.MOVE_PAGE_ROWS):
+            mine = await source.among([account.address for account in page])
+            for account in page:
+                here = mine.get(account.address.lower())
+                if here is None:
+                    raise OperatorError(f"{account.address} is in the new table already, and not in the file; {cure}")
+                if source.check(here) != account:
+                    raise OperatorError(f"{account.address} is in the new table already, and is another row there; {cure}")
+            count, after = count + len(page), page[-1].address
+        if count != total:
+            said = next((f": {doubt.address}: {doubt.problem}" for doubt in doubts), "")
+            raise OperatorError(f"{total - count} rows of the new table cannot be read{said}; {cure}")
+
+    async def _digest(self, path: str) -> str:
+        """The SHA-256 of the accounts of a file."""
+        source, digest, after = SqliteDirectory(self._world, path), sha256(), ""
+        try:
+            await source.open(make=False)
+            while page := await source.all(after, limits.MOVE_PAGE_ROWS):
+                for account in page:
+                    digest.update(msgspec.msgpack.encode(source.check(account)))
+                after = page[-1].address
+        finally:
+            await source.close()
+        return digest.hexdigest()
 
     async def _accounts(self, source: Backend, target: Backend) -> tuple[int, str]:
         """Copies what is not there yet, and compares each row; how many, and the SHA-256 of them. Raises OperatorError."""
@@ -247,9 +345,7 @@ class Mover:
             there = await target.among(list(wanted))
             for address, account in wanted.items():
                 if there.get(address) != account:
-                    raise OperatorError(
-                        f"{address} is in the new table already, and is another row there: name a database that is empty"
-                    )
+                    raise OperatorError(f"{address} is not as it was in the new table: who changes it there? Run this again")
                 digest.update(msgspec.msgpack.encode(account))
             count, after = count + len(page), page[-1].address
             await self._progress(count, total)
@@ -272,11 +368,6 @@ class Mover:
 
     def _set_aside(self, path: str) -> str:
         disk = self._world.disk
-        aside = f"{path}.moved-{utc(self._world.clock.now()):%Y%m%d-%H%M%S}"
-        while disk.exists(aside):
-            aside += "-"
-        for suffix in SUFFIXES:
-            if disk.exists(path + suffix):
-                disk.rename(path + suffix, aside + suffix)
-        disk.sync_directory(path.rpartition("/")[0])
+        aside = name_aside(disk, path, "moved", self._world.clock)
+        set_aside(disk, path, aside)
         return aside

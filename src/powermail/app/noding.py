@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 
-from powermail.app.authority import make_renewer
+from powermail.app.authority import make_renewer, unnamed_nodes
 from powermail.app.core import MakeKeys, make_local_nodes, peer_certificate, take_lock
 from powermail.app.setup import cluster_of_nodes
 from powermail.authority.renewing import NAME
 from powermail.base import limits
+from powermail.base.log import Event
 from powermail.base.net import parse_host_port
 from powermail.base.settings import Settings
 from powermail.base.tasks import Tasks, Worker
@@ -19,6 +20,7 @@ from powermail.noded.obeyed import Obeyed
 from powermail.noded.service import NodeService
 from powermail.storage.contract import StorageNode
 from powermail.storage.log.keys import SqliteKeyIndex
+from powermail.storage.node import LocalNode
 
 
 class NodeProcess:
@@ -43,6 +45,7 @@ class NodeProcess:
         self._stack = AsyncExitStack()
         self._tasks = Tasks(world.log, broken)
         self._service: NodeService | None = None
+        self.nodes: list[LocalNode] = []
 
     async def start(self) -> None:
         """Opens the nodes and listens. Raises OperatorError; then `stop` clears away what was opened."""
@@ -50,10 +53,16 @@ class NodeProcess:
         if self._lock:
             self._stack.callback(take_lock(world, data).release)
         cluster_id = cluster_of_nodes(world, settings, data)
-        nodes = make_local_nodes(world, settings, data, cluster_id, self._make_keys)
+        nodes = self.nodes = make_local_nodes(world, settings, data, cluster_id, self._make_keys)
         cluster = Cluster(world, nodes, 1, settings.cluster.policy)
         self._stack.push_async_callback(cluster.close)
         certificate = peer_certificate(world, settings, data)
+        if not settings.peers.authority_listen and (unnamed := unnamed_nodes(settings, certificate)):
+            why = (
+                "the settings name it, and this machine's certificate does not, so that nobody speaks to it: `powermail node "
+                f"add {unnamed[0]} --group GROUP`, then `powermail join TOKEN --data DIR` here, in a data directory of its own"
+            )
+            world.log.event(Event.TROUBLE, worker="start", node=" ".join(unnamed), error=why)
         await cluster.start(_admitted)
         for node in nodes:
             worker = Worker(f"health {node.id}", _bound(cluster.watch, node), world.clock, world.log, self._broken)
@@ -74,6 +83,12 @@ class NodeProcess:
             self._service = None
         await self._tasks.cancel()
         await self._stack.aclose()
+
+    def abandon(self) -> None:
+        """What the death of the process leaves: no task goes on, the files are let go of as they are (simulator)."""
+        self._tasks.abandon()
+        for node in self.nodes:
+            node.abandon()
 
 
 async def _admitted(node: StorageNode) -> None:

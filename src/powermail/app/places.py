@@ -40,7 +40,7 @@ class Places:
     def _noted(self) -> dict[str, bool]:
         try:
             return msgspec.json.decode(self._disk.read_file(f"{self._data}/{_NAME}"), type=dict[str, bool])
-        except (OSError, msgspec.DecodeError):
+        except (OSError, ValueError):
             return {}
 
     def note(self, nodes: Sequence[str]) -> None:

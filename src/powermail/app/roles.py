@@ -110,7 +110,8 @@ def as_client(settings: Settings) -> Settings:
     if host in ("", "0.0.0.0", "::"):  # noqa: S104  compared, not bound
         host = "127.0.0.1" if host != "::" else "::1"
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    seen = [replace(node, path="", address=address) if node.path else node for node in nodes]
+    here = settings.site
+    seen = [replace(node, path="", address=address, site=node.site or here) if node.path else node for node in nodes]
     return replace(settings, cluster=replace(settings.cluster, nodes=seen))
 
 

@@ -31,6 +31,8 @@ class NodePlace(NamedTuple):
     group: str
 
 
+_BUILDING = ".new"  # in a directory that is there already, while it is filled
+_MADE = ("directory.db", "index.db", "nodes", "tls")  # what `init` makes before the settings
 THREE = (NodePlace("a", "nodes/a", "rack-a"), NodePlace("b", "nodes/b", "rack-b"), NodePlace("c", "nodes/c", "rack-c"))
 
 
@@ -78,10 +80,12 @@ async def initialise(world: World, data: str, hostname: str, places: Sequence[No
     """
     data = data.rstrip("/")
     there = os.path.isdir(data)
+    if there:
+        _sweep(data)
     if there and [name for name in os.listdir(data) if name != "lost+found"]:
         raise OperatorError(f"{data} exists and is not empty; nothing was changed")
     load(settings_text(hostname, places), {}, (), "init")
-    building = f"{data}/.new" if there else f"{data}.new"
+    building = f"{data}/{_BUILDING}" if there else f"{data}.new"
     elsewhere: list[str] = []  # stores made outside, to be taken away again if something fails
     try:
         shutil.rmtree(building, ignore_errors=True)
@@ -104,6 +108,16 @@ async def initialise(world: World, data: str, hostname: str, places: Sequence[No
             raise OperatorError(f"cannot make {data}: {error.strerror or error}") from error
         raise
     return first
+
+
+def _sweep(data: str) -> None:
+    """What an `init` of this directory has left that was killed: its settings come last, so nobody has ever used it."""
+    names = [name for name in os.listdir(data) if name != "lost+found"]
+    if _BUILDING not in names or SETTINGS_NAME in names or set(names) - {_BUILDING, *_MADE}:
+        return
+    for name in sorted(names, key=lambda name: name == _BUILDING):  # what says that it was broken off goes last
+        path = f"{data}/{name}"
+        shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
 
 
 def discard(data: str) -> None:
@@ -143,14 +157,19 @@ async def make_index(world: World, path: str, cluster: str) -> None:
 
 def cluster_of_nodes(world: World, settings: Settings, data: str) -> str:
     """The cluster that the nodes of the settings belong to, as their identities say, or the certificate that is shown to other
-    machines; before there is either, the index in a file. Raises OperatorError.
+    machines; before there is either, the index in a file. An identity that is damaged is its node's trouble: others are asked.
+    Raises OperatorError.
     """
+    damaged = ""
     for node in settings.cluster.nodes:
         if node.address:
             continue
-        path = node.path if node.path.startswith("/") else f"{data}/{node.path}"
-        if world.disk.exists(f"{path}/identity"):
-            return str(msgspec.json.decode(world.disk.read_file(f"{path}/identity"), type=dict[str, Any])["cluster"])
+        path = f"{inside(data, node.path)}/identity"
+        if world.disk.exists(path):
+            try:
+                return cluster_in(world.disk.read_file(path))
+            except (OSError, ValueError) as error:
+                damaged = f"{path}: {getattr(error, 'strerror', None) or error}"
     certificate = inside(data, settings.peers.certificate)
     if world.disk.exists(certificate):  # also where the disks of all nodes are new
         try:
@@ -159,6 +178,8 @@ def cluster_of_nodes(world: World, settings: Settings, data: str) -> str:
             raise OperatorError(f"{certificate} cannot be read: {error}") from error
         for name in parse_names(("URI", uri) for uri in uris):
             return name.cluster
+    if damaged:
+        raise OperatorError(f"no node has an identity that can be read: {damaged}; put it back from a copy of that disk")
     if settings.cluster.nodes:
         raise OperatorError("no node has an identity: are the disks mounted?")
     if not settings.index.database and (found := cluster_of(inside(data, settings.index.path))):
@@ -167,6 +188,14 @@ def cluster_of_nodes(world: World, settings: Settings, data: str) -> str:
         "there are no nodes here, and nothing else that says of which cluster this is: `powermail cluster init` comes before "
         "`powermail index move`"
     )
+
+
+def cluster_in(identity: bytes) -> str:
+    """The cluster that an `identity` file names. Raises ValueError for one that is damaged."""
+    found = msgspec.json.decode(identity, type=dict[str, Any]).get("cluster")
+    if not isinstance(found, str) or not found:
+        raise ValueError("it is damaged: it names no cluster")
+    return found
 
 
 def shared_disks(world: World, paths: dict[str, str]) -> list[list[str]]:

@@ -54,8 +54,11 @@ class Joined:
         self.authority = authority
 
 
-async def join(world: World, address: str, token: forms.Token, key: bytes, request: bytes, reached_at: str = "") -> Joined:
-    """Gets a certificate for `request`, made with `key` (PEM); `reached_at` is where a node is served.
+async def join(
+    world: World, address: str, token: forms.Token, key: bytes, request: bytes, reached_at: str = "", site: str = ""
+) -> Joined:
+    """Gets a certificate for `request`, made with `key` (PEM); `reached_at` is where a node is served, `site` where the machine
+    stands.
 
     The same request may be asked again: it gets the same answer.
 
@@ -65,7 +68,7 @@ async def join(world: World, address: str, token: forms.Token, key: bytes, reque
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE  # the chain is checked against the pin, by us, before anything is sent
-    asked = await _ask(world, address, context, token.pin, lambda machine: machine.join(token, request, reached_at))
+    asked = await _ask(world, address, context, token.pin, lambda machine: machine.join(token, request, reached_at, site))
     return _checked(world, asked, key)
 
 

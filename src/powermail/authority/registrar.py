@@ -19,6 +19,7 @@ from powermail.base.certificates import Authority, BadRequest, facts_of
 from powermail.base.errors import OperatorError, Trouble
 from powermail.base.log import Event
 from powermail.base.net import parse_host_port
+from powermail.base.settings import is_site
 from powermail.base.world import World
 from powermail.directory.limiter import FailureLimiter
 from powermail.index.contract import Index
@@ -87,6 +88,8 @@ class Registrar:
             return self._refuse(client, "token", "there is no such token: make a new one with `node add` or `cluster admit`")
         request = hashlib.sha256(ask.request).digest()
         if token.used_at is None:
+            if not is_site(ask.site):
+                return self._refuse(client, "site", "the name of a site is a word", token.invitation.identity)
             if Role.NODE.value in token.invitation.roles and not _is_address(token.invitation.address or ask.address):
                 text = "say where the other machines reach this node: `powermail join TOKEN --address HOST:PORT`"
                 return self._refuse(client, "address", text, token.invitation.identity)
@@ -102,7 +105,9 @@ class Registrar:
         uris = [uri_of(Name(cluster, Role(role), invited.identity)) for role in invited.roles]
         certificate = self._authority.issue(ask.request, invited.identity, uris, self._world.clock.now())
         address = invited.address or ask.address
-        issued = forms.Issued(certificate, cluster, invited.identity, invited.roles, invited.group, invited.priority, address)
+        issued = forms.Issued(
+            certificate, cluster, invited.identity, invited.roles, invited.group, invited.priority, address, site=ask.site
+        )
         return issued, facts_of(certificate).ends_at
 
     async def _settled(self, token: Token, request: bytes, client: str) -> forms.Answer:
@@ -138,15 +143,25 @@ class Registrar:
         """
         known = next((row for row in (await self._index.layout()).rows if row.id == issued.identity), None)
         if known is None:
-            node = LayoutChange(issued.identity, issued.group, issued.address, priority=issued.priority)
+            node = LayoutChange(issued.identity, issued.group, issued.address, issued.site or None, issued.priority)
         elif known.state is Standing.EXPELLED or known.address:
             return
         else:
-            node = LayoutChange(issued.identity, address=issued.address)
+            node = LayoutChange(issued.identity, address=issued.address, site=issued.site or None)
         await self._index.change_layout([node])
 
     async def _is_expelled(self, identity: str) -> bool:
         return any(holder.identity == identity and holder.expelled_at for holder in await self._index.holders())
+
+    async def name(self, request: bytes, names: Sequence[Name], identity: str) -> bytes:
+        """The next certificate of the machine that the authority's key lies on, with these names: nobody else is asked who has
+        it. Raises Trouble, OperatorError, BadRequest.
+        """
+        certificate = self._authority.issue(request, identity, [uri_of(name) for name in names], self._world.clock.now())
+        roles = sorted({name.role.value for name in names if name.id == identity})
+        if not await self._index.note_holder(identity, roles, facts_of(certificate).ends_at):
+            raise OperatorError(f"{identity} was expelled")
+        return certificate
 
     # -- renewing --------------------------------------------------------------------------------------------------
 

@@ -1,14 +1,16 @@
 """Owns the listener that gives certificates: TLS first, a greeting, one question, one answer.
 
 A machine that joins has no certificate yet, so none is asked for; who shows one shows a good one of this cluster, or does not
-come in. Connections, their number and their time are the door's.
+come in. Connections, their number and their time are the door's; how often one may come is `authority.pace`'s.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from collections.abc import Callable, Sequence
 
+from powermail.authority.pace import Pace
 from powermail.authority.registrar import Registrar
 from powermail.base import limits
 from powermail.base.log import Event
@@ -41,6 +43,7 @@ class AuthorityService:
         self._tasks = tasks
         most, each = limits.ENROLMENT_CONNECTIONS_MAX, limits.ENROLMENT_CONNECTIONS_PER_ADDRESS_MAX
         self.door = Door(world, NAME, tasks, self._serve, _nothing, most, each)
+        self._pace = Pace(world.clock)
         self._listeners: list[Listener] = []
 
     async def listen(self, host: str, port: int) -> int:
@@ -68,9 +71,10 @@ class AuthorityService:
     async def _serve(self, connection: Connection) -> None:
         ends_at = self._world.clock.monotonic() + limits.ENROLMENT_TIMEOUT_S
         machine = forms.Registering()
+        if not await self._turn(connection):
+            return
         try:
-            first = await connection.receive(limits.ENROLMENT_TIMEOUT_S)
-            await connection.start_tls(self._context(), first)
+            await self._secure(connection)
             connection.write(self._greeting)
             ask = None
             while ask is None:
@@ -88,6 +92,34 @@ class AuthorityService:
             connection.write(forms.frame(forms.Refused(error.why, str(error))))
         else:
             connection.write(forms.frame(await self._registrar.answer(ask, _names(connection), connection.client)))
+
+    async def _turn(self, connection: Connection) -> bool:
+        """Waits for the turn of a connection; False if it is not heard."""
+        wait_s = self._pace.wait_s(connection.client)
+        if wait_s is None:
+            self._refused(connection, "rate", "too many come in a short time")
+            connection.abort()
+            return False
+        if wait_s:
+            self._world.counters.add("authority.slowed")
+            await asyncio.sleep(wait_s)
+        return True
+
+    async def _secure(self, connection: Connection) -> None:
+        """The handshake. Raises TimeoutError, Draining, Gone, OSError."""
+        first = await connection.receive(limits.ENROLMENT_TIMEOUT_S)
+        oldest = self._pace.begin(connection)
+        if oldest is not None:
+            self._refused(oldest, "handshakes", "too many shake hands and get nowhere")
+            oldest.abort()
+        try:
+            await connection.start_tls(self._context(), first)
+        except OSError as error:
+            if not self._pace.end(connection):
+                raise Gone from error  # that was said
+            raise
+        finally:
+            self._pace.end(connection)
 
     def _refused(self, connection: Connection, why: str, text: str) -> None:
         self._world.counters.add(f"authority.refused.{why}")

@@ -115,6 +115,9 @@ REBALANCE_SLACK: Final = 0.05  # nodes whose disks are filled so much more or le
 REBALANCE_BATCH: Final = 32  # copies that are moved in one step
 PLACEMENT_LOOK_S: Final = 0.05  # how old the figures of nodes may be by which a message is placed
 PLACEMENT_DRAWS: Final = 16  # placements drawn by the same figures, then taken in turn
+PLACEMENT_NODES: Final = 100  # of so many nodes figures are looked at so often; of more, less often
+PLACEMENT_OF_A_KIND: Final = 32  # nodes of a site and priority among which placements are drawn
+PLACEMENT_SPARES: Final = 30  # nodes that may step in, known to each message
 READ_SMALL_OCTETS_MAX: Final = 64 * KIB  # as stored; a message up to this is read whole, with its neighbours
 READ_SMALL_ALL_OCTETS_MAX: Final = 4 * MIB  # uncompressed, of one call: four times what a session reads ahead
 READ_STRETCH_OCTETS_MAX: Final = 256 * KIB  # of a log, for neighbours
@@ -142,6 +145,9 @@ NODE_MARK_OCTETS_MAX: Final = 1 * MIB  # a mark in a body: 40,000 writer slots
 NODE_LAYOUT_OCTETS_MAX: Final = 1 * MIB  # a layout: 5,000 nodes
 NODE_EXPEL_IDS_MAX: Final = 512  # ids that one operation names
 NODE_EXPELLED_MAX: Final = 10_000  # ids that a machine remembers as expelled
+NODE_EXPELLED_BY_MAX: Final = 8  # ids of those who said so, for each: what only the expelled have said is void
+NODE_FOLLOW_WAIT_S: Final = 2.0  # how long a fence waits for those who are connected to say that they go by the layout
+NODE_UNTOLD_S: Final = 8.0  # how long a node that came back waits for a keeper's word of the layout before it takes mail (P14)
 NODE_PIECE_OCTETS: Final = 64 * KIB  # of a body: small commits beside bulk take 1 ms; with 256 KiB 4 ms, with 4 MiB 23 ms
 NODE_WINDOW_OCTETS: Final = 4 * MIB  # payload of unanswered operations on one connection
 NODE_WINDOW_OPERATIONS: Final = 1024  # unanswered operations on one connection
@@ -192,11 +198,19 @@ TOKEN_LIVES_S: Final = 3600.0  # from `node add` to `join`
 TOKEN_KEPT_S: Final = 86_400.0  # after its end: who lost the answer may ask for it again
 TOKEN_GUESSES_MAX: Final = 10  # wrong secrets for one token, of 2^128; then it is worth nothing
 GROUP_CHARS_MAX: Final = 64  # of the name of a failure domain
+SITE_CHARS_MAX: Final = 64  # of the name of a site
 ENROLMENT_FRAME_OCTETS_MAX: Final = 32 * KIB  # a request or a certificate has less than 2 KiB, settings of a front end a few
 ENROLMENT_REQUEST_OCTETS_MAX: Final = 8 * KIB  # a request for a certificate with a P-256 key has some 300
 ENROLMENT_TIMEOUT_S: Final = 20.0  # for all of one connection
 ENROLMENT_CONNECTIONS_MAX: Final = 64
 ENROLMENT_CONNECTIONS_PER_ADDRESS_MAX: Final = 8
+ENROLMENT_HANDSHAKES_MAX: Final = 16  # at once; the oldest makes room
+ENROLMENT_TURN_S: Final = 0.05  # between two handshakes of all together: some 7 ms of a core each, for both ends
+ENROLMENT_BURST: Final = 60  # of all, that may come at once
+ENROLMENT_ADDRESS_TURN_S: Final = 1.0  # the same of one address: machines behind one share it
+ENROLMENT_ADDRESS_BURST: Final = 30
+ENROLMENT_WAIT_MAX_S: Final = 5.0  # who would wait longer for his turn is not heard, and asks again
+ENROLMENT_TRACKED_MAX: Final = 10_000  # addresses, the latest
 
 # -- index and directory ------------------------------------------------------------------------------------------
 INDEX_GATHER_S: Final = 0.003  # how long a transaction waits for deliveries that are on their way
@@ -216,6 +230,7 @@ INDEX_KEEPALIVE_S: Final = 10.0  # either end asks whether the other is there, a
 INDEX_KEEPALIVES: Final = 3  # so many times; a machine that died is known after 40 s, and its locks are free before
 INDEX_CLOSE_S: Final = 10.0  # how long a stop waits for what is under way there; the nodes' records have it anyway
 INDEX_LONG_S: Final = 600.0  # for a statement of a move: it counts, or empties, a table of any size
+REBUILD_LEFT_S: Final = 86_400.0  # what a rebuild has read and did not come to put in place is taken up for so long
 MOVE_PAGE_ROWS: Final = 2000  # rows of an index that are moved in one transaction, at most
 MOVE_PAGE_OCTETS: Final = 4 * MIB  # about so many octets of them: a part of a view has 200 KB
 INDEX_TURN_S: Final = 5.0  # how long a call waits for a connection that is free
@@ -296,8 +311,12 @@ DSN_FULL_OCTETS_MAX: Final = 4 * MIB  # of a message that is returned whole (RET
 RECONCILE_INTERVAL_S: Final = 10.0  # everything a node holds is in the index within two minutes
 RECONCILE_GRACE_S: Final = 60.0  # a delivery in flight is its front end's own business for so long: comfort, not safety (law 6)
 RECONCILE_BATCH: Final = 1000
+REREAD_RECORDS_MAX: Final = 1000  # of a stretch that could not be read before: what one call shows; the rest stays noted
+REREAD_OCTETS_MAX: Final = 8 * MIB  # and what it holds of memory, or one record
 REPAIR_BATCH: Final = 64
 REPAIR_AFTER_S_DEFAULT: Final = 300.0  # shorter absences (a reboot) are not repaired around
+MAILBOX_NAME_CHARS_MAX: Final = 255  # that an operator names
+SALVAGE_WHY_MAX: Final = 20  # messages of a disk that could not be brought back, and are named with the reason
 COLLECT_BATCH: Final = 1000
 COLLECT_MASS_MAX: Final = 10_000  # P9: more drops than this for one returned disk need the operator (law 12)
 CHECKPOINT_INTERVAL_S: Final = 900.0
@@ -308,6 +327,14 @@ TOMBSTONE_DAYS_DEFAULT: Final = 30.0  # law 9: tombstones stay at least so long,
 SCRUB_DAYS_MAX: Final = 14  # law 12: a verdict on each copy within this
 COMPACT_STEP_OCTETS: Final = 4 * MIB  # moved in one step of compaction: what a write may have to wait for
 COMPACT_DEAD_FRACTION: Final = 0.5
+
+# -- stopping -----------------------------------------------------------------------------------------------------
+STOP_REST_S: Final = 25.0  # to write down what became of mail, that all is entered, and that this process stopped
+STOP_CLOSE_S: Final = 20.0  # to close nodes, index and directory; what hangs is left as a crash would leave it
+STOP_GRACE_S: Final = 5.0  # beside all that, and between the parent's signals
+STOP_BACKGROUND_S: Final = STOP_REST_S + STOP_CLOSE_S + STOP_GRACE_S  # of a process without clients, whatever hangs
+STOP_S: Final = 2 * DRAIN_TIMEOUT_S + STOP_BACKGROUND_S  # of one that serves: sessions and promises come before
+STOP_ALL_S: Final = STOP_S + 2 * STOP_BACKGROUND_S + 3 * STOP_GRACE_S  # of a parent: front ends, then keepers, then nodes
 
 # -- process ------------------------------------------------------------------------------------------------------
 CONNECTIONS_MAX_DEFAULT: Final = 2000
@@ -359,6 +386,9 @@ assert CHUNK_OCTETS * CHUNKS_MAX > 4 * 1024 * MIB, "the largest configurable mes
 assert REPLICATE_HELD_OCTETS_MAX >= 2 * CHUNK_OCTETS
 assert RECORD_BODY_OCTETS_MAX > CHUNK_OCTETS + 1024
 assert INDEX_WAIT_S_DEFAULT < 5.0, "P20: an index that does not answer is a blip of at most 5 s"
+assert QUEUE_SETTLE_WAIT_S + NODE_CALL_TIMEOUT_S < STOP_REST_S and INDEX_CLOSE_S + NODE_CLOSE_WAIT_S < STOP_CLOSE_S, (
+    "a stop has time for what it waits for"
+)
 assert COMMIT_WINDOW_S + INDEX_WAIT_S_DEFAULT < DRAIN_TIMEOUT_S, "what was asked of nodes is decided before the process stops"
 assert 2 * NODE_RECEIPT_TIMEOUT_S < COMMIT_WINDOW_S - SPARE_MARGIN_S, "a spare can be fed within the window"
 _SLOWEST_S: Final = SMTP_DATA_RATE_GRACE_S + 2 * CHUNK_OCTETS / SMTP_DATA_RATE_OCTETS_PER_S_MIN
@@ -370,6 +400,10 @@ assert EPOCH_JUMP > UNCLEAN_JUMP >= 2 * MARK_NUMBERS_MAX + NUMBERS_AT_ONCE_MAX, 
 )
 assert NODE_PIECE_OCTETS + NODE_META_OCTETS_MAX <= NODE_PAYLOAD_OCTETS_MAX <= NODE_WINDOW_OCTETS
 assert min(STAMP_AGE_MAX_S, NODE_SILENCE_S) > NODE_PING_INTERVAL_S + NODE_PING_TIMEOUT_S, "law 2: stamps stay young"
+assert ENROLMENT_WAIT_MAX_S < ENROLMENT_TIMEOUT_S / 2, "who waits for his turn has time for his question"
+assert NODE_FOLLOW_WAIT_S > LAYOUT_LOOK_S and NODE_UNTOLD_S > NODE_RECONNECT_MAX_S + LAYOUT_LOOK_S, (
+    "who follows the layout has time to say so, and a keeper to be there"
+)
 assert NODE_BULK_TIMEOUT_S > NODE_CALL_TIMEOUT_S + NODE_CALL_GRACE_S, "what is held back is over before the link is given up"
 assert NODE_ROOM_WAIT_S + 0.5 < NODE_RECEIPT_TIMEOUT_S, "who waits for a receipt hears that it was never asked for"
 assert NODE_CLAIM_S > COMMIT_WINDOW_S + INDEX_WAIT_S_DEFAULT, "what an abort may still confirm is remembered"

@@ -62,6 +62,7 @@ class Event(Enum):
     NOTICE = ("notice", "info")
     NOTICE_DROPPED = ("notice-dropped", "warning")
     JOINED = ("joined", "info")
+    EXPELLED = ("expelled", "warning")
     CERTIFICATE = ("certificate", "info")
     CERTIFICATE_BAD = ("certificate-bad", "error")
     TROUBLE = ("trouble", "warning")

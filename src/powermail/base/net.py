@@ -7,13 +7,13 @@ the protocol's duty, this room only swaps the transport.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import resource
 import socket
 import ssl
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol
-from urllib.parse import urlsplit, urlunsplit
 
 from powermail.base import limits
 from powermail.base.errors import OperatorError
@@ -172,16 +172,32 @@ def descriptors() -> int:
     return soft if soft != resource.RLIM_INFINITY else 1 << 20
 
 
-def without_password(url: str) -> str:
-    """The address of a database as people may see it."""
-    parsed = urlsplit(url)
-    user, at, hosts = parsed.netloc.rpartition("@")
-    return urlunsplit((parsed.scheme, f"{user.partition(':')[0]}{at}{hosts}", parsed.path, "", ""))
+def is_host(text: str) -> bool:
+    """True if it may be the name or the IP address of a host, as far as its letters say."""
+    if not text or any(letter.isspace() or not letter.isprintable() or letter in "@/\\'\"" for letter in text):
+        return False
+    try:
+        return bool(text.encode("idna"))  # as sockets do: none is looked up whose labels are empty or too long
+    except UnicodeError:
+        return False
 
 
-def parse_host_port(text: str) -> tuple[str, int]:
-    """Reads `host:port`, `[v6]:port` or `:port`. Raises OperatorError."""
+def parse_host_port(text: str, setting: str = "") -> tuple[str, int]:
+    """Reads `host:port`, `[v6]:port` or `:port`. Raises OperatorError, which names the setting, if it is one."""
     host, separator, port_text = text.rpartition(":")
-    if not separator or not port_text.isascii() or not port_text.isdigit() or int(port_text) > 65535:
-        raise OperatorError(f"{text!r} is not host:port")
-    return host.removeprefix("[").removesuffix("]"), int(port_text)
+    name = host.removeprefix("[").removesuffix("]")
+    of = f"{setting}: " if setting else ""
+    if "@" in text:  # perhaps somebody wrote a password there
+        raise OperatorError(f"{of}a user and a password are no part of host:port")
+    number = int(port_text) if separator and len(port_text) <= 5 and port_text.isascii() and port_text.isdecimal() else -1
+    if not 0 <= number <= 65535 or (name and not is_host(name)) or (":" in name and not _is_address(name)):
+        raise OperatorError(f"{of}{text!r} is not host:port")
+    return name, number
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True

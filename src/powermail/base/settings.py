@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Meta, Struct, field
 
 from powermail.base import limits
+from powermail.base.database_url import parse_database_url
 from powermail.base.errors import OperatorError
 from powermail.base.net import parse_host_port
 
@@ -34,6 +35,7 @@ class NodeSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
     address: Annotated[str, _says("host:port of the process that serves it, instead of a path")] = ""
     group: Annotated[str, _says("failure domain; nodes of one group are never redundant for each other")]
     priority: Annotated[int, _says("lower is used first; a higher number is a hot spare")] = 1
+    site: Annotated[str, _says("where it stands; empty: where this machine does, if it is served here")] = ""
 
 
 class ClusterSettings(Struct, forbid_unknown_fields=True, frozen=True):
@@ -41,6 +43,9 @@ class ClusterSettings(Struct, forbid_unknown_fields=True, frozen=True):
 
     copies_required: Annotated[int, Meta(ge=1, le=8), _says("R: durable copies in different groups before 250")] = 2
     policy: Annotated[str, _says("spread-disk (by free space), spread-load (fewest waiting) or random")] = "spread-disk"
+    sites: Annotated[
+        str, _says("where nodes stand in several sites: the copies of a message go apart, or into the near one first")
+    ] = "apart"
     segment_octets: Annotated[int, Meta(ge=limits.SEGMENT_OCTETS_MIN), _says("size of a log segment")] = (
         limits.SEGMENT_OCTETS_DEFAULT
     )
@@ -224,6 +229,9 @@ class Settings(Struct, forbid_unknown_fields=True, frozen=True):
     """Everything an operator may turn."""
 
     hostname: Annotated[str, _says("this host's name in banners, trace fields and DSNs")] = "localhost"
+    site: Annotated[
+        str, _says("where this machine stands, a word: nodes of the same site are read first; empty: nobody says")
+    ] = ""
     workers: Annotated[
         int,
         Meta(ge=0, le=limits.WORKERS_MAX),
@@ -243,13 +251,16 @@ class Settings(Struct, forbid_unknown_fields=True, frozen=True):
 
 
 POLICIES = ("spread-disk", "spread-load", "random")
+SITES = ("apart", "near")
 DIRECTORIES = ("sqlite", "postgresql", "mysql")
+INDEX_KINDS = {"postgresql": 5432, "postgres": 5432}  # what the address of its database may begin with; the usual port
 TLS_MODES = ("none", "opportunistic", "required", "implicit")
 
 
 def check(settings: Settings) -> None:
     """Refuses settings that contradict each other. Raises OperatorError with the reason (F29)."""
     _check_networks(settings)
+    _check_addresses(settings)
     _check_metrics(settings.metrics)
     _check_directory(settings.directory)
     if settings.workers > 1 and not settings.index.database:
@@ -268,8 +279,6 @@ def check(settings: Settings) -> None:
     for node in cluster.nodes:
         if bool(node.path) is bool(node.address):
             raise OperatorError(f"cluster.nodes: node {node.id} has either a path or an address")
-        if node.address:
-            parse_host_port(node.address)
     for node in cluster.nodes:
         if not node.id.isascii() or not node.id.replace("-", "").replace("_", "").isalnum():
             raise OperatorError(f"cluster.nodes: {node.id!r} is not a name of letters, digits, - and _")
@@ -280,6 +289,7 @@ def check(settings: Settings) -> None:
         )
     if cluster.policy not in POLICIES:
         raise OperatorError(f"cluster.policy: {cluster.policy!r} is none of {', '.join(POLICIES)}")
+    _check_sites(settings)
     if settings.outbound.smarthost_tls not in TLS_MODES:
         raise OperatorError(f"outbound.smarthost_tls: none of {', '.join(TLS_MODES)}")
     if settings.outbound.smarthost_user and settings.outbound.smarthost_tls in ("none", "opportunistic"):
@@ -301,6 +311,21 @@ def check(settings: Settings) -> None:
         raise OperatorError(f"hostname: {host!r} is not a domain name")
 
 
+def is_site(name: str) -> bool:
+    """True if a site may be called so: a word, or "" for none."""
+    return name.isprintable() and not any(character.isspace() for character in name) and len(name) <= limits.SITE_CHARS_MAX
+
+
+def _check_sites(settings: Settings) -> None:
+    cluster = settings.cluster
+    if cluster.sites not in SITES:
+        raise OperatorError(f"cluster.sites: {cluster.sites!r} is none of {', '.join(SITES)}")
+    said = {"site": settings.site} | {f"cluster.nodes: site of {node.id}": node.site for node in cluster.nodes}
+    for name, site in said.items():
+        if not is_site(site):
+            raise OperatorError(f"{name}: {site[: limits.SITE_CHARS_MAX]!r} is not a word")
+
+
 def _check_directory(directory: DirectorySettings) -> None:
     if directory.backend not in DIRECTORIES:
         raise OperatorError(f"directory.backend: {directory.backend!r} is none of {', '.join(DIRECTORIES)}")
@@ -318,6 +343,31 @@ def _check_directory(directory: DirectorySettings) -> None:
         raise OperatorError("directory.serves, identify and listing are for directory.find, which is empty")
 
 
+def _check_addresses(settings: Settings) -> None:
+    """Each is `host:port`, whether this machine uses it or not: a mistake shows when it is made."""
+    smtp, pop, peers = settings.smtp, settings.pop, settings.peers
+    smarthost = settings.outbound.smarthost
+    addresses = {
+        "smtp.listen": smtp.listen,
+        "smtp.submission": smtp.submission,
+        "smtp.submissions": smtp.submissions,
+        "smtp.lmtp": smtp.lmtp,
+        "pop.listen": pop.listen,
+        "pop.listen_tls": pop.listen_tls,
+        "peers.listen": peers.listen,
+        "peers.authority_at": peers.authority_at,
+        "peers.authority_listen": peers.authority_listen,
+        "metrics.listen": settings.metrics.listen,
+        "outbound.smarthost": [smarthost] if smarthost else [],
+        **{f"cluster.nodes: {node.id}": [node.address] for node in settings.cluster.nodes if node.address},
+    }
+    for name, texts in addresses.items():
+        for text in texts:
+            parse_host_port(text, name)
+    if settings.index.database:
+        parse_database_url(settings.index.database, INDEX_KINDS, "index.database")
+
+
 def _check_networks(settings: Settings) -> None:
     for name, texts in (
         ("smtp.proxy_from", settings.smtp.proxy_from),
@@ -333,7 +383,7 @@ def _check_networks(settings: Settings) -> None:
 
 def _check_metrics(metrics: MetricsSettings) -> None:
     for text in metrics.listen:
-        host = text.rpartition(":")[0].removeprefix("[").removesuffix("]")
+        host = parse_host_port(text)[0]
         if not metrics.allow_remote and host != "localhost" and not _is_loopback(host):
             raise OperatorError(
                 f"metrics.listen: {text!r} is not an address of this machine alone, like 127.0.0.1:2900 or [::1]:2900; figures "
@@ -362,6 +412,7 @@ def known_keys() -> dict[str, Any]:
 
 
 SETTINGS_NAME = "powermail.toml"  # in the data directory
+RESTORING = "restoring"  # in the data directory, while files of a backup take the places of those that were there
 DATA_VARIABLE = "POWERMAIL_DATA_DIRECTORY"  # where the settings file is: not a setting
 
 
@@ -441,6 +492,8 @@ def load_file(path: str, overrides: Sequence[str] = ()) -> Settings:
         cure = ""
         if isinstance(error, FileNotFoundError):
             cure = f": is its disk mounted? `powermail init --data {shlex.quote(os.path.dirname(path))}` makes a new one"
+            if os.path.exists(os.path.join(os.path.dirname(path), RESTORING)):
+                cure = ": a backup was being put back, and that was broken off: say `powermail restore` again"
         elif isinstance(error, PermissionError):
             cure = "; run this as the owner of the data directory, or as root"
             if os.path.exists(path) and os.stat(path).st_uid == os.geteuid():

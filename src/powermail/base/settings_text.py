@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from powermail.base.errors import OperatorError
+from powermail.base.secrets import shown
 
 Value = str | list[str]
 
@@ -51,6 +52,8 @@ def with_values(text: str, values: Mapping[str, Value], origin: str) -> str:
     except tomllib.TOMLDecodeError:
         right = False
     if not right:
-        said = "; ".join(f"{name} = {written(value)}" for name, value in values.items())
-        raise OperatorError(f"{origin} is written in a way that this command does not change: set there {said}")
+        said = "; ".join(f"{name} = {written(shown(name, value))}" for name, value in values.items())
+        hidden = any(shown(name, value) != value for name, value in values.items())
+        note = " (whole, as it was given: what may be a password is not shown here)" if hidden else ""
+        raise OperatorError(f"{origin} is written in a way that this command does not change: set there {said}{note}")
     return changed

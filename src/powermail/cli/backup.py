@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -21,10 +22,12 @@ from msgspec import Struct
 from powermail import __version__
 from powermail.admin.control import user_name
 from powermail.admin.system import CopyTo, copy_databases_row
+from powermail.base.database_url import shown_url
+from powermail.base.disk import Disk
 from powermail.base.errors import OperatorError
 from powermail.base.log import NullLog
-from powermail.base.net import without_password
-from powermail.base.settings import SETTINGS_NAME, Settings, inside, load_file
+from powermail.base.settings import RESTORING, SETTINGS_NAME, Settings, inside, load_file
+from powermail.base.sqlite_files import present
 from powermail.base.world import system_world
 from powermail.cli import ownership
 from powermail.cli.reach import reach, settings_of
@@ -32,6 +35,7 @@ from powermail.cli.words import Common
 from powermail.storage.layout import LAYOUT_NAME
 
 MANIFEST = "backup.json"
+_COMING = ".restoring"  # a file that was copied whole, before it has its name
 _PIECE = 1 << 20
 
 
@@ -117,12 +121,13 @@ def _elsewhere(settings: Settings) -> list[str]:
     said = []
     if settings.index.database:
         said.append(
-            f"the index is in {without_password(settings.index.database)}: back it up there, as of one moment (`pg_dump`, or a"
+            f"the index is in {shown_url(settings.index.database)}: back it up there, as of one moment (`pg_dump`, or a"
             " base backup with WAL), at most cluster.tombstone_days old when it is put back; then the nodes tell what it missed"
         )
     if not settings.directory.in_file:
-        place = settings.directory.database or settings.directory.path
-        said.append(f"the directory is in {without_password(place)}: back it up there, after the index or with it")
+        directory = settings.directory
+        place = shown_url(directory.database) if directory.database else directory.path
+        said.append(f"the directory is in {place}: back it up there, after the index or with it")
     return said
 
 
@@ -194,7 +199,7 @@ def _verified(path: str) -> Manifest:
         ) from error
     except OSError as error:
         raise OperatorError(f"{path} is no complete backup: {error.filename}: {error.strerror}") from error
-    except msgspec.DecodeError as error:
+    except ValueError as error:
         raise OperatorError(f"{path}/{MANIFEST} cannot be read: {error}") from error
     return manifest
 
@@ -214,20 +219,17 @@ async def restore(common: Common, source: str, yes: bool) -> Restored:
         _refuse_moved(settings, data)
         places = {name: f"{data}/{name.removeprefix('files/')}" for name in manifest.files if name.startswith("files/")}
         places |= {name: path for name, path in _databases(data, settings).items() if name in manifest.files}
-        there = [path for path in places.values() if os.path.exists(path)]
+        there = [one for path in places.values() for one in present(world.disk, path)]
         aside = _aside(data) if there else ""
         if there and not yes:
             return Restored(data, sorted(places.values()), aside, False, manifest.elsewhere)
-        for path in there:
-            for suffix in ("", "-wal", "-shm"):
-                if os.path.exists(f"{path}{suffix}"):
-                    target = (
-                        f"{aside}/{os.path.relpath(path, data) if path.startswith(data) else os.path.basename(path)}{suffix}"
-                    )
-                    os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
-                    shutil.move(f"{path}{suffix}", target)
         for name, path in places.items():
-            _copy(f"{source}/{name}", path)
+            _copy(f"{source}/{name}", f"{path}{_COMING}")
+        world.disk.replace_file(f"{data}/{RESTORING}", f"powermail restore {shlex.quote(source)} --yes".encode())
+        for path in places.values():
+            _replace(world.disk, path, data, aside)
+        world.disk.unlink(f"{data}/{RESTORING}")
+        world.disk.sync_directory(data)
         owner = os.stat(data)
         if os.geteuid() == 0 and owner.st_uid != 0:
             ownership.give(data, owner.st_uid, owner.st_gid)
@@ -236,6 +238,16 @@ async def restore(common: Common, source: str, yes: bool) -> Restored:
     finally:
         lock.release()
     return Restored(data, sorted(places.values()), aside, True, manifest.elsewhere)
+
+
+def _replace(disk: Disk, path: str, data: str, aside: str) -> None:
+    """Sets aside what lies under a name, also beside a file that is gone, and puts in its place what came. Raises OSError."""
+    for one in present(disk, path):
+        target = f"{aside}/{os.path.relpath(one, data) if one.startswith(f'{data}/') else os.path.basename(one)}"
+        os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
+        shutil.move(one, target)
+    disk.rename(f"{path}{_COMING}", path)
+    disk.sync_directory(os.path.dirname(path))
 
 
 def _aside(data: str) -> str:

@@ -27,6 +27,7 @@ from powermail.admin.table import Field, Operation, Q, R, Request, fields_of, fi
 from powermail.base import limits
 from powermail.base.errors import NoSuch, OperatorError
 from powermail.base.log import NullLog
+from powermail.base.secrets import shown_settings
 from powermail.base.settings import SETTINGS_NAME, inside, reference_page
 from powermail.base.world import system_world
 from powermail.cli import backup as backups
@@ -34,6 +35,7 @@ from powermail.cli import checking, importing, joining, moving, ownership, pages
 from powermail.cli.reach import die, prepare, reach, settings_of
 from powermail.cli.words import Common, Entry, octets, seconds
 from powermail.directory import password as pw
+from powermail.torture.plan import Kind
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,15 @@ async def status(common: Common, request: Request) -> int:
     try:
         raw = await ask_any(common.data, "status", {}, unseen)
     except NotRunning:
-        said = [f"no server runs on {common.data}; `powermail serve --data {shlex.quote(common.data)}` starts it"]
+        if (settings.peers.authority_at or settings.index.database) and checking.locked(common.data):
+            note = (
+                "a process has this data directory and answers no operator: one that serves nodes alone or gives certificates "
+                "(a front end or a keeper knows how it is), one that is starting, or another command"
+            )
+            return tell(common, Status(running=True, degraded=[], note=note))
+        roles = checking.roles_to_say(common.data, settings)
+        serve = f"powermail serve{roles} --data {shlex.quote(common.data)}"
+        said = [f"no server runs on {common.data}; `{serve}` starts it"]
         for node in settings.cluster.nodes:
             path = inside(common.data, node.path)
             if node.path and not os.path.exists(f"{path}/identity"):
@@ -357,6 +367,7 @@ class Rebuild(Request):
         default_factory=list
     )
     yes: Annotated[bool, yes("also if there is an index that can be used: it is set aside")] = False
+    by_settings: Annotated[bool, option("the settings name all nodes: the layout that was kept here is lost")] = False
 
 
 async def rebuild(common: Common, request: Rebuild) -> int:
@@ -366,7 +377,7 @@ async def rebuild(common: Common, request: Rebuild) -> int:
     powermail = PowerMail(system_world(NullLog()), prepare(common), common.data, die)
     meter = show.Meter("rebuild", enabled=not common.json)
     try:
-        done = await powermail.rebuild(meter.progress, request.without, request.yes)
+        done = await powermail.rebuild(meter.progress, request.without, request.yes, request.by_settings)
     finally:
         meter.close()
         await powermail.stop()
@@ -421,6 +432,7 @@ class Sim(Request):
     first: Annotated[int, option("the first seed")] = 0
     seconds: Annotated[float, option("virtual time in which faults happen")] = 60.0
     only: Annotated[list[str], option("only faults of this kind; may be repeated")] = msgspec.field(default_factory=list)
+    cluster: Annotated[bool, option("many machines on one database, instead of one process that does everything")] = False
     jobs: Annotated[int, option("processes")] = os.cpu_count() or 1
     shrink: Annotated[bool, option("look for the shortest run that still fails")] = False
     trace: Annotated[str | None, option("file for the trace (of the last seed)")] = None
@@ -432,6 +444,27 @@ async def simulate(common: Common, request: Sim) -> int:
 
     fix_hashes()
     return await simulation(request, common.json)
+
+
+class Torture(Request):
+    """What `powermail torture` is asked."""
+
+    seconds: Annotated[float, option("how long there are faults; building and healing take about a minute more")] = 600.0
+    seed: Annotated[int, option("of the plan, so that it can be had again")] = 0
+    faults: Annotated[str, option("only these, with commas: " + ", ".join(kind.value for kind in Kind))] = ""
+    clients: Annotated[int, option("how many send at the same time")] = 12
+    rate: Annotated[float, option("messages a second that they send together")] = 40.0
+    preload: Annotated[int, option("messages that are there before the first fault")] = 1000
+    gap: Annotated[float, option("seconds without a message received that are one violation")] = 5.0
+    healed: Annotated[float, option("seconds from the admission of an empty disk to full redundancy that are too many")] = 60.0
+    keep: Annotated[bool, option("keep logs, stores and the story, also if all held")] = False
+
+
+async def torture(common: Common, request: Torture) -> int:
+    """Loaded for this command alone."""
+    from powermail.cli.torture import torture as run
+
+    return await run(request, common.json)
 
 
 class Trace(Request):
@@ -463,17 +496,17 @@ class Config(Request):
 
 
 async def config(common: Common, request: Config) -> int:
-    """The settings in force."""
+    """The settings in force, without the secrets in them."""
     if request.reference:
         print(reference_page(), end="")
     else:
-        print_json(settings_of(common))
+        print_json(shown_settings(settings_of(common)))
     return 0
 
 
-async def config_check(common: Common, request: Request) -> int:
+async def config_check(common: Common, request: checking.ConfigCheck) -> int:
     """Settings, files, certificates, ports, disks, names and databases: what is wrong, and what mends it."""
-    found = await checking.check(common)
+    found = await checking.check(common, request)
     if common.json:
         print_json(found)
     else:
@@ -613,12 +646,13 @@ def _all() -> list[Runnable]:
         Command("directory init", Request, "make our table in a database, or bring it on", directory_init),
         Command("directory move", moving.DirectoryMove, "move the accounts of a stopped server to a database", directory_move),
         Command("config", Config, "print the settings in force", config),
-        Command("config check", Request, "what is wrong with settings, files, ports and databases", config_check),
+        Command("config check", checking.ConfigCheck, "what is wrong with settings, files, ports and databases", config_check),
         Command("password hash", PasswordHash, "print a stored form for the directory", password_hash),
         Command("completion", Shell, "print a script that completes commands in a shell", completion),
         Command("man", Man, "print the manual page", man),
         Command("demo", Demo, "show what PowerMail promises, on a throw-away installation", demo),
         Command("sim", Sim, "run the program in simulated worlds, with faults drawn from seeds, and check it", simulate),
+        Command("torture", Torture, "take a real cluster on this machine apart while it is used, and judge it", torture),
     ]
 
 

@@ -55,6 +55,7 @@ class Join(Request):
     address: Annotated[str, option("host:port where others reach the node, if its token does not say")] = ""
     listen: Annotated[str, option("host:port where the node listens, if not at that address")] = ""
     hostname: Annotated[str, option("of a front end: its name in banners and trace fields")] = ""
+    site: Annotated[str, option("where this machine stands, a word: nodes of the same site are read first")] = ""
 
 
 class Joined(Struct):
@@ -80,7 +81,7 @@ async def join(common: Common, request: Join) -> Joined:
         raise OperatorError("join needs --authority HOST:PORT: where the first machine gives certificates")
     token = sys.stdin.readline() if request.token == "-" else request.token  # a list of processes shows words to everybody
     owner = os.stat(common.data) if os.path.isdir(common.data) else None
-    place = Place(os.path.abspath(common.data), request.node, request.address, request.listen, request.hostname)
+    place = Place(os.path.abspath(common.data), request.node, request.address, request.listen, request.hostname, request.site)
     try:
         done = await join_cluster(system_world(NullLog()), token, request.authority, place)
     finally:

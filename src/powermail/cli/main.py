@@ -113,8 +113,9 @@ def _failed(error: PowerMailError, json: bool) -> int:
     import msgspec
 
     from powermail.admin.control import kind_of
+    from powermail.base.secrets import said
 
-    sentence, _, usage = str(error).partition("\nusage: ")
+    sentence, _, usage = said(str(error)).partition("\nusage: ")
     if json:
         print(msgspec.json.encode({"error": sentence, "kind": kind_of(error)}).decode(), flush=True)
     sys.stderr.write(f"powermail: {sentence}\n" + (f"usage: {usage}\n" if usage else ""))

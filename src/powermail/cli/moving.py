@@ -20,6 +20,7 @@ class IndexMove(Request):
 
     to: Annotated[str, option("postgresql://USER@HOST[,HOST...]/NAME, an empty database; `sqlite`: back into a file")] = ""
     dry_run: Annotated[bool, option("only say what would be moved")] = False
+    undo: Annotated[bool, option("let an index be served where it is, whose move out of a database was broken off")] = False
 
 
 class DirectoryMove(Request):
@@ -46,6 +47,12 @@ class IndexMoved(Struct):
     tables: list[TableFacts]
 
 
+class IndexStays(Struct):
+    """`undone`: a move was ordered, and is not any more."""
+
+    undone: bool
+
+
 class DirectoryMoved(Struct):
     """What was moved."""
 
@@ -58,16 +65,22 @@ class DirectoryMoved(Struct):
 def _asked(to: str) -> str:
     if not to:
         raise OperatorError("move where to? --to postgresql://USER@HOST/NAME")
+    if "://" not in to and to != "sqlite":  # perhaps with a password in it: not repeated
+        raise OperatorError("--to is not an address like postgresql://USER@HOST/NAME; nothing was changed")
     return to
 
 
-async def move_index(common: Common, request: IndexMove) -> IndexMoved:
+async def move_index(common: Common, request: IndexMove) -> IndexMoved | IndexStays:
     """Moves the index. Raises OperatorError, Trouble; run again it goes on."""
     from powermail.app.moving import Mover
 
     meter = show.Meter("index move", enabled=not common.json)
     mover = Mover(system_world(NullLog()), prepare(common), common.data, meter.progress)
     try:
+        if request.undo:
+            if request.to or request.dry_run:
+                raise OperatorError("index move: --undo goes with neither --to nor --dry-run; nothing was changed")
+            return IndexStays(await mover.undo())
         to = _asked(request.to)
         done = await (mover.look(to) if request.dry_run else mover.index(to))
     finally:

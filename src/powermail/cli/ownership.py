@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 
 from powermail.admin.control import user_name
 from powermail.base.errors import OperatorError
+from powermail.base.sqlite_files import SUFFIXES
 
 
 def become_owner(data: str) -> None:
@@ -90,7 +91,7 @@ def _files(data: str, more: Sequence[str]) -> Iterator[str]:
     ):
         yield f"{data}/{name}"
     for path in more:
-        for suffix in ("", "-wal", "-shm"):
+        for suffix in SUFFIXES:
             yield f"{path}{suffix}"
 
 

@@ -22,6 +22,7 @@ from powermail import __version__
 from powermail.admin.control import ControlServer
 from powermail.app.compose import PowerMail
 from powermail.app.roles import Duties, Role, as_client, listening, share_of
+from powermail.base import limits
 from powermail.base.errors import OperatorError, PowerMailError
 from powermail.base.log import Event, NullLog, StreamLog
 from powermail.base.net import parse_host_port
@@ -31,7 +32,7 @@ from powermail.base.world import system_world
 from powermail.cli import ownership
 from powermail.cli.main import run
 from powermail.cli.reach import die, prepare
-from powermail.cli.serving import differing, listen_to_signals
+from powermail.cli.serving import differing, end_within, listen_to_signals
 from powermail.cli.serving_nodes import serve_role
 from powermail.cli.words import Common
 
@@ -130,6 +131,8 @@ class Part:
                 control = starting.result()
                 self._channel.say("ready")
                 await stopped
+            end_within((limits.STOP_S if front else limits.STOP_BACKGROUND_S) + limits.WORKER_LEAVE_S * self._leaving, log)
+            if control is not None:
                 world.log.event(Event.DRAINING, part=told.part)
                 await control.stop()
                 if self._leaving:

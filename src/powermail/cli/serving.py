@@ -21,8 +21,9 @@ from powermail.admin.control import NAME as CONTROL_NAME
 from powermail.admin.control import ControlServer, check_place
 from powermail.app.compose import PowerMail
 from powermail.app.setup import FirstMailbox, discard, initialise, shared_disks
+from powermail.base import limits
 from powermail.base.errors import OperatorError
-from powermail.base.log import Event, NullLog, StreamLog
+from powermail.base.log import Event, Log, NullLog, StreamLog
 from powermail.base.net import parse_host_port
 from powermail.base.settings import SETTINGS_NAME, Settings, inside, known_keys
 from powermail.base.world import World, system_world
@@ -31,6 +32,7 @@ from powermail.cli.reach import die, prepare, settings_of
 from powermail.cli.words import Common
 
 _IGNORED = ("SIGUSR1", "SIGUSR2", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGIO", "SIGPWR", "SIGSTKFLT")
+_SAID_S = 0.5  # before the end of a stop that takes too long it is said so
 LIVE = ("log.level",)  # settings that change while it serves; certificates are reread whenever their files change
 
 
@@ -77,6 +79,7 @@ class Server:
             self._welcome(world, first)
             notify("READY=1")
             await self._stop.wait()
+            end_within(limits.STOP_S, self._log)
             self._powermail.refuse()
             notify("STOPPING=1")
             world.log.event(Event.DRAINING)
@@ -132,6 +135,16 @@ class Server:
             os.path.abspath(self._common.data),
             own_command(),
         )
+
+
+def end_within(seconds: float, log: Log) -> None:
+    """From now on this process lives so long at most, whatever hangs, its event loop too: then the kernel ends it, and what is
+    left is found by the next start, as after a crash. A service manager waits a little longer.
+    """
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    why = f"it did not stop within {seconds:g} s, and ends as if it were killed"
+    asyncio.get_running_loop().call_later(seconds - _SAID_S, lambda: log.event(Event.TROUBLE, worker="stop", error=why))
 
 
 def listen_to_signals(stop: Callable[[], None], hang_up: Callable[[], None]) -> None:

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from powermail.app.authority import AuthorityProcess
 from powermail.app.noding import NodeProcess
 from powermail.app.roles import Role
+from powermail.base import limits
 from powermail.base.log import Event, NullLog, StreamLog
 from powermail.base.world import system_world
 from powermail.cli import ownership
 from powermail.cli.reach import die, settings_of
-from powermail.cli.serving import notify
+from powermail.cli.serving import end_within, notify
 from powermail.cli.words import Common
 
 
@@ -48,6 +49,7 @@ async def serve_role(
         if ready is not None:
             ready()
         await stopping.wait()
+        end_within(limits.STOP_BACKGROUND_S, log)
         notify("STOPPING=1")
         world.log.event(Event.DRAINING)
     finally:

@@ -53,6 +53,11 @@ class Meter:
             self._bar.stop()
 
 
+def note(text: str) -> None:
+    """Something beside the result, for whoever looks on."""
+    sys.stderr.write(f"powermail: {text}\n")
+
+
 def local(at: datetime) -> str:
     """A time as people here read it."""
     return at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
@@ -150,11 +155,11 @@ def messages(result: Listing) -> None:
 
 def nodes(found: Sequence[NodeFacts]) -> None:
     """A table of nodes: figures first, the reason last."""
-    names = ("node", "group", "priority", "state", "messages", "live", "log", "free", "damaged", "bad copies", "owed", "probe",
-             "reason")  # fmt: skip
+    names = ("node", "group", "site", "priority", "state", "messages", "live", "log", "free", "damaged", "bad copies", "owed",
+             "probe", "reason")  # fmt: skip
     lines = [
         (
-            row.id, row.group, str(row.priority), row.state + (" slow" if row.slow else ""), str(row.messages),
+            row.id, row.group, cell(row.site), str(row.priority), _doing(row), str(row.messages),
             size(row.live_octets), size(row.log_octets), size(row.free_octets), str(row.damaged),
             f"{row.bad_copies}, last {local(row.bad_copy_at)}" if row.bad_copy_at else "0", cell(row.owed),
             f"{row.probe_ms} ms", cell(row.reason or "-"),
@@ -164,17 +169,29 @@ def nodes(found: Sequence[NodeFacts]) -> None:
     table(names, lines)
 
 
+def _doing(row: NodeFacts) -> str:
+    """The state; also of one that is well, and is given no mail yet."""
+    waits = row.state == "read-write" and not row.takes_mail
+    return row.state + (" slow" if row.slow else "") + (", takes no mail yet" if waits else "")
+
+
 def status(result: Status) -> None:
     """`powermail status`."""
     if not result.running and not result.nodes:
         for problem in result.degraded:
             print(f"STOPPED          {cell(problem)}")
         return
+    if result.note:
+        print(cell(result.note))
+        return
     nodes(result.nodes)
     thin = result.not_redundant
     left = f", about {thin.seconds_left} s to full redundancy" if thin.seconds_left is not None else ""
     print(f"\ncopies required  {result.copies_required}    takes mail  {cell(result.takes_mail)}")
     print(f"not redundant    {thin.messages} messages, {size(thin.octets)}{left}")
+    if result.site or result.in_too_few_sites.messages:
+        few = result.in_too_few_sites
+        print(f"site             {cell(result.site)}; {few.messages} messages, {size(few.octets)}, lie in too few sites")
     print(f"totals           {cell(result.totals)}")
     print(f"connections      {cell(result.connections)}")
     if result.certificate_days_left is not None:
@@ -225,7 +242,9 @@ def parts(names: Sequence[str], ports: dict[str, int]) -> None:
 
 def rebuilt(result: Rebuilt) -> None:
     """`powermail rebuild`: the figures, then by name what could not be had."""
-    facts_of([(name, value) for name, value in result._asdict().items() if not isinstance(value, tuple | list)])
+    facts_of([(name, value) for name, value in result._asdict().items() if not isinstance(value, tuple | list | str)])
+    if result.began_anew:
+        print(cell(result.began_anew))
     for account, mailbox, uid, key in result.lost:
         print(f"lost: account {account}, {cell(mailbox)}, UID {uid}, message {key}")
     for key in result.unreadable_keys:

@@ -18,9 +18,11 @@ from powermail.cli import show
 
 if TYPE_CHECKING:
     from powermail.cli.commands import Sim
-from powermail.sim.run import Outcome, simulate
+from powermail.sim.played import Outcome
+from powermail.sim.run import simulate
 
-_LAWS = ("law.", "keeper.", "delivery.index_late", "cluster.")  # counters that say which branches of the laws were taken
+# Counters that say which branches of the laws were taken, and what the simulated database did.
+_LAWS = ("law.", "keeper.", "delivery.index_late", "cluster.", "noded.fenced", "noded.superseded", "database.")
 _TWICE_EVERY = 100  # every so many seeds one is run a second time: its trace must be the same
 
 
@@ -31,20 +33,20 @@ def fix_hashes() -> None:
         os.execv(sys.executable, [sys.executable, "-m", "powermail", *sys.argv[1:]])  # noqa: S606  our own program
 
 
-def one(seed: int, seconds: float, twice: bool, only: Sequence[str] = ()) -> Outcome:
+def one(seed: int, seconds: float, twice: bool, only: Sequence[str] = (), cluster: bool = False) -> Outcome:
     """One seed; with `twice`, another trace the second time is a problem too."""
-    outcome = simulate(seed, seconds, only)
-    if twice and (again := simulate(seed, seconds, only)).trace_hash != outcome.trace_hash:
+    outcome = simulate(seed, seconds, only, cluster)
+    if twice and (again := simulate(seed, seconds, only, cluster)).trace_hash != outcome.trace_hash:
         outcome.problems.append(f"not repeatable: trace {outcome.trace_hash}, then {again.trace_hash}")
     return outcome
 
 
-def shortest(seed: int, seconds: float, only: Sequence[str] = ()) -> float:
+def shortest(seed: int, seconds: float, only: Sequence[str] = (), cluster: bool = False) -> float:
     """The fewest whole seconds of faults after which this seed still fails. A shorter run is the beginning of a longer one."""
     good, bad = 0, int(seconds)
     while bad - good > 1:
         middle = (good + bad) // 2
-        if simulate(seed, middle, only).problems:
+        if simulate(seed, middle, only, cluster).problems:
             bad = middle
         else:
             good = middle
@@ -70,8 +72,10 @@ def facts(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _all(pool: ProcessPoolExecutor, seeds: range, seconds: float, only: Sequence[str]) -> Iterator[Outcome]:
-    waiting = [pool.submit(one, seed, seconds, (seed - seeds[0]) % _TWICE_EVERY == 0, only) for seed in seeds]
+def _all(pool: ProcessPoolExecutor, seeds: range, arguments: Sim) -> Iterator[Outcome]:
+    kind = arguments.only, arguments.cluster
+    twice = {seed: (seed - seeds[0]) % _TWICE_EVERY == 0 for seed in seeds}
+    waiting = [pool.submit(one, seed, arguments.seconds, twice[seed], *kind) for seed in seeds]
     for done in as_completed(waiting):
         yield done.result()
 
@@ -83,7 +87,7 @@ async def simulation(arguments: Sim, json: bool) -> int:
     results: list[dict[str, Any]] = []
     failed = 0
     with ProcessPoolExecutor(arguments.jobs) as pool:  # a simulation is an event loop of its own: never within this one
-        for number, outcome in enumerate(_all(pool, seeds, arguments.seconds, arguments.only), 1):
+        for number, outcome in enumerate(_all(pool, seeds, arguments), 1):
             results.append(facts(outcome))
             await meter.progress(number, len(seeds))
             if arguments.trace:
@@ -93,8 +97,8 @@ async def simulation(arguments: Sim, json: bool) -> int:
                 failed += 1
                 least = arguments.seconds
                 if arguments.shrink:
-                    least = pool.submit(shortest, outcome.seed, least, arguments.only).result()
-                sys.stderr.write(_failure(outcome, least))
+                    least = pool.submit(shortest, outcome.seed, least, arguments.only, arguments.cluster).result()
+                sys.stderr.write(_failure(outcome, least, arguments.cluster))
     meter.close()
     results.sort(key=lambda result: int(result["seed"]))
     if json:
@@ -104,10 +108,12 @@ async def simulation(arguments: Sim, json: bool) -> int:
     return 1 if failed else 0
 
 
-def _failure(outcome: Outcome, seconds: float) -> str:
+def _failure(outcome: Outcome, seconds: float, cluster: bool) -> str:
     lines = [f"seed {outcome.seed} FAILED (trace {outcome.trace_hash}); faults: {outcome.faults}"]
     lines += [f"  {problem}" for problem in outcome.problems]
-    lines.append(f"  again: powermail sim --first {outcome.seed} --seeds 1 --seconds {seconds:g} --trace FILE")
+    lines.append(
+        f"  again: powermail sim{' --cluster' * cluster} --first {outcome.seed} --seeds 1 --seconds {seconds:g} --trace FILE"
+    )
     return "\n".join(lines) + "\n"
 
 

@@ -35,9 +35,10 @@ from powermail.base.tasks import report_bug
 from powermail.base.world import system_world
 from powermail.cli import show
 from powermail.cli.part import MISUSE, Assignment, Channel, join
-from powermail.cli.serving import listen_to_signals, notify
+from powermail.cli.serving import end_within, listen_to_signals, notify
 from powermail.cli.words import Common
 
+_GRACE_S = limits.STOP_GRACE_S / 2  # a child that goes by the same limits has ended by then, unless it cannot
 _REPLACED = (Role.FRONT, Role.KEEPER)  # by SIGHUP
 _ORDER = ((Role.FRONT,), (Role.KEEPER,), (Role.NODE, Role.AUTHORITY))  # of stopping: who needs others goes before them
 
@@ -118,6 +119,7 @@ class Supervisor:
                 self._start(self._keep(place))
             self._start(self._welcome())
             await self._stopping.wait()
+            end_within(limits.STOP_ALL_S, self._log)
             notify("STOPPING=1")
             self._log.event(Event.DRAINING, part="parent")
             for roles in _ORDER:
@@ -256,7 +258,7 @@ class Supervisor:
     async def _end_child(self, place: Place, child: Child) -> None:
         child.signal(signal.SIGTERM)
         try:
-            async with asyncio.timeout(limits.WORKER_LEAVE_S + 2 * limits.DRAIN_TIMEOUT_S):
+            async with asyncio.timeout((limits.STOP_S if place.role is Role.FRONT else limits.STOP_BACKGROUND_S) + _GRACE_S):
                 await child.gone.wait()
         except TimeoutError:
             self._log.event(Event.PART, part=place.name, died="it did not stop in time", pid=child.process.pid)
@@ -302,7 +304,7 @@ class Supervisor:
             if old.channel is not None:
                 old.channel.say("leave")
             try:
-                async with asyncio.timeout(limits.WORKER_LEAVE_S + 2 * limits.DRAIN_TIMEOUT_S):
+                async with asyncio.timeout(limits.WORKER_LEAVE_S + limits.STOP_S):
                     await old.gone.wait()
             except TimeoutError:
                 await self._end_child(place, old)

@@ -28,9 +28,11 @@ from powermail.base import limits
 from powermail.base.errors import OperatorError
 from powermail.base.log import NullLog
 from powermail.base.world import system_world
+from powermail.cli.ground import Ground, Loopback
 
-_NODES, _FRONTS = {"a": 11, "b": 12, "c": 13}, {"front-1": 21, "front-2": 22}  # name to the last number of the address
-_DOORS = (2700, 2701, 2525, 2995)
+NODES, FRONTS = {"a": 11, "b": 12, "c": 13}, {"front-1": 21, "front-2": 22}  # name to the last number of the address
+SMTP, POPS = 2525, 2995
+_DOORS = (2700, 2701, SMTP, POPS)
 _REPAIR_S = 20  # instead of minutes: who looks on does not wait so long
 _TAIL = 2000  # characters of what one says that failed
 _SHOWN = 4  # lines of what a command says; the tables that `index move` compares are more
@@ -48,20 +50,26 @@ class Trial(NamedTuple):
 
 
 Run = Callable[[Sequence[str], str], Awaitable[tuple[int, str]]]  # words and where: the exit status, and what was said
+Say = Callable[[str], None]
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 class Served:
     """One process of the cluster that serves until it is ended."""
 
-    def __init__(self, process: asyncio.subprocess.Process, end_by: signal.Signals) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, words: Sequence[str], end_by: signal.Signals) -> None:
         self.process = process
-        self._end_by = end_by
+        self.words = words
+        self.end_by = end_by
 
     async def end(self) -> None:
         """As an operator would; SIGKILL to one that does not end."""
         if self.process.returncode is not None:
             return
-        self.process.send_signal(self._end_by)
+        self.process.send_signal(self.end_by)
         try:
             async with asyncio.timeout(limits.WORKER_LEAVE_S + 2 * limits.DRAIN_TIMEOUT_S):
                 await self.process.wait()
@@ -98,20 +106,26 @@ async def run_ours(words: Sequence[str], where: str) -> tuple[int, str]:
 class Tutorial:
     """The cluster, step by step."""
 
-    def __init__(self, root: str, run_ours: Run) -> None:
-        """`root` is an empty directory through which everybody may pass; `run_ours` runs a `powermail` command."""
+    def __init__(self, root: str, run_ours: Run, ground: Ground | None = None, say: Say = _say, leash: str = "TERM") -> None:
+        """`root` is an empty directory through which everybody may pass; `run_ours` runs a `powermail` command; `say` hears
+        the story; `leash` is what machines get when we die.
+        """
         self._root = root
         self._run_ours = run_ours
+        self.ground = ground or Loopback(_DOORS, (1, *NODES.values(), *FRONTS.values()))
+        self._say = say
+        self._leash = leash
         self.served: dict[str, Served] = {}  # by the name of the machine
         self._ears: dict[str, tuple[socket.socket, asyncio.Event]] = {}  # those that are not ready yet
-        self._net = _free_net()
+        self._net = self.ground.net
         self._address = self._password = ""
+        self.database = ""  # the address of the central database
 
     # -- tools ----------------------------------------------------------------------------------------------------
 
     async def _command(self, shown: str, *words: str) -> None:
         """Runs a command of PostgreSQL to its end. Raises OperatorError."""
-        print(f"$ {shown}", flush=True)
+        self._say(f"$ {shown}")
         status, said = await run(words, self._root)
         if status:
             raise OperatorError(f"{shown}: {said.strip()[-_TAIL:]}")
@@ -119,19 +133,24 @@ class Tutorial:
     async def _powermail(self, *words: str, quiet: bool = False) -> str:
         """The same for a command of ours, which shows what it says: that is returned."""
         shown = shlex.join(["powermail", *words])
-        print(f"$ {shown}", flush=True)
+        self._say(f"$ {shown}")
         status, said = await self._run_ours(words, self._root)
         if status:
             raise OperatorError(f"{shown}: {said.strip()[-_TAIL:]}")
         lines = [] if quiet else said.rstrip().splitlines()
         for line in lines[:_SHOWN]:
-            print(f"    {line}".rstrip())
+            self._say(f"    {line}".rstrip())
         if len(lines) > _SHOWN:
-            print(f"    ... {len(lines) - _SHOWN} more lines")
+            self._say(f"    ... {len(lines) - _SHOWN} more lines")
         return said
 
     async def _start(self, name: str, words: Sequence[str], end_by: signal.Signals, shown: str, ready: str = "") -> Served:
         """Starts what serves, in a session of its own: Ctrl-C is for us alone. `ready`: a socket that hears when it is."""
+        served = await self._spawn(name, [*self.ground.enter(name), *words], end_by, ready)
+        self._say(f"$ {shown} &    # process {served.process.pid}, log in {name}.log")
+        return served
+
+    async def _spawn(self, name: str, words: Sequence[str], end_by: signal.Signals, ready: str = "") -> Served:
         environment = dict(os.environ, NOTIFY_SOCKET=ready) if ready else dict(os.environ)
         with open(f"{self._root}/{name}.log", "ab") as log:
             process = await asyncio.create_subprocess_exec(
@@ -143,9 +162,13 @@ class Tutorial:
                 stdout=log,
                 stderr=log,
             )
-        self.served[name] = served = Served(process, end_by)
-        print(f"$ {shown} &    # process {process.pid}, log in {name}.log", flush=True)
+        self.served[name] = served = Served(process, words, end_by)
         return served
+
+    async def again(self, name: str) -> None:
+        """Starts a machine that has ended, as it was started before; it is not waited for."""
+        before = self.served[name]
+        await self._spawn(name, before.words, before.end_by)
 
     def _log_of(self, name: str) -> str:
         return Path(f"{self._root}/{name}.log").read_text(encoding="utf-8", errors="replace")[-_TAIL:]
@@ -158,7 +181,7 @@ class Tutorial:
         asyncio.get_running_loop().add_reader(ear, heard.set)
         self._ears[name] = ear, heard
         command = ["serve", *words, "--data", name]
-        ours = [*_leash("TERM"), sys.executable, "-m", "powermail", *command]
+        ours = [*_leash(self._leash), sys.executable, "-m", "powermail", *command]
         await self._start(name, ours, signal.SIGTERM, shlex.join(["powermail", *command]), path)
 
     async def _ready(self) -> None:
@@ -172,9 +195,10 @@ class Tutorial:
                 if not heard.is_set():
                     raise OperatorError(f"powermail serve --data {name} did not get ready:\n{self._log_of(name)}")
         finally:
-            self._close_ears()
+            self.close()
 
-    def _close_ears(self) -> None:
+    def close(self) -> None:
+        """Waits for nobody any more."""
         for ear, _ in self._ears.values():
             asyncio.get_running_loop().remove_reader(ear)
             ear.close()
@@ -187,26 +211,26 @@ class Tutorial:
 
     async def build(self) -> list[Trial]:
         """From nothing to a cluster; what to try then. Raises OperatorError."""
-        print(f"# all of it lies in {self._root}; on machines of your own each directory is one of them")
+        self._say(f"# all of it lies in {self._root}; on machines of your own each directory is one of them")
         database = await self._make_database()
         await self._make_head(database)
-        print("\n# storage nodes: three machines, each with a disk, in three failure domains. A token is good once")
-        for name in _NODES:
+        self._say("\n# storage nodes: three machines, each with a disk, in three failure domains. A token is good once")
+        for name in NODES:
             await self._join_node(name)
         await self._ready()
-        print(
+        self._say(
             "\n# front ends: they take mail and serve mailboxes, and keep nothing. What all have in common they get by joining"
         )
-        for name in _FRONTS:
+        for name in FRONTS:
             await self._join_front(name)
         await self._ready()
-        print()
+        self._say("")
         await self._powermail("node", "list", "--data", "head")
         return self._trials()
 
     async def _make_database(self) -> str:
         """A PostgreSQL of its own; the address of its database."""
-        print("\n# the central database. In earnest: one that is replicated, postgresql://powermail@db1,db2/powermail")
+        self._say("\n# the central database. In earnest: one that is replicated, postgresql://powermail@db1,db2/powermail")
         programs, user = postgres_programs(), _user()
         place = f"{self._root}/postgresql"
         os.mkdir(place, 0o700)
@@ -215,8 +239,12 @@ class Tutorial:
             os.chown(place, found.pw_uid, found.pw_gid)
         made = ["-D", "postgresql/data", "-U", "powermail", "--auth=trust", "--encoding=UTF8", "--locale=C"]
         await self._command(shlex.join(["initdb", *made]), *_as(user), f"{programs}/initdb", *made)
-        options = ["-D", "postgresql/data", "-c", "listen_addresses=", "-k", place]
-        words = [*_leash("INT", user), f"{programs}/postgres", *options]
+        host = self.ground.database(place)
+        if host:
+            with open(f"{place}/data/pg_hba.conf", "a", encoding="ascii") as file:
+                file.write(f"host all powermail {self._net}.0/24 trust\n")
+        options = ["-D", "postgresql/data", "-c", f"listen_addresses={host}", "-k", place]
+        words = [*_leash("INT" if self._leash == "TERM" else self._leash, user), f"{programs}/postgres", *options]
         server = await self._start("postgresql", words, signal.SIGINT, shlex.join(["postgres", *options]))
         async with asyncio.timeout(_START_S):
             while (await run([f"{programs}/pg_isready", "-q", "-h", place], self._root))[0]:
@@ -226,11 +254,12 @@ class Tutorial:
         create = "CREATE DATABASE powermail ENCODING 'UTF8' TEMPLATE template0"
         whose = ["-q", "-h", place, "-U", "powermail", "-d", "postgres", "-c"]
         await self._command(f'psql {shlex.join(whose)} "{create}"', f"{programs}/psql", *whose, create)
-        return f"postgresql://powermail@{quote(place, safe='')}/powermail"
+        self.database = f"postgresql://powermail@{host or quote(place, safe='')}/powermail"
+        return self.database
 
     async def _make_head(self, database: str) -> None:
         """The first machine: it has the authority, and a keeper."""
-        print("\n# the first machine: it has the authority, which makes members, and a keeper, which repairs and deletes")
+        self._say("\n# the first machine: it has the authority, which makes members, and a keeper, which repairs and deletes")
         said = await self._powermail("init", "--without-nodes", "--hostname", "mail.example", "--data", "head")
         self._address, self._password = _fact(said, "first mailbox"), _fact(said, "password")
         await self._powermail("cluster", "init", "--id", "head", "--listen", self._at(1, 2701), "--data", "head")
@@ -245,7 +274,7 @@ class Tutorial:
         await self._powermail(*command, *words, "--data", name)
 
     async def _join_node(self, node: str) -> None:
-        words = ["--group", f"rack-{node}", "--address", self._at(_NODES[node], 2700)]
+        words = ["--group", f"rack-{node}", "--address", self._at(NODES[node], 2700)]
         invitation = await self._powermail("node", "add", node, *words, "--data", "head", quiet=True)
         await self._join(invitation, f"node-{node}")
         await self._serve(f"node-{node}", "--roles", "node")
@@ -253,16 +282,16 @@ class Tutorial:
     async def _join_front(self, name: str) -> None:
         invitation = await self._powermail("cluster", "admit", name, "--data", "head", quiet=True)
         await self._join(invitation, name, "--hostname", f"{name}.example")
-        smtp, pop = self._at(_FRONTS[name], 2525), self._at(_FRONTS[name], 2995)
+        smtp, pop = self._at(FRONTS[name], SMTP), self._at(FRONTS[name], POPS)
         lines = ["", "[smtp]", f'listen = ["{smtp}"]', "submission = []", "submissions = []", "lmtp = []"]
         text = "\n".join([*lines, "[pop]", "listen = []", f'listen_tls = ["{pop}"]', ""])
-        print(f"$ cat >> {name}/powermail.toml <<END{text}END", flush=True)
+        self._say(f"$ cat >> {name}/powermail.toml <<END{text}END")
         with open(f"{self._root}/{name}/powermail.toml", "a", encoding="utf-8") as file:
             file.write(text)
         await self._serve(name, "--roles", "front")
 
     def _trials(self) -> list[Trial]:
-        one, other = (self._at(number, port) for number, port in zip(_FRONTS.values(), (2525, 2995), strict=True))
+        one, other = (self._at(number, port) for number, port in zip(FRONTS.values(), (SMTP, POPS), strict=True))
         mail = "From: me@example.org\\r\\nSubject: hello\\r\\n\\r\\nIt works.\\r\\n"
         send = f"printf '{mail}' | curl -sS smtp://{one} --mail-from me@example.org --mail-rcpt {self._address} -T -"
         killed, serve = self.served["node-b"].process.pid, "powermail serve --roles node --data node-b"
@@ -296,13 +325,13 @@ class Tutorial:
 
         async def one(name: str, served: Served) -> None:
             status = await served.process.wait()
-            print(f"{name} ended: {signal.Signals(-status).name if status < 0 else f'exit status {status}'}", flush=True)
+            self._say(f"{name} ended: {signal.Signals(-status).name if status < 0 else f'exit status {status}'}")
 
         await asyncio.gather(*(one(name, served) for name, served in self.served.items()))
 
     async def end(self) -> None:
         """Ends all. Who needs others goes before them: front ends, the first machine, nodes, the database."""
-        self._close_ears()
+        self.close()
         for kind in ("front", "head", "node", "postgresql"):
             await asyncio.gather(*(served.end() for name, served in self.served.items() if name.startswith(kind)))
 
@@ -319,23 +348,6 @@ class Tutorial:
 
 
 # -- this machine -----------------------------------------------------------------------------------------------------
-
-
-def _free_net() -> str:
-    """Three numbers of addresses of the loopback at which nobody listens. Raises OperatorError."""
-    for third in range(7, 255):
-        try:
-            for port in _DOORS:
-                for last in (1, *_NODES.values(), *_FRONTS.values()):
-                    with socket.socket() as end:
-                        end.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                        end.bind((f"127.0.{third}.{last}", port))
-        except OSError:
-            continue
-        return f"127.0.{third}"
-    raise OperatorError(
-        "no addresses 127.0.N.x can be listened at: this demo is for Linux, where all of 127.0.0.0/8 is the loopback"
-    )
 
 
 def postgres_programs() -> str:

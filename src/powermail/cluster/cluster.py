@@ -16,7 +16,7 @@ from powermail.base.errors import IndexTrouble, InvariantBroken, NodeTrouble, No
 from powermail.base.log import Event
 from powermail.base.tasks import report_bug
 from powermail.base.world import World
-from powermail.cluster.placement import Candidate, place
+from powermail.cluster.placement import Candidate, place, thinned
 from powermail.cluster.remote import RemoteNode
 from powermail.storage.contract import NodeState, Stamp, StorageNode
 from powermail.storage.layout import COUNTS, NO_LAYOUT, Layout, LayoutRow, Standing
@@ -49,18 +49,26 @@ class Cluster:
         policy: str,
         make: Make | None = None,
         reserve_octets: int = 0,
+        site: str = "",
+        apart: bool = True,
     ) -> None:
         """`nodes` are there from the beginning; `make` makes those that a layout names beside them. A node with less free space
-        than `reserve_octets` takes no mail.
+        than `reserve_octets` takes no mail. `site` is where this process stands, "" if nobody said; `apart`: the copies of a
+        message go into different sites, else into this one first.
         """
         self.nodes: dict[str, StorageNode] = {node.id: node for node in nodes}
         self.layout = NO_LAYOUT
-        self.when_changed: list[Callable[[], None]] = []  # called when nodes came or went
+        self.when_changed: list[Callable[[], None]] = []  # called when nodes came or went, or copies go apart or no more
         self.copies_required = copies_required
         self._world = world
         self._policy = policy
         self._make = make
         self._reserve_octets = reserve_octets
+        self.site = site
+        self.apart = False  # copies of a message go into different sites
+        self._wants_apart = apart
+        self._sited = False  # there are several sites, and every node says its own: else the first to say so would get all mail
+        self.far: frozenset[str] = frozenset()  # nodes that stand in another site than this process, or nobody knows where
         self._rows: dict[str, LayoutRow] = {}
         self._leaving: dict[asyncio.Task[None], str] = {}  # nodes that went, while they are closed
         self._admit: Admit | None = None
@@ -68,6 +76,7 @@ class Cluster:
         self._opening: list[asyncio.Task[float]] = []
         self._closed = False
         self._takers: list[StorageNode] = []  # nodes that took mail when last looked at, with their figures
+        self._proof: list[StorageNode] = []  # of them, one of each of R groups: while these are well, there are enough
         self._candidates: list[Candidate] = []
         self._looked_at = float("-inf")
         self._enough = False
@@ -86,6 +95,11 @@ class Cluster:
     def groups(self) -> dict[str, str]:
         """Node to group."""
         return {node.id: node.group for node in self.nodes.values()}
+
+    def site_of(self, name: str) -> str:
+        """Where a node stands, "" if nobody said."""
+        row = self._rows.get(name)
+        return row.site if row is not None else ""
 
     def standing(self, name: str) -> Standing:
         """What the layout says of a node; without one all that there are are active."""
@@ -108,6 +122,10 @@ class Cluster:
         standing = self.standing(node.id)
         taken = node.state is NodeState.READ_WRITE and standing is not Standing.ACTIVE
         return standing.value if taken else node.state.value
+
+    def takes(self, node: StorageNode) -> bool:
+        """True if this process would place a copy there now: it is well, was compared with the index, and gives stamps."""
+        return self._takes(node)
 
     @staticmethod
     def states() -> list[str]:
@@ -141,9 +159,13 @@ class Cluster:
                 continue
             node.group, node.priority = row.group, row.priority
             if isinstance(node, RemoteNode):
-                node.where.fence = layout.version  # its machine refuses who goes by an older one than it was told
+                node.follow(layout.version)  # its machine refuses who goes by an older one than it was told
             nodes[row.id] = node
         self._rows = rows
+        self.far = frozenset(name for name, row in rows.items() if self.site and row.site != self.site)
+        sites = {row.site for row in rows.values() if row.state in COUNTS}
+        self._sited = len(sites) > 1 and "" not in sites
+        went_apart, self.apart = self.apart, self._wants_apart and self._sited
         for name, node in nodes.items():
             if before.get(name) is not node:
                 self._watched[name] = _Watched()
@@ -153,7 +175,7 @@ class Cluster:
             if nodes.get(name) is not node:
                 self._let_go(node)
         self._world.log.event(Event.LAYOUT, version=layout.version, nodes=" ".join(nodes))
-        if nodes.keys() != before.keys() or self._leaving:
+        if nodes.keys() != before.keys() or self._leaving or self.apart is not went_apart:
             for tell in self.when_changed:
                 tell()
 
@@ -174,6 +196,11 @@ class Cluster:
         """Nodes that serve reads, in order of id."""
         return [node for node in self.nodes.values() if node.state not in _AWAY]
 
+    def find_readable(self, name: str) -> StorageNode | None:
+        """A node that serves reads; None if it does not."""
+        node = self.nodes.get(name)
+        return node if node is not None and node.state not in _AWAY else None
+
     def admitted(self) -> list[StorageNode]:
         """Readable nodes whose log the keeper has compared with the index."""
         return [node for node in self.readable() if self._watched[node.id].admitted is not None]
@@ -188,37 +215,43 @@ class Cluster:
 
     def place(self) -> list[StorageNode]:
         """Nodes for a new message, in order. Raises NotRedundant when fewer than R groups take mail (P6)."""
-        candidates = self._look()
+        order = self._next(self._look())
+        if any(node.state is not _READ_WRITE for node in order[: self.copies_required]):  # it stopped since
+            self._looked_at = float("-inf")
+            order = self._next(self._look())
+        return list(order)
+
+    def _next(self, candidates: Sequence[Candidate]) -> list[StorageNode]:
         if len(self._orders) < limits.PLACEMENT_DRAWS:
             order = self._draw(candidates)
             self._orders.append(order)
-        else:
-            self._drawn = (self._drawn + 1) % limits.PLACEMENT_DRAWS
-            order = self._orders[self._drawn]
-        return list(order)
+            return order
+        self._drawn = (self._drawn + 1) % limits.PLACEMENT_DRAWS
+        return self._orders[self._drawn]
 
     def _draw(self, candidates: Sequence[Candidate]) -> list[StorageNode]:
         draws = [self._world.entropy.uniform(0.0, 1.0) for _ in candidates]
-        order = place(candidates, self.copies_required, self._policy, draws)
+        order = place(candidates, self.copies_required, self._policy, draws, self._wants_apart)
         if not order:
             groups = len({candidate.group for candidate in candidates})
             raise NotRedundant(f"{groups} of {self.copies_required} groups take mail")
-        return [self.nodes[name] for name in order]
+        return [self.nodes[name] for name in order[: self.copies_required + limits.PLACEMENT_SPARES]]
 
     def takes_mail(self) -> bool:
         """True if enough groups are writable."""
+        if any(node.state is not _READ_WRITE for node in self._proof):
+            self._looked_at = float("-inf")
         self._look()
         return self._enough
 
     def _look(self) -> list[Candidate]:
-        """The nodes that take mail, with figures at most PLACEMENT_LOOK_S old; a node that stops is noticed at once."""
+        """The nodes that take mail, or some of many, with figures at most PLACEMENT_LOOK_S old, or older where there are very
+        many: what it costs does not grow with them.
+        """
         now = self._world.clock.monotonic()
-        if self._enough and now - self._looked_at < limits.PLACEMENT_LOOK_S:
-            for node in self._takers:
-                if node.state is not _READ_WRITE:
-                    break
-            else:
-                return self._candidates
+        held_s = limits.PLACEMENT_LOOK_S * max(1.0, len(self._takers) / limits.PLACEMENT_NODES)
+        if self._enough and now - self._looked_at < held_s:
+            return self._candidates
         self._looked_at = now
         self._orders.clear()
         self._takers = [node for node in self.nodes.values() if self._takes(node)]
@@ -235,9 +268,16 @@ class Cluster:
                     stat.free_octets - self._reserve_octets,
                     stat.waiting_octets,
                     self.is_slow(node.id),
+                    self.site_of(node.id) if self._sited else "",
+                    self._sited and node.id in self.far,
                 )
             )
-        self._enough = len({node.group for node in self._takers}) >= self.copies_required
+        groups = {node.group: node for node in self._takers}
+        self._enough = len(groups) >= self.copies_required
+        self._proof = list(groups.values())[: self.copies_required]
+        if len(self._candidates) > limits.PLACEMENT_OF_A_KIND:
+            draws = [self._world.entropy.uniform(0.0, 1.0) for _ in self._candidates]
+            self._candidates = thinned(self._candidates, draws)
         return self._candidates
 
     def _takes(self, node: StorageNode) -> bool:

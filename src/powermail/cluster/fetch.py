@@ -47,22 +47,28 @@ class Fetcher:
         self._pace = Pace(self._monotonic)
 
     def _order(self, nodes: Sequence[str], kind: str) -> list[StorageNode]:
-        """The nodes believed to hold it first, near ones before far ones, the others behind: belief may be old."""
-        readable = self._cluster.readable()
-        believed = [node for node in readable if node.id in nodes]
-        return self._sorted(believed, kind) + [node for node in readable if node.id not in nodes]
+        """The nodes believed to hold it, near ones before far ones: of our site, then by what reads take."""
+        return self._sorted([node for name in nodes if (node := self._cluster.find_readable(name)) is not None], kind)
+
+    def _others(self, nodes: Sequence[str]) -> list[StorageNode]:
+        """All others, for belief may be old."""
+        return [node for node in self._cluster.readable() if node.id not in nodes]
 
     def _sorted(self, nodes: list[StorageNode], kind: str) -> list[StorageNode]:
         self._world.entropy.shuffle(nodes)
-        slow, ranks = self._cluster.is_slow, self._pace.ranks(kind)
+        slow, ranks = self._cluster.is_slow, self._pace.ranks(kind, self._cluster.far)
         nodes.sort(key=lambda node: (slow(node.id), ranks.get(node.id, 0)))
         return nodes
 
     async def _try(self, key: bytes, nodes: Sequence[str], kind: str, read: Callable[[StorageNode], Awaitable[T]]) -> T:
         """What the first good copy says. Raises MessageUnreadable."""
         trouble: list[str] = []
-        rest = deque(self._order(nodes, kind))
-        while rest:
+        rest, others = deque(self._order(nodes, kind)), True
+        while rest or others:
+            if others and len(rest) < 2:  # one that is late is asked of another beside it
+                rest.extend(self._others(nodes))
+                others = False
+                continue
             node = rest.popleft()
             beside = Beside(partial(self._second, node, rest, kind, read), self._pace.late_s(node.id, kind) if rest else None)
             try:
@@ -162,7 +168,9 @@ class Fetcher:
         """Whole small messages (key to the nodes believed to hold it), many at once. What is left out is not small, or in
         trouble: `commit` and `chunks` say which, and read from another copy.
         """
-        nodes = self._sorted([node for node in self._cluster.readable() if node.state is not NodeState.FAILED], _SMALL)
+        names = dict.fromkeys(name for believed in dict.fromkeys(wanted.values()) for name in believed)
+        there = [node for name in names if (node := self._cluster.find_readable(name)) is not None]
+        nodes = self._sorted([node for node in there if node.state is not NodeState.FAILED], _SMALL)
         found: dict[bytes, Small] = {}
         plan = _plan(nodes, wanted)
         if len(plan) == 1:
@@ -274,5 +282,5 @@ def _plan(nodes: Sequence[StorageNode], wanted: Mapping[bytes, tuple[str, ...]])
 def _commit(body: bytes) -> Commit:
     try:
         return Commit.parse(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CopyDamaged("commit record cannot be read") from error

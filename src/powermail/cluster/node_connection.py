@@ -173,18 +173,15 @@ class NodeConnection(asyncio.BufferedProtocol):
         octets += len(meta)
         now = loop.time()
         asked = (future, now + within_s + limits.NODE_CALL_GRACE_S, verb)
-        machine = self._machine
         if octets > limits.NODE_OPERATION_OCTETS_MAX or len(meta) > limits.NODE_META_OCTETS_MAX:
             future.set_exception(NeverAsked(f"node {self._node}: {verb.name} of {octets} octets is too large to ask"))
-        elif self._waiting or self._full or len(pieces) > 1 or not machine.may_ask(octets):
+        elif self._waiting or self._full or len(pieces) > 1 or not self._machine.take(verb.number, meta, pieces[0], asked):
             gives_up_at = now + limits.NODE_ROOM_WAIT_S if verb is verbs.COMMIT else asked[1]
             self._waiting.append(_Waiting(asked, gives_up_at, meta, pieces, octets))
             self._ask_more()
-        else:
-            machine.ask(verb, meta, pieces, asked)
-            if not self._flushing:
-                self._flushing = True
-                loop.call_soon(self._flush)
+        elif not self._flushing:
+            self._flushing = True
+            loop.call_soon(self._flush)
         if not self._looking:
             self._look_again(now)
         return future

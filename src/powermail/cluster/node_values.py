@@ -129,6 +129,11 @@ def chunk_form(chunk: Chunk) -> forms.ChunkForm:
 
 def chunks_of(found: Sequence[forms.ChunkForm], body: bytes, start: int) -> list[Chunk]:
     """Chunks whose octets lie in a body from `start` to its end. Raises Malformed, Unsupported."""
+    if len(found) == 1:  # what nearly all are
+        form = found[0]
+        flags, octets = form.flags, form.octets
+        if start + form.stored == len(body) and (flags == COMPRESSED or (not flags and octets == form.stored)):
+            return [_new(Chunk, (form.number, flags, body[start:], octets))]
     chunks = []
     for form in found:
         number, flags, stored, octets = form.number, form.flags, form.stored, form.octets

@@ -2,13 +2,14 @@
 
 A read that takes much longer than those before it on the same node is late, and another copy is asked beside it. The measure
 is that of RFC 6298 (mean and deviation, smoothed by 1/8 and 1/4), by kind of read. Who was overtaken is read last for a while
-(P20); so is who takes several times as long as the quickest: nodes of another site, without anybody saying where they stand.
+(P20); so is who stands in another site than the reader, where that is said, and, among equals of that, who takes several times
+as long as the quickest: nodes of another site, without anybody saying where they stand.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any, Generic, TypeVar
 
 from powermail.base import limits
@@ -76,8 +77,10 @@ class Pace:
         """True while a node is read last for that."""
         return self._monotonic() < self._overtaken_until.get(node, 0.0)
 
-    def ranks(self, kind: str) -> dict[str, int]:
-        """Whom to read behind the others, as they were a moment ago: 1 is far, 2 was overtaken; who is not named is neither."""
+    def ranks(self, kind: str, elsewhere: Collection[str] = ()) -> dict[str, int]:
+        """Whom to read behind the others, as they were a moment ago; who is not named is read first. 1 takes long, 2 is of
+        those who stand elsewhere, 3 takes long there, 4 was overtaken.
+        """
         now = self._monotonic()
         until, ranks = self._ranks.get(kind, (0.0, {}))
         if now < until:
@@ -89,7 +92,8 @@ class Pace:
         }
         far_s = max(limits.READ_NEAR_S, 4 * min(means.values(), default=0.0))
         ranks = {node: 1 for node, mean_s in means.items() if mean_s > far_s}
-        ranks.update({node: 2 for node, over_at in self._overtaken_until.items() if now < over_at})
+        ranks.update({node: 2 + ranks.get(node, 0) for node in elsewhere})
+        ranks.update({node: 4 for node, over_at in self._overtaken_until.items() if now < over_at})
         self._ranks[kind] = now + limits.READ_RANKS_S, ranks
         return ranks
 

@@ -41,7 +41,7 @@ def joined(whole: Whole) -> Small:
     parts = whole.parts
     try:
         form = CommitForm.parse(whole.commit)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CopyDamaged("commit record cannot be read") from error
     if [len(part) for part in parts] != form.sizes:
         raise CopyDamaged("chunks of another size than the commit record says")

@@ -216,8 +216,11 @@ class RemoteNode:
         connecting.result()
 
     async def _connect(self) -> None:
+        said = self.where.fence
         try:
             await self._link.connect()
+            if self.where.fence != said:  # a newer layout came meanwhile
+                self.follow(self.where.fence)
             await self.hear()
             if self._latest is not None:  # told on this link, before anything could be asked
                 self._show(self._latest)
@@ -332,7 +335,7 @@ class RemoteNode:
         answer = await self._ask("READ_SMALL", body=values.join_keys(once))
         try:
             found = [values.whole_of(form) for form in forms.decode_wholes(answer.body)]
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise self._nonsense(error) from error
         if len(found) != len(once):
             raise self._nonsense(f"{len(found)} messages for {len(once)} keys")
@@ -356,7 +359,7 @@ class RemoteNode:
         answer = await self._ask("END")
         try:
             return values.facts_of(forms.decode_facts(answer.body))
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise self._nonsense(error) from error
 
     async def probe(self) -> None:
@@ -428,7 +431,7 @@ class RemoteNode:
         answer = await self._ask("CHECKPOINTS", forms.CheckpointsAsk(after, min(limit, limits.NODE_PAGE_NAMES), skip))
         try:
             part = [(form.name, form.number, form.octets) for form in forms.decode_checkpoints(answer.body)]
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise self._nonsense(error) from error
         return part, answer.meta.following
 
@@ -459,10 +462,29 @@ class RemoteNode:
         answer = await self._ask("SET_LAYOUT", forms.LayoutForm(version, fence), layout)
         return answer.meta.version, answer.meta.fence, answer.body
 
+    def follow(self, version: int) -> None:
+        """This process goes by that version of the layout from now on. Its machine is told, so that a fence cuts nobody off who
+        does; one that cannot be told hears it in the next HELLO.
+        """
+        self.where.fence = version
+        if self._link.up:
+            self._link.ask(VERBS["FOLLOW"], _encode(forms.Follow(version))).add_done_callback(_seen)
+
     async def expel(self, ids: Sequence[str]) -> None:
-        """Certificates of these ids admit nobody there any more; durable when it returns. Raises OperatorError, NodeTrouble."""
+        """Certificates of these ids, which are all that are known, admit nobody there any more; durable when it returns. Raises
+        OperatorError, NodeTrouble.
+        """
         for start in range(0, len(ids), limits.NODE_EXPEL_IDS_MAX):
-            await self._ask("EXPEL", forms.Expel(tuple(ids[start : start + limits.NODE_EXPEL_IDS_MAX])))
+            some = tuple(ids[start : start + limits.NODE_EXPEL_IDS_MAX])
+            await self._ask("EXPEL", forms.Expel(some, start + len(some) < len(ids)))
+
+    async def expelled(self) -> dict[str, tuple[str, ...]]:
+        """Ids that are refused there, each with some who said so. Raises NodeTrouble, also where an older program serves it."""
+        answer = await self._ask("EXPELLED")
+        try:
+            return {form.id: form.by for form in forms.decode_expelled(answer.body)}
+        except (msgspec.DecodeError, ValueError) as error:
+            raise self._nonsense(error) from error
 
     def _nonsense(self, why: object) -> NodeTrouble:
         """An answer that makes no sense: the node is not to be believed in this."""
@@ -483,7 +505,7 @@ def _keys(node: RemoteNode, body: bytes) -> list[bytes]:
         raise node._nonsense(error) from error
 
 
-def _seen(task: asyncio.Task[None]) -> None:
+def _seen(task: asyncio.Future[Any]) -> None:
     """Whoever waits for it hears of its end; nobody need."""
     if not task.cancelled():
         task.exception()

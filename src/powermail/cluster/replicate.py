@@ -144,7 +144,7 @@ class Replication:
         """
         self._world.counters.add("cluster.replaced")
         while True:
-            spare = next((node for node in self._spares if node.group not in groups and self._may_be_asked(node)), None)
+            spare = self._next_spare(groups)
             if spare is None:
                 return None
             self._spares.remove(spare)
@@ -158,6 +158,17 @@ class Replication:
                 self._note_failed(spare, error)
                 continue
             return spare
+
+    def _next_spare(self, groups: set[str]) -> StorageNode | None:
+        """The next node in placement order that is in none of `groups`; where copies go apart, of a site that has none yet if
+        there is one.
+        """
+        left = [node for node in self._spares if node.group not in groups and self._may_be_asked(node)]
+        if not left or not self._cluster.apart:
+            return left[0] if left else None
+        site = self._cluster.site_of
+        used = {site(node.id) for node in (*self._targets, *self._asked.values()) if node.group in groups}
+        return next((node for node in left if site(node.id) not in used), left[0])
 
     def _may_be_asked(self, node: StorageNode) -> bool:
         if self._stamps is not None and (node.id not in self._stamps or self._window_s(node) == 0.0):
@@ -199,8 +210,15 @@ class Replication:
         self._stamps = self._cluster.stamps([*self._targets, *self._spares])
         closes_at = self._world.clock.monotonic() + limits.COMMIT_WINDOW_S - limits.SPARE_MARGIN_S
         self._closes_at = {spare.id: closes_at - spare.stamp_age_s() for spare in self._spares}
+        layout = self._cluster.layout.version
         await self._ask(self._targets, last, body)
-        while len(groups := {group for _, _, group in self._counted}) < self._cluster.copies_required:
+        while True:
+            if self._cluster.layout.version != layout:
+                layout = self._cluster.layout.version
+                self._forget_expelled()
+            groups = {group for _, _, group in self._counted}
+            if len(groups) >= self._cluster.copies_required:
+                break
             spare = await self._feed_spare(groups, len(self._sizes) - len(last))
             if spare is None:
                 raise NotStored(self._why or "too few nodes have a stamp", self.undecided, tuple(self._refused))
@@ -236,6 +254,13 @@ class Replication:
                 self._without_receipt(node, error)
             else:
                 self._counted[receipt.node, receipt.incarnation, group] = None
+
+    def _forget_expelled(self) -> None:
+        """What a node took that was expelled meanwhile never counts again: no index takes its receipt, and it is no copy."""
+        gone = [name for name in self._receipts if self._cluster.standing(name) is Standing.EXPELLED]
+        for name in gone:
+            del self._receipts[name]
+        self._counted = {one: None for one in self._counted if one[0] not in gone}
 
     def _without_receipt(self, node: StorageNode, error: Exception) -> None:
         """Only a definite refusal, or that it was never asked, says that it holds no commit; else that is unknown (law 5)."""

@@ -7,9 +7,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import NamedTuple
 
 from powermail.base import limits
+from powermail.base.database_url import Host
 from powermail.base.errors import PowerMailError
 from powermail.base.findings import POSTGRES_SETTINGS, Finding, of_postgres
-from powermail.directory.database import Address, Host
+from powermail.directory.database import Address
 from powermail.directory.pool import Session
 from powermail.directory.schema import VERSION
 from powermail.directory.server import connector

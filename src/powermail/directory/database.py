@@ -1,4 +1,4 @@
-"""Owns the address of a database: which engine, which hosts, as whom; a password is no part of it.
+"""Owns the address of the directory's database: which engine, which hosts, as whom; a password is no part of it.
 
     postgresql://USER@HOST[:PORT][,HOST[:PORT]...]/NAME        mysql:// likewise
 
@@ -8,25 +8,14 @@ Several hosts are copies of one database, of which one takes changes.
 
 from __future__ import annotations
 
-import re
 import ssl
 from typing import NamedTuple
-from urllib.parse import unquote
 
+from powermail.base.database_url import Host, parse_database_url
 from powermail.base.errors import OperatorError
 
-_URL = re.compile(r"(?P<kind>[a-z]+)://(?:(?P<user>[^:@/]*)(?::(?P<password>[^@/]*))?@)?(?P<hosts>[^/@]+)/(?P<name>[^/?#]+)")
-_PORTS = {"postgresql": 5432, "mysql": 3306}
-
-
-class Host(NamedTuple):
-    """One server: a name or address and its port, or the path of a unix socket."""
-
-    name: str
-    port: int
-
-    def __str__(self) -> str:
-        return self.name if self.name.startswith("/") else f"{self.name}:{self.port}"
+PORTS = {"postgresql": 5432, "mysql": 3306}
+_SETTING = "directory.database"
 
 
 class Address(NamedTuple):
@@ -39,25 +28,16 @@ class Address(NamedTuple):
     tls: ssl.SSLContext | None = None
 
 
-def _host(text: str, kind: str) -> Host:
-    name, separator, port = text.rpartition(":")
-    if text.startswith("[") and text.endswith("]"):
-        name, separator, port = text, "", ""
-    elif not separator:
-        name, port = text, ""
-    if separator and not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
-        raise OperatorError(f"directory.database: {text!r} is not host or host:port")
-    return Host(unquote(name).removeprefix("[").removesuffix("]"), int(port) if port else _PORTS[kind])
-
-
 def parse(kind: str, url: str, tls: ssl.SSLContext | None = None, password: str = "") -> Address:
     """The address that a setting says. Raises OperatorError."""
-    found = _URL.fullmatch(url)
-    if found is not None and found["password"] is not None:
-        raise OperatorError("directory.database: a password belongs in a file of its own: directory.database_password_file")
-    if found is None or found["kind"] != kind:
-        raise OperatorError(f"directory.database is not {kind}://USER@HOST[:PORT][,HOST[:PORT]...]/NAME")
-    hosts = tuple(_host(text, kind) for text in found["hosts"].split(","))
-    if any(not host.name for host in hosts) or not found["user"]:
-        raise OperatorError("directory.database names no user, or an empty host")
-    return Address(hosts, unquote(found["user"]), password, unquote(found["name"]), tls)
+    form = f"{_SETTING} is not {kind}://USER@HOST[:PORT][,HOST[:PORT]...]/NAME"
+    if not url.startswith(f"{kind}://"):
+        raise OperatorError(form)
+    found = parse_database_url(url, {kind: PORTS[kind]}, _SETTING)
+    if found.password is not None:
+        raise OperatorError(f"{_SETTING}: a password belongs in a file of its own: directory.database_password_file")
+    if found.query or not found.name:
+        raise OperatorError(form)
+    if any(not host.name for host in found.hosts) or not found.user:
+        raise OperatorError(f"{_SETTING} names no user, or an empty host")
+    return Address(found.hosts, found.user, password, found.name, tls)

@@ -15,9 +15,10 @@ from aiomysql.connection import Connection
 from pymysql.constants import CR, ER, FIELD_TYPE
 
 from powermail.base import limits
+from powermail.base.database_url import Host
 from powermail.base.errors import DirectoryTrouble, OperatorError, PowerMailError
 from powermail.directory.contract import RowTrouble
-from powermail.directory.database import Address, Host
+from powermail.directory.database import Address
 from powermail.directory.pool import Broken, Column, Contended, Refused, Row
 from powermail.directory.rows import Value
 from powermail.directory.statement import Statement

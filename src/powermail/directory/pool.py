@@ -15,8 +15,8 @@ from typing import NamedTuple, Protocol
 
 from powermail.base import limits
 from powermail.base.clock import Clock
+from powermail.base.database_url import Host
 from powermail.base.errors import DirectoryTrouble, OperatorError
-from powermail.directory.database import Host
 from powermail.directory.rows import Value
 from powermail.directory.statement import Statement
 

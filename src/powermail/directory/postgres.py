@@ -8,14 +8,20 @@ from typing import Any
 import asyncpg
 
 from powermail.base import limits
+from powermail.base.database_url import Host
 from powermail.base.errors import DirectoryTrouble, OperatorError, PowerMailError
 from powermail.directory.contract import RowTrouble
-from powermail.directory.database import Address, Host
+from powermail.directory.database import Address
 from powermail.directory.pool import Broken, Column, Contended, Refused, Row
 from powermail.directory.rows import Value
 from powermail.directory.statement import Statement
 
-_SETTINGS = {"application_name": "powermail", "timezone": "UTC", "datestyle": "ISO", "standard_conforming_strings": "on"}
+_SETTINGS = {
+    "application_name": "powermail-directory",
+    "timezone": "UTC",
+    "datestyle": "ISO",
+    "standard_conforming_strings": "on",
+}
 _NEVER = ("28", "3D", "3F")  # classes: authorization, no such database, no such schema
 _SERVER = ("08", "53", "57", "58", "XX")  # classes: connection, resources, operator intervention, system, internal
 _ROW = ("21", "22")  # classes: cardinality, data

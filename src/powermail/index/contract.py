@@ -378,10 +378,17 @@ class Copies(Protocol):
     async def node_rows(self) -> list[NodeRow]:
         """All member nodes, by id."""
 
-    async def admit_node(self, node: str, group: str, incarnation: str, boot: str, watermark: Position, end: Position) -> None:
+    async def admit_node(
+        self, node: str, group: str, incarnation: str, boot: str, watermark: Position, end: Position,
+        instead_of: str | None = None,
+    ) -> bool:  # fmt: skip
         """Remembers an incarnation that is new here: its watermark, `scan_round` begins anew (law 9); orders and drops stay,
         beliefs stay until they were checked. While the index catches up it owes a walk. The incarnation that the node had
-        before, if another, is retired: that disk never comes back as it is (law 9), and checkpoints on it count as lost.
+        before, if another, is retired: that disk never comes back as it is (law 9), checkpoints on it count as lost, and the
+        move that hands on its notes begins (`sharing.HAND_ON`).
+
+        False, and nothing changed, if the node is not of the incarnation `instead_of` any more ("": it had none): who looked
+        at a disk, and slept while it was swapped again, would retire the one that is there now. None: whatever it had.
         """
 
     async def note_boot(self, node: str, incarnation: str, boots: Sequence[str]) -> None:
@@ -398,7 +405,8 @@ class Copies(Protocol):
 
     async def expel(self, node: str, version: int | None = None) -> bool:
         """Ends a node's membership: its orders, drops, beliefs, suspicions and notes go; its incarnation is retired (law 9),
-        its row of the layout says so. False, and nothing changed, if `version` is given and the layout has another.
+        its row of the layout says so, the move that hands on its notes begins. False, and nothing changed, if `version` is
+        given and the layout has another.
         """
 
     async def unread(self, node: str, limit: int) -> list[Unread]:
@@ -601,8 +609,12 @@ class Checkpoints(Protocol):
         With `whole`, a whole one whatever the tail is: a holder of the one before takes nothing, or its tail cannot be packed.
         """
 
-    async def checkpoint_done(self, plan: CheckpointPlan, nodes: Sequence[str], now: float) -> None:
-        """All its records are durable on these nodes. It counts only in the epoch in which it was planned (law 11)."""
+    async def checkpoint_done(
+        self, plan: CheckpointPlan, nodes: Sequence[str], now: float, incarnations: Mapping[str, str] | None = None
+    ) -> None:
+        """All its records are durable on these nodes. It counts only in the epoch in which it was planned (law 11), and only if
+        all are members still, with the `incarnations` that were written to: else it is due at once (law 13).
+        """
 
     async def checkpoints_lost(self, node: str) -> int:
         """A node is gone or was made anew: what had its checkpoint there gets a whole one soon; how many."""
@@ -624,7 +636,8 @@ class EpochFacts(NamedTuple):
     """How the index stands, read anew. `why`: what this process itself met that proves lost commits; "" if nothing.
 
     `newcomers`: incarnations that were admitted since the index was last known to be whole, by node: if a loss is noticed,
-    their history does not go back far enough (law 11).
+    their history does not go back far enough (law 11). `doubted`: all that `why` says is that the database has another history:
+    what nodes of G-R+1 groups remember shows whether anything is lost (law 10).
     """
 
     epoch: int
@@ -632,6 +645,7 @@ class EpochFacts(NamedTuple):
     catching_up: bool
     why: str
     newcomers: Mapping[str, str]
+    doubted: bool = False
 
 
 class Epochs(Protocol):
@@ -676,7 +690,8 @@ class Epochs(Protocol):
     async def proof(self, connection: int) -> Mark:
         """The mark that goes to a node with what was read of the index before: it counts every transaction that was seen then,
         because it is made behind the reading, over the same connection, with the epoch read at once (law 10). Raises
-        IndexTrouble when `connection`, as it was before the reading, is not in use any more: read again.
+        IndexTrouble when `connection`, as it was before the reading, is not in use any more, or another epoch began: read
+        again.
         """
 
     def mark(self) -> Mark:
@@ -695,9 +710,12 @@ class Epochs(Protocol):
         another life of the index (law 11).
         """
 
-    async def raise_epoch(self, marks: Sequence[Mark], why: str, found_in: int | None = None) -> int:
+    async def raise_epoch(self, marks: Sequence[Mark], why: str, found_in: int | None = None, asked: bool = False) -> int:
         """Commits were lost: a new epoch above all that is known, UIDVALIDITY's counter leaps, every node owes a walk, readers
         wait, and nothing is numbered until `begin_epoch` (law 11). The new epoch.
+
+        `asked`: `marks` are of nodes of G-R+1 groups; if it was only `doubted`, and none remembers more than is there, no node
+        owes a walk.
 
         `found_in`: the epoch in which the loss was found, or an earlier one. 0 if another process has raised it since, and
         nothing that is known proves a loss of the epoch there is now.
@@ -735,8 +753,10 @@ class Epochs(Protocol):
         (compare-and-set).
         """
 
-    async def caught_up(self, epoch: int) -> bool:
-        """Groups enough were walked: listings are complete again. False if it is another epoch by now."""
+    async def caught_up(self, epoch: int, connection: int | None = None) -> bool:
+        """Groups enough were walked: listings are complete again. False if it is another epoch by now. Raises IndexTrouble when
+        `connection`, over which the ends of the walks were looked at, is not in use any more.
+        """
 
     async def rest(self) -> None:
         """The process stops in good order: its slot says so, and the next start needs no jump (law 10)."""

@@ -1,10 +1,15 @@
 """Owns moving an index from one engine to another: the same rows, the same history (laws 10, 11).
 
-Nobody serves meanwhile. Rows go table by table in the order of their keys, a page a transaction, so that what has arrived is
-always the beginning of each table: who is killed goes on behind the last row that is there. When all is there both sides are
-read again, row beside row. Then, in this order, each durable before the next: the old index says that it was moved, and from
-there on nobody opens it; the new one gets its cluster's name, and from there on it can be served. So never both, and a kill
-between the two leaves neither, until the move is run again.
+Nobody serves meanwhile. An index that several processes may open is first ordered to leave, and from there on nobody opens it;
+who has it open is waited for. Rows go table by table in the order of their keys, a page a transaction, so that what has arrived
+is always the beginning of each table: who is killed goes on behind the last row that is there. When all is there both sides are
+read again, row beside row. Then, in this order, each durable before the next: the old index says that it was moved, in the
+transaction that finds it as it was and takes their slots from all who ever wrote to it; the new one gets its cluster's name, in
+the transaction that finds that it was kept for this move, and from there on it can be served. So never both, and a kill between
+the two leaves neither, until the move is run again.
+
+Danger: a list of connections is a courtesy (an engine may have none, a process may sleep between two statements). What keeps an
+old process from writing are the slots, which each transaction raises last (law 10), and the counter that a new slot takes.
 
 Which tables there are is asked of the databases themselves: one that is added later moves too, or the move says that it cannot.
 What changed the old index between two runs is seen in its writer slots, which every transaction counts (law 10): then the
@@ -13,8 +18,10 @@ move begins anew.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -28,15 +35,38 @@ Work = Sequence[tuple[str, Sequence[Sequence[Any]]]]  # statements, each with th
 META = "meta"
 # Rows of `meta` that belong to one database and not to the history in it.
 MOVING = "moving"  # in the new one: which state of which index is on its way here
+LEAVING = "leaving"  # in the old one, if others may open it: where to; it is copied, and nobody opens it
 MOVED = "moved"  # in the old one: where to
 MOVED_AS = "moved_as"  # in the old one: which state of it
 MOVED_FROM = "moved_from"  # in the new one, when it is whole: which state it was
 CLUSTER = "cluster"  # who has none is not served
-OF_ONE_SIDE = frozenset({MOVING, MOVED, MOVED_AS, MOVED_FROM, CLUSTER, "version", "system", "timeline"})
+OF_ONE_SIDE = frozenset({MOVING, LEAVING, MOVED, MOVED_AS, MOVED_FROM, CLUSTER, "version", "system", "timeline"})
 # Columns that one engine has and the other has no use for, and what they begin with.
 OF_ONE_ENGINE: Mapping[tuple[str, str], Any] = {("writers", "used_at"): 0.0}
 PUT_NOTE = "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
 _FIRST_PAGE_ROWS = 16
+_NOTE = "SELECT value FROM meta WHERE name = ? FOR UPDATE"
+_NOBODYS = "SELECT value FROM meta WHERE name = 'cluster' AND value <> '' FOR UPDATE"
+_NO_NOTE = "DELETE FROM meta WHERE name = ?"
+# What every transaction changes something of (law 10). In this order they are locked: who takes a slot locks the counter first.
+_FACTS = (
+    "SELECT value FROM meta WHERE name = 'cluster'",
+    "SELECT name, value FROM counters ORDER BY name FOR UPDATE",
+    "SELECT id, tag, count, stopped FROM writers ORDER BY id FOR UPDATE",
+)
+_NO_SLOTS = "UPDATE writers SET tag = 'moved', stopped = 1"
+
+
+class Answer(NamedTuple):
+    """What a statement must answer, or nothing is changed."""
+
+    text: str
+    args: Sequence[Any]
+    rows: Sequence[tuple[Any, ...]]
+
+
+class Changed(IndexTrouble):
+    """What was to be changed is not as it was: nothing was."""
 
 
 class Table(NamedTuple):
@@ -59,6 +89,7 @@ class Side(ABC):
 
     name: str  # as people are told
     alone: bool  # nothing but the index is in it: its tables are the index's
+    shared: bool  # processes that this one knows nothing of may open it
 
     @abstractmethod
     async def tables(self) -> dict[str, Table]:
@@ -69,8 +100,10 @@ class Side(ABC):
         """All rows of a statement."""
 
     @abstractmethod
-    async def change(self, work: Work) -> None:
-        """Runs all of it in one transaction, durable at return."""
+    async def change(self, work: Work, provided: Sequence[Answer] = ()) -> None:
+        """Runs all of it in one transaction, durable at return, behind questions that must have these answers. Raises Changed
+        if one has another.
+        """
 
     @abstractmethod
     async def history(self) -> dict[str, str]:
@@ -87,14 +120,17 @@ class Side(ABC):
         return {str(name): str(value) for name, value in await self.rows("SELECT name, value FROM meta")}
 
 
-async def state_of(side: Side) -> str:
-    """Which state of which index it is: every transaction raises a writer slot (law 10)."""
-    facts = [
-        await side.rows("SELECT value FROM meta WHERE name = 'cluster'"),
-        await side.rows("SELECT name, value FROM counters ORDER BY name"),
-        await side.rows("SELECT id, tag, count, stopped FROM writers ORDER BY id"),
-    ]
-    return sha256(msgspec.msgpack.encode(facts)).hexdigest()[:32]
+class State(NamedTuple):
+    """Which state of which index it is, and the questions that answer so."""
+
+    id: str
+    facts: tuple[Answer, ...]
+
+
+async def state_of(side: Side) -> State:
+    """The state that an index is in: every transaction raises a writer slot (law 10)."""
+    facts = tuple([Answer(text, (), await side.rows(text)) for text in _FACTS])
+    return State(sha256(msgspec.msgpack.encode([fact.rows for fact in facts])).hexdigest()[:32], facts)
 
 
 class Plan(NamedTuple):
@@ -228,29 +264,89 @@ class _Move:
 
 
 async def move(source: Side, target: Side, progress: Progress) -> list[MovedTable]:
-    """Moves an index that nobody serves into a database that has its tables and nothing in them; what was moved, nothing if a
-    run before this one had only the last step left. Run again it goes on. Raises IndexTrouble, OperatorError.
+    """Moves an index into a database that has its tables and nothing in them; what was moved, nothing if a run before this one
+    had only the last step left. Run again it goes on. Raises IndexTrouble, OperatorError: then the index is served where it
+    was, unless it says that it was moved.
     """
     here, there = await source.notes(), await target.notes()
-    moved: list[MovedTable] = []
+    if MOVED in here and there.get(MOVED_FROM) == here[MOVED_AS]:
+        return []
+    if not here.get(CLUSTER):
+        raise OperatorError(f"{source.name} has no index in it; nothing was changed")
+    _refuse_taken(target, there)
     if MOVED in here:
-        if there.get(MOVED_FROM) == here[MOVED_AS]:
-            return []
-        if there.get(MOVING) != here[MOVED_AS]:
+        if there.get(MOVING) != here[MOVED_AS] and target.name != here[MOVED]:
             raise OperatorError(f"{source.name} was moved to {here[MOVED]}, and {target.name} is not that")
+        moved: list[MovedTable] = []
+        if there.get(MOVING) != here[MOVED_AS]:  # somebody else has written there: from the one that nobody changes any more
+            moved = await _copied(source, target, progress, here[MOVED_AS], there)
     else:
-        state = await state_of(source)
-        await _refuse_used(source, target, there)
-        how = await plans(source, target)
-        if there.get(MOVING) != state:
-            await _clear(target, how, state)
-        moved = await _Move(source, target, progress).run(how)
-        if await state_of(source) != state or await source.users():
-            raise IndexTrouble(f"{source.name} was used meanwhile: stop every process that serves, and run it again")
-        await source.change([(PUT_NOTE, [(MOVED, target.name), (MOVED_AS, state)])])
+        await _refuse_users(target)
+        async with _leaving(source, target.name, here):
+            moved = await _leave(source, target, progress, there)
         here = await source.notes()
     await _publish(target, here)
     return moved
+
+
+async def _leave(source: Side, target: Side, progress: Progress, there: Mapping[str, str]) -> list[MovedTable]:
+    """Copies the index of a source that nobody uses, and marks it as moved."""
+    state = await state_of(source)
+    moved = await _copied(source, target, progress, state.id, there)
+    await _refuse_users(target)
+    await _refuse_users(source)
+    if (await target.notes()).get(MOVING) != state.id:
+        raise IndexTrouble(f"{target.name} was written to by somebody else meanwhile; the next run begins anew")
+    work: list[tuple[str, Sequence[Sequence[Any]]]] = [(PUT_NOTE, [(MOVED, target.name), (MOVED_AS, state.id)])]
+    if source.shared:
+        work += [(_NO_SLOTS, [()]), (_NO_NOTE, [(LEAVING,)])]
+    try:
+        await source.change(work, state.facts)
+    except Changed as error:
+        raise IndexTrouble(
+            f"{source.name} was used meanwhile: stop every process that serves, and run it again; nothing was moved"
+        ) from error
+    return moved
+
+
+async def _copied(source: Side, target: Side, progress: Progress, state: str, there: Mapping[str, str]) -> list[MovedTable]:
+    how = await plans(source, target)
+    if there.get(MOVING) != state:
+        await _clear(target, how, state)
+    return await _Move(source, target, progress).run(how)
+
+
+@asynccontextmanager
+async def _leaving(source: Side, name: str, here: Mapping[str, str]) -> AsyncIterator[None]:
+    """Nobody opens the index meanwhile, and nobody has it open. Who fails lets it be opened again; who is killed does not."""
+    if not source.shared:
+        yield
+        return
+    where = f"to {name}"
+    if here.get(LEAVING) != where:
+        await source.change([(PUT_NOTE, [(LEAVING, where)])], [Answer(_NOTE, (MOVED,), []), _note(CLUSTER, here)])
+    try:
+        await _refuse_users(source)
+        yield
+    except BaseException:
+        with contextlib.suppress(IndexTrouble):
+            await source.change([(_NO_NOTE, [(LEAVING,)])])
+        raise
+
+
+async def let_stay(source: Side) -> bool:
+    """Takes back a move that did not come to its end: the index is opened again where it is; False if none was ordered.
+
+    Raises OperatorError if it was moved, IndexTrouble.
+    """
+    here = await source.notes()
+    if MOVED in here:
+        raise OperatorError(
+            f"{source.name} was moved to {here[MOVED]}: `powermail index move` moves it back. Nothing was changed"
+        )
+    if LEAVING in here:
+        await source.change([(_NO_NOTE, [(LEAVING,)])])
+    return LEAVING in here
 
 
 async def counted(source: Side, target: Side | None) -> list[MovedTable]:
@@ -260,7 +356,10 @@ async def counted(source: Side, target: Side | None) -> list[MovedTable]:
         raise OperatorError(f"{source.name} has no index in it")
     if MOVED in here:
         raise OperatorError(f"{source.name} was moved to {here[MOVED]}")
-    await _refuse_used(source, target, await target.notes() if target is not None else {})
+    if target is not None:
+        _refuse_taken(target, await target.notes())
+        await _refuse_users(target)
+    await _refuse_users(source)
     found = []
     for name in sorted(await source.tables()):
         rows = await source.rows(f"SELECT count(*) FROM {name}")
@@ -268,24 +367,40 @@ async def counted(source: Side, target: Side | None) -> list[MovedTable]:
     return found
 
 
-async def _refuse_used(source: Side, target: Side | None, there: Mapping[str, str]) -> None:
-    if target is not None and there.get(CLUSTER):
+def _refuse_taken(target: Side, there: Mapping[str, str]) -> None:
+    if there.get(CLUSTER):
         raise OperatorError(
             f"{target.name} has an index of cluster {there[CLUSTER]} already: name one that is empty; nothing was changed"
         )
-    if users := await source.users():
+
+
+async def _refuse_users(side: Side) -> None:
+    if users := await side.users():
         raise OperatorError(
-            f"{users} connections of PowerMail use {source.name}: stop every process that serves it first; nothing was changed"
+            f"{users} connections of PowerMail use {side.name}: stop every process that serves it, or another command that "
+            "moves it; then run this again"
         )
+
+
+def _note(name: str, notes: Mapping[str, str]) -> Answer:
+    """That a note says what it said."""
+    return Answer(_NOTE, (name,), [(notes[name],)])
 
 
 async def _clear(target: Side, how: Sequence[Plan], state: str) -> None:
     """The first rows of fresh tables, and what an earlier move left, go; from now on nobody makes an index of its own there."""
-    await target.change([(PUT_NOTE, [(MOVING, state)]), *((f"DELETE FROM {plan.name}", [()]) for plan in how)])
+    nobodys = [Answer(_NOBODYS, (), [])]
+    await target.change([(PUT_NOTE, [(MOVING, state)]), *((f"DELETE FROM {plan.name}", [()]) for plan in how)], nobodys)
 
 
 async def _publish(target: Side, here: Mapping[str, str]) -> None:
     """The last step: the new index can be served. Its database is the one that the history goes on in (law 10)."""
     rows = [(name, value) for name, value in sorted(here.items()) if name not in OF_ONE_SIDE]
     rows += [*(await target.history()).items(), (MOVED_FROM, here[MOVED_AS]), (CLUSTER, here[CLUSTER])]
-    await target.change([(PUT_NOTE, rows), ("DELETE FROM meta WHERE name = ?", [(MOVING,)])])
+    kept = [Answer(_NOTE, (MOVING,), [(here[MOVED_AS],)]), Answer(_NOBODYS, (), [])]
+    try:
+        await target.change([(PUT_NOTE, rows), (_NO_NOTE, [(MOVING,)])], kept)
+    except Changed as error:
+        raise IndexTrouble(
+            f"{target.name} was written to by somebody else meanwhile: see who does, and run this again, which copies it anew"
+        ) from error

@@ -72,6 +72,14 @@ class MoveRow(NamedTuple):
     note: str = ""
 
 
+HAND_ON = "hand-on"  # NODE: what lay there, and was told by marks and notes alone, is handed on by those that stay
+
+
+def hand_on_row(node: str, now: float) -> MoveRow:
+    """What is begun in the transaction that ends the membership of a disk (laws 11, 13)."""
+    return MoveRow(f"{HAND_ON} {node}", "handing on", 1, 0, now)  # 0 % until it is done
+
+
 class Membership(Protocol):
     """Which nodes there are and what each is for: the layout. It says nothing of what lies on them, nor how they are."""
 
@@ -80,6 +88,11 @@ class Membership(Protocol):
 
     async def layout(self) -> Layout:
         """All of it, in one snapshot."""
+
+    async def layout_fence(self) -> int:
+        """Its version when it last changed in what may cost redundancy (another group, leaving, expelled, put back): nobody may
+        go by an older one. 0 if it never did.
+        """
 
     async def change_layout(self, changes: Sequence[LayoutChange], version: int | None = None) -> Layout | None:
         """Makes these changes, all or none; the layout then. The version rises by one, or stays if nothing differs.
@@ -100,8 +113,8 @@ class Membership(Protocol):
     async def note_move(self, move: MoveRow) -> None:
         """Begins a move, or remembers how far it is."""
 
-    async def end_move(self, name: str) -> None:
-        """It is done, or given up."""
+    async def end_move(self, name: str, began_at: float | None = None) -> None:
+        """It is done, or given up; with `began_at` only if it is the one that began then."""
 
 
 # -- identities -------------------------------------------------------------------------------------------------------------
@@ -164,6 +177,16 @@ class Identities(Protocol):
 
     async def expel_identity(self, identity: str) -> None:
         """Gets no certificate any more, and its tokens go. For ever, whether it was known or not."""
+
+    async def expelled_known(self) -> bool:
+        """False while nodes may know of expulsions that this index does not: since it was made, made anew or put back nobody
+        has heard them all.
+        """
+
+    async def take_expelled(self, identities: Sequence[str], heard_in: int = 0) -> int:
+        """Expels all of these that nodes know to be expelled; how many were not. With `heard_in`, the epoch from before they
+        were asked, every node was heard: `expelled_known`, until a later one begins.
+        """
 
     async def holders(self) -> list[Holder]:
         """All who ever held one or were expelled, by identity."""

@@ -78,19 +78,19 @@ class Admission:
 
         Raises IndexTrouble when nothing can be known now, OperatorError or NodeTrouble with the cure if it may take no part.
         """
+        row = await self._row(node)  # before the disk is looked at: it takes the place of no later one
         facts = await node.facts()
         await self._epochs.compare(node, facts)  # law 10: marks first
         self._refuse_retired(node, facts)
-        row = await self._row(node)
         if row is None or row.incarnation != facts.incarnation:
-            await self._take_in(node, facts)
+            await self._take_in(node, facts, row)
         elif is_older(row, facts):
             self._world.log.event(Event.NODE_DAMAGE, node=node.id, error="an older state of this disk is back")
             self._world.counters.add("law.12.older")
             birth = await node.rebirth()  # durable before the index knows; a crash here is a new incarnation with a birth mark
             facts = await node.facts()
             assert facts.birth == birth
-            await self._take_in(node, facts)
+            await self._take_in(node, facts, row)
         row = await self._row(node)
         if row is None or row.incarnation != facts.incarnation:
             raise IndexTrouble(f"node {node.id} is being admitted elsewhere")
@@ -120,15 +120,18 @@ class Admission:
             self._world.counters.add("law.12.retired")
             raise OperatorError(
                 f"the disk of node {node.id} is one that was replaced or expelled before, and never comes back as it is: what "
-                f"was deleted since would be there again; empty its directory, then run `powermail node replace {node.id}`"
+                f"was deleted since would be there again. `powermail node salvage DIRECTORY` brings back what only it has; "
+                f"then empty its directory and run `powermail node replace {node.id}`"
             )
 
     async def _row(self, node: StorageNode) -> NodeRow | None:
         return next((row for row in await self._index.node_rows() if row.id == node.id), None)
 
-    async def _take_in(self, node: StorageNode, facts: NodeFacts) -> None:
-        """Law 12: an incarnation that is new to the index, from its birth mark on."""
-        await self._index.admit_node(node.id, node.group, facts.incarnation, "", facts.birth, facts.end)
+    async def _take_in(self, node: StorageNode, facts: NodeFacts, row: NodeRow | None) -> None:
+        """Law 12: an incarnation that is new to the index, from its birth mark on; in the place of what it was seen beside."""
+        before = row.incarnation if row is not None else ""
+        if not await self._index.admit_node(node.id, node.group, facts.incarnation, "", facts.birth, facts.end, before):
+            raise IndexTrouble(f"node {node.id} is being admitted elsewhere")
         self._past.pop(node.id, None)
         self._world.counters.add("law.12.incarnations")
         self._world.log.event(Event.NODE_STATE, node=node.id, state="admitted", incarnation=facts.incarnation)

@@ -51,7 +51,7 @@ async def read_commits(node: StorageNode, keys: Sequence[bytes]) -> Records:
             good[key] = Commit.parse(await node.read_commit(key))
         except CopyMissing:
             continue  # deleted, aborted or dropped since it was shown
-        except (CopyDamaged, msgspec.DecodeError) as error:
+        except (CopyDamaged, msgspec.DecodeError, UnicodeDecodeError) as error:
             bad[key] = str(error)
     return Records(good, bad)
 

@@ -10,7 +10,7 @@ would let the next one name keys whose new place nobody knows.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Mapping, Sequence
 from typing import Any, TypeVar
 
 from powermail.base import limits
@@ -55,6 +55,7 @@ class Checkpointer:
         self._cluster = cluster
         self._index = index
         self._queue_at = float("-inf")
+        self._queue_holders: dict[str, str] = {}  # nodes of its last state, with their incarnations
         self._past: dict[int, float] = {}  # mailboxes that could not be written, until when they are passed over
         self._away: dict[str, float] = {}  # nodes that did not take a record, until when others are asked first
         self._written = 0
@@ -63,10 +64,18 @@ class Checkpointer:
     async def step(self) -> float:
         """Some mailboxes; the queue's state every interval. Raises Trouble."""
         now = self._world.clock.monotonic()
-        if now - self._queue_at >= limits.CHECKPOINT_INTERVAL_S:
+        if now - self._queue_at >= limits.CHECKPOINT_INTERVAL_S or self._queue_lost():
             await self.write_queue()
             self._queue_at = now
         return 0.0 if await self.write_due(self._world.clock.now()) else _IDLE_S
+
+    def _queue_lost(self) -> bool:
+        """True if a node that holds the queue's state went, or its disk did (law 13)."""
+        counted, nodes = self._cluster.counted(), self._cluster.nodes
+        return any(
+            node not in counted or nodes[node].incarnation not in ("", incarnation)
+            for node, incarnation in self._queue_holders.items()
+        )
 
     async def write_due(self, now: float) -> int:
         """Checkpoints mailboxes that are due at `now` (UTC); how many checkpoints became durable. Raises Trouble."""
@@ -144,9 +153,9 @@ class Checkpointer:
         holders = await self._give(name, records, order, required, connection, _rank(plan))
         return await self._tell(plan, holders)
 
-    async def _tell(self, plan: CheckpointPlan, holders: Sequence[str] | None) -> bool:
+    async def _tell(self, plan: CheckpointPlan, holders: Mapping[str, str] | None) -> bool:
         if holders:
-            await self._index.checkpoint_done(plan, holders, self._world.clock.now())
+            await self._index.checkpoint_done(plan, list(holders), self._world.clock.now(), holders)
             self._written += 1
             self._world.counters.add("law.13.wholes" if plan.whole else "law.13.tails")
         return bool(holders)
@@ -171,19 +180,19 @@ class Checkpointer:
         required: int,
         connection: int,
         rank: Rank,
-    ) -> list[str] | None:
-        """Writes records under a name to `required` nodes of as many groups, tried in order: who holds all, none if too few.
-
-        None if a node has a newer one: another keeper was quicker.
+    ) -> dict[str, str] | None:
+        """Writes records under a name to `required` nodes of as many groups, tried in order: who holds all, with the
+        incarnation that was written to; none if too few. None if a node has a newer one: another keeper was quicker.
         """
         mark = await self._index.proof(connection)  # law 10
         now = self._world.clock.monotonic()
-        holders: dict[str, str] = {}
+        holders: dict[str, tuple[str, str]] = {}
         for node in sorted(order, key=lambda node: self._away.get(node.id, now) > now):
             if len(holders) == required:
                 break
             if node.group in holders:
                 continue
+            incarnation = node.incarnation
             try:
                 for number, octets in enumerate(records):
                     await node.put_checkpoint(name, number, octets, mark, rank)
@@ -195,8 +204,8 @@ class Checkpointer:
                 self._away[node.id] = self._world.clock.monotonic() + _AWAY_S
                 self._world.log.event(Event.TROUBLE, worker="checkpoint", node=node.id, error=str(error))
                 continue
-            holders[node.group] = node.id
-        return list(holders.values()) if len(holders) == required else []
+            holders[node.group] = node.id, incarnation
+        return dict(holders.values()) if len(holders) == required else {}
 
     async def write_queue(self) -> None:
         """Writes what waits to leave, and how far each node's log is settled, to R groups. Raises Trouble.
@@ -223,6 +232,7 @@ class Checkpointer:
         if not holders:
             raise NotRedundant("the queue's state could not be written to enough groups")
         await self._index.queue_done(plan)
+        self._queue_holders = holders
 
     def close(self) -> None:
         """Ends the lane, if there is one."""
@@ -251,6 +261,33 @@ async def hand_on(cluster: Cluster, leaver: StorageNode, others: Container[str],
     groups without a node that leaves: fewer groups are asked for it then (laws 11, 13). Raises NotRedundant, NodeTrouble.
     """
     nodes, required = [node for node in cluster.admitted() if node.id in others], cluster.copies_required
+    await _put_mark(nodes, required, mark)
+    async with contextlib.aclosing(_notes(leaver)) as notes:
+        async for name, octets in notes:
+            await _write_note(nodes, required, name, octets, mark, f"that node {leaver.id} had")
+
+
+async def hand_on_of(cluster: Cluster, nodes: Sequence[StorageNode], mark: Mark) -> None:
+    """The same when a disk went without a word (its node was expelled, or has another one): what lies on fewer than R groups
+    of those that stay is written to all of them (laws 11, 13). Raises NotRedundant, NodeTrouble.
+    """
+    required = cluster.copies_required
+    await _put_mark(nodes, required, mark)
+    groups: dict[bytes, dict[str, None]] = {}
+    thin: dict[bytes, bytes] = {}
+    for node in nodes:
+        async with contextlib.aclosing(_notes(node)) as notes:
+            async for name, octets in notes:
+                there = groups.setdefault(name, {})
+                there[node.group] = None
+                thin[name] = octets
+                if len(there) >= required:
+                    del thin[name]
+    for name, octets in thin.items():
+        await _write_note(nodes, required, name, octets, mark, "that lay on a disk that went")
+
+
+async def _put_mark(nodes: Sequence[StorageNode], required: int, mark: Mark) -> None:
     groups: dict[str, None] = {}
     for node in nodes:
         with contextlib.suppress(NodeTrouble):
@@ -258,11 +295,15 @@ async def hand_on(cluster: Cluster, leaver: StorageNode, others: Container[str],
             groups[node.group] = None
     if len(groups) < required:
         raise NotRedundant(f"only {len(groups)} groups took the mark")
-    async with contextlib.aclosing(pages_of(leaver)) as pages:
+
+
+async def _notes(node: StorageNode) -> AsyncGenerator[tuple[bytes, bytes], None]:
+    """What a node holds of notes, by name. Raises NodeTrouble."""
+    async with contextlib.aclosing(pages_of(node)) as pages:
         async for page in pages:
             for name, number, octets in page:
                 if number == 0 and name != FIRST_RELEASE_MARK and _is_note(octets):
-                    await _write_note(nodes, required, name, octets, mark, f"that node {leaver.id} had")
+                    yield name, octets
 
 
 def _is_note(octets: bytes) -> bool:

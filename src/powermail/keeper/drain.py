@@ -6,7 +6,10 @@ up to its end then, not only what the index knew. Repair makes the copies elsewh
 Only when no message depends on the node, by the nodes that are there, and no checkpoint or note lies on too few groups without
 it: `leaving`, by compare-and-set; the same once more; then it is expelled.
 
-A drain is a row of `moves`: any keeper goes on with it. What it does twice does no harm.
+A node that was forced out, or whose disk was replaced, handed nothing on: those that stay do, and what lay there of
+checkpoints is written anew.
+
+A drain is a row of `moves`, and so is handing on: any keeper goes on with it. What it does twice does no harm.
 Danger: a node that is expelled while the end of its log was not entered takes acknowledged mail with it (P1).
 """
 
@@ -20,9 +23,9 @@ from powermail.base.log import Event
 from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
 from powermail.index.contract import Index
-from powermail.index.sharing import MoveRow
+from powermail.index.sharing import HAND_ON, MoveRow
 from powermail.keeper.belief import known_row
-from powermail.keeper.checkpoint import hand_on
+from powermail.keeper.checkpoint import hand_on, hand_on_of
 from powermail.keeper.following import LayoutFollower
 from powermail.keeper.reconcile import Reconciler
 from powermail.storage.contract import Stamp, StorageNode
@@ -80,6 +83,8 @@ class Drainer:
         self._reconciler = reconciler
         self._following = following
         self._written_anew: dict[str, float] = {}  # by node: since when no checkpoint is to lie there (UTC)
+        self._ended_in = 0  # version of the layout whose expelled nodes get no certificates any more
+        self._handed_on: dict[str, dict[str, str]] = {}  # by move: from which nodes and incarnations, while others are away
 
     async def step(self) -> float:
         """One look at each node that is to be emptied. Raises IndexTrouble."""
@@ -92,10 +97,12 @@ class Drainer:
         if moves:
             await self._following.refresh()  # behind the moves: who asked for one has changed the layout before
         wanted = {row.id: row for row in self._cluster.layout.members() if row.state in (Standing.DRAINING, Standing.LEAVING)}
-        for name in moves:
+        for name, move in moves.items():
             verb, _, node = name.partition(" ")
             if verb in (DRAIN, REMOVE) and node not in wanted:
                 await self._index.end_move(name)  # it is out, or takes mail again
+            elif verb == HAND_ON:
+                await self._hand_on(node, move)
         for row in wanted.values():
             move = moves.get(f"{REMOVE} {row.id}") or moves.get(f"{DRAIN} {row.id}") or await self._begin(row)
             try:
@@ -108,6 +115,31 @@ class Drainer:
         took_s = self._world.clock.monotonic() - began
         return max(limits.MOVE_LOOK_S, took_s * limits.MOVE_LOOK_SHARE) if wanted else limits.MOVE_IDLE_S
 
+    async def _hand_on(self, node: str, move: MoveRow) -> None:
+        """What lay on a disk that went lies on R groups of those that stay (P10, laws 11, 13). Raises IndexTrouble."""
+        counted = self._cluster.counted()
+        there = [each for each in self._cluster.admitted() if each.id in counted]
+        away = sorted(counted.keys() - {each.id for each in there})
+        read = {each.id: each.incarnation for each in there}
+        try:
+            if read != self._handed_on.get(move.name):
+                if (groups := len({each.group for each in there})) < self._cluster.copies_required:
+                    raise NotRedundant(f"only {groups} groups are there")
+                await self._index.checkpoints_lost(node)  # also what was being written there when it went
+                await hand_on_of(self._cluster, there, await self._index.proof(self._index.connection))
+                self._handed_on[move.name] = read
+            why = f"what only {', '.join(away)} may have is handed on when it is back" if away else ""
+        except (NodeTrouble, NotRedundant, OperatorError) as error:
+            why = str(error)
+        if why:
+            if why != move.note:
+                await self._index.note_move(move._replace(note=why))
+            return
+        self._handed_on.pop(move.name, None)
+        await self._index.end_move(move.name, move.began_at)
+        self._world.counters.add("keeper.handed_on")
+        self._world.log.event(Event.MOVE, move=move.name, state="done")
+
     async def _end_expelled(self) -> None:
         """Law 9: whom the layout says to be expelled is no member, also in an index that was put back and has it as one.
         By compare-and-set: a new disk of that name may have entered meanwhile.
@@ -118,6 +150,12 @@ class Drainer:
             if await self._index.expel(name, layout.version):
                 self._world.counters.add("keeper.expelled_anew")
                 self._world.log.event(Event.MOVE, move=f"{REMOVE} {name}", state="expelled anew")
+        reached = {row.id for row in layout.rows if row.id in expelled and row.address}
+        if reached and layout.version != self._ended_in:  # who expelled it may have died before its certificate ended
+            known = {holder.identity for holder in await self._index.holders() if holder.expelled_at}
+            for name in sorted(reached - known):
+                await self._index.expel_identity(name)
+        self._ended_in = layout.version
 
     async def _note_missing(self) -> None:
         """Since when a member was not heard: what it took later is not known. Admission ends it."""
@@ -229,6 +267,7 @@ class Drainer:
             return move._replace(note="the layout has changed meanwhile: looked at again")
         self._written_anew.pop(row.id, None)
         await self._index.end_move(move.name)
+        await self._index.end_move(f"{HAND_ON} {row.id}")  # that was done before it was leaving
         self._world.counters.add("keeper.removed_nodes")
         self._world.log.event(Event.MOVE, move=move.name, state="removed")
         try:

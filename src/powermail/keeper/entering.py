@@ -75,6 +75,7 @@ class Awaiting:
     async def step(self) -> float:
         """A worker's step: ends the wait of this process's readers when it may, else says that it waits. Raises Trouble."""
         index, now = self._index, self._world.clock.monotonic()
+        await self._epochs.tell()  # nothing is leased either while this process alone knows of a loss
         if index.unsettled and now - self._said_at >= limits.PROCESS_NOTE_S:
             await self._leases.wait()
             self._said_at = now

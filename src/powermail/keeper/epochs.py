@@ -14,11 +14,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from typing import NamedTuple, TypeVar
 
 from powermail.base import limits
-from powermail.base.errors import NodeTrouble, Trouble
+from powermail.base.errors import IndexTrouble, NodeTrouble, Trouble
 from powermail.base.log import Event
 from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
-from powermail.index.contract import Head, Index, NodeRow
+from powermail.index.contract import EpochFacts, Head, Index, NodeRow
 from powermail.keeper.checkpoint import heads_record, write_heads
 from powermail.keeper.checkpoint_form import HEADS_MAX
 from powermail.storage.contract import Mark, NodeFacts, StorageNode
@@ -62,7 +62,13 @@ class Marker:
     async def put(self, node: StorageNode) -> None:
         """Puts the mark on one node, as it is now, unless it has that one. Raises NodeTrouble, IndexTrouble."""
         numbered, incarnation, at = self._index.numbered, node.incarnation, self._world.clock.monotonic()
-        mark = await self._index.proof(self._index.connection)
+        connection = self._index.connection
+        try:
+            mark = await self._index.proof(connection)
+        except IndexTrouble:
+            if connection == self._index.connection:
+                raise
+            mark = await self._index.proof(self._index.connection)  # nothing was read before that it would have to prove
         if self._put.get(node.id, _Put())[:2] != (incarnation, mark):
             await node.put_mark(mark)
             self._world.counters.add("law.10.marks")
@@ -105,19 +111,21 @@ class EpochKeeper:
     # -- noticing ---------------------------------------------------------------------------------------------------
 
     async def compare(self, node: StorageNode, facts: NodeFacts) -> bool:
-        """True if a node's mark proves that commits were lost: then the epoch was raised. Raises IndexTrouble."""
+        """True if a node's mark proves that commits were lost: then the epoch was raised. Or if they may be, and others are to
+        be asked first, which is not done here: this node may not be let in yet (law 10). Raises IndexTrouble.
+        """
         found_in = self._index.epoch
         if not await self._index.lost(facts.mark):
             self._compared[node.id] = None
             return False
         async with self._lock:
-            why = await self._index.lost(facts.mark)
-            if why:  # not dealt with while this waited
+            why = await self._index.lost(facts.mark)  # not dealt with while this waited
+            if why and not (await self._index.epoch_facts()).doubted:
                 await self._raise([facts.mark], why, found_in)
         return True
 
     async def raise_epoch(self, why: str) -> None:
-        """Commits were lost, as something other than a mark shows. Raises IndexTrouble."""
+        """Commits were lost, as something other than a mark shows: each node owes a walk. Raises IndexTrouble."""
         found_in = self._index.epoch
         async with self._lock:
             await self._raise([], why, found_in)
@@ -126,11 +134,25 @@ class EpochKeeper:
         """This incarnation was compared, and then its log entered to its end, all over one connection to the index."""
         self._settled[node] = incarnation, connection
 
-    async def _raise(self, marks: list[Mark], why: str, found_in: int) -> bool:
-        """From here on nothing is numbered. What other nodes know is read in `step`, which raises it again if need be. False if
-        another process was quicker.
+    async def _raise_found(self, facts: EpochFacts) -> bool:
+        """The epoch is raised because of what this process itself has met. Where that is only another history of the database,
+        nodes are asked first: one may remember more than is there, and they owe walks then (law 10). As `_raise`; raises
+        NodeTrouble when too few answer.
         """
-        epoch = await self._index.raise_epoch(marks, why, found_in)  # law 11
+        marks: list[Mark] = []
+        if facts.doubted:
+            new = facts.newcomers  # their history does not go back far enough
+            rows = [
+                row._replace(boot="") if new.get(row.id) == row.incarnation else row for row in await self._index.node_rows()
+            ]
+            marks = list((await self._marks_of_enough(rows)).values())
+        return await self._raise(marks, facts.why, facts.epoch, facts.doubted)
+
+    async def _raise(self, marks: list[Mark], why: str, found_in: int, asked: bool = False) -> bool:
+        """From here on nothing is numbered. What other nodes know is read in `step`, which raises it again if need be. False if
+        another process was quicker. `asked`: the marks are of nodes of G-R+1 groups.
+        """
+        epoch = await self._index.raise_epoch(marks, why, found_in, asked)  # law 11
         if not epoch:
             await self._index.epoch_facts()  # known from now on
             return False
@@ -167,9 +189,20 @@ class EpochKeeper:
         """What every process does for itself, whoever brings the index back: ends the wait of its own readers. Raises Trouble
         that says what lacks.
         """
+        await self.tell()
         if self._index.numbering and not self._index.catching_up and self._index.unsettled:
             await self._end_unsettled()
         return _LOOK_S
+
+    async def tell(self) -> None:
+        """Raises the epoch if this process has met the proof itself that commits were lost, and nobody else knows. Raises
+        Trouble.
+        """
+        if self._index.unsettled:
+            async with self._lock:
+                facts = await self._index.epoch_facts()
+                if facts.why:
+                    await self._raise_found(facts)
 
     async def _know_newcomers(self, newcomers: Mapping[str, str]) -> None:
         """Incarnations that were admitted belong to the index's history once nodes of enough groups, compared since then, show
@@ -186,7 +219,7 @@ class EpochKeeper:
     async def _begin(self) -> None:
         facts = await self._index.epoch_facts()
         if facts.why:
-            await self._raise([], facts.why, facts.epoch)
+            await self._raise_found(facts)
             facts = await self._index.epoch_facts()
         if facts.why or facts.numbering:
             return  # another process has begun it; or the look at what is there is to be had once more
@@ -204,10 +237,7 @@ class EpochKeeper:
 
     async def _read_marks(self, rows: Sequence[NodeRow]) -> bool:
         """Law 11: no node of G-R+1 groups with intact history knows a higher epoch. False if another process was quicker."""
-        answers = await self._ask_all(self._cluster.readable(), lambda node: node.facts())
-        marks = {node: facts.mark for node, facts in answers.items()}
-        whole = [node for node, facts in answers.items() if is_intact(rows, node, facts.incarnation)]
-        self._ask_groups(rows, whole, list(marks), "marks of")
+        marks = await self._marks_of_enough(rows)
         for mark in marks.values():
             if why := await self._index.lost(mark, begun=False):
                 if not await self._raise(list(marks.values()), self.why or why, self._epoch):
@@ -215,6 +245,13 @@ class EpochKeeper:
                 break
         self._marks_read = True
         return True
+
+    async def _marks_of_enough(self, rows: Sequence[NodeRow]) -> dict[str, Mark]:
+        """What nodes remember, those of G-R+1 groups with intact history among them. Raises NodeTrouble."""
+        answers = await self._ask_all(self._cluster.readable(), lambda node: node.facts())
+        whole = [node for node, facts in answers.items() if is_intact(rows, node, facts.incarnation)]
+        self._ask_groups(rows, whole, list(answers), "marks of")
+        return {node: facts.mark for node, facts in answers.items()}
 
     async def _make_durable(self, epoch: int) -> bool:
         """Law 11: the epoch stands on nodes of R groups before a number is given out in it. False if it is another by now."""
@@ -271,11 +308,14 @@ class EpochKeeper:
         return found
 
     async def _catch_up(self, epoch: int) -> None:
+        connection = self._index.connection
         rows = await self._index.node_rows()
         walked = [row.id for row in rows if not row.owes_walk]
         whole = [row.id for row in rows if not row.owes_walk and row.boot]
         self._ask_groups(rows, whole, walked, "walks of")
-        if await self._index.caught_up(epoch):  # every message has a copy, or a tombstone, on a node that was walked
+        if await self._index.caught_up(
+            epoch, connection
+        ):  # every message has a copy, or a tombstone, on a node that was walked
             self._world.counters.add("law.11.caught_up")
             self._world.log.event(Event.EPOCH_RAISED, epoch=epoch, caught_up=True)
 
@@ -283,8 +323,10 @@ class EpochKeeper:
         """Readers wait no more once what nodes of G-R+1 groups hold is entered: a backup that was put back so soon that no
         mark tells of it is older than something that was listed (laws 6, 10).
         """
-        rows = await self._index.node_rows()
         now = self._index.connection
+        rows = await self._index.node_rows()
+        if now != self._index.connection:
+            return  # what they say is of before
         done = {node: inc for node, (inc, connection) in self._settled.items() if connection == now}
         done = {row.id: row.incarnation for row in rows if done.get(row.id) == row.incarnation}
         whole = [node for node, incarnation in done.items() if is_intact(rows, node, incarnation)]

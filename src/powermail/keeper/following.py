@@ -20,12 +20,15 @@ from powermail.index.contract import Index
 from powermail.storage.contract import StorageNode
 from powermail.storage.layout import NO_LAYOUT, Layout, LayoutChange, Standing, format_layout, keep_layout, parse_layout
 
-TOLD_BETWEEN = "\t"  # group, priority and address, as the settings say them
+TOLD_BETWEEN = "\t"  # group, priority, address and site, as the settings say them
+_TOLD = 4
 
 
-def told(group: str, priority: int, address: str) -> str:
-    """What the settings say of a node, as it is remembered in its row."""
-    return TOLD_BETWEEN.join([group, str(priority), address])
+def told(group: str, priority: int, address: str, site: str = "") -> str:
+    """What the settings say of a node, as it is remembered in its row. Without a site it is what the release before says of the
+    same settings: else each of two that run side by side took the other's word for a change (P19).
+    """
+    return TOLD_BETWEEN.join([group, str(priority), address, *([site] if site else [])])
 
 
 class LayoutFollower:
@@ -39,6 +42,7 @@ class LayoutFollower:
         self._path = path
         self._lane = world.lane("layout")
         self._kept = 0  # version in the file
+        self._fence = 0  # oldest version that anybody may go by, as the index said last
         self._told: Sequence[LayoutChange] = ()  # what the settings say, until the index has taken it
         self._spread: dict[str, tuple[int, int]] = {}  # node to the version that its machine was told, and in which session
 
@@ -136,10 +140,18 @@ class LayoutFollower:
 
     async def spread(self) -> float:
         """The step of a keeper's worker: the machines of nodes know the layout, for those who are cut off from the database."""
-        version = self._cluster.layout.version
-        owed = [node for node in self._cluster.readable() if self._spread.get(node.id) != (version, _session(node))]
-        await self._tell_all(owed, fence=False)  # who could not be told is told in the next turn
+        if self._owed():
+            try:  # one that was away is told of what there is now, and may have missed a fence
+                self._fence = await self._index.layout_fence()
+                await self.refresh()
+            except IndexTrouble as error:  # it hears what is known here (P14)
+                self._world.log.event(Event.TROUBLE, worker="spread", error=str(error))
+            await self._tell_all(self._owed(), self._fence)  # who could not be told is told in the next turn
         return limits.LAYOUT_LOOK_S
+
+    def _owed(self) -> list[StorageNode]:
+        version = self._cluster.layout.version
+        return [node for node in self._cluster.readable() if self._spread.get(node.id) != (version, _session(node))]
 
     async def fence(self, node: StorageNode) -> None:
         """The layout is durable on a node's machine, which refuses from now on who goes by an older one: nothing of theirs is
@@ -157,16 +169,16 @@ class LayoutFollower:
         self._spread[node.id] = layout.version, session
 
     async def fence_all(self) -> list[str]:
-        """`fence` on every node that is there, all at once; why some could not be told."""
-        return await self._tell_all(self._cluster.readable(), fence=True)
+        """`fence` on every node that is there, all at once; why some could not be told. `spread` does it where one was away."""
+        return await self._tell_all(self._cluster.readable(), self._cluster.layout.version)
 
-    async def _tell_all(self, nodes: Sequence[StorageNode], fence: bool) -> list[str]:
-        version = self._cluster.layout.version if fence else 0
+    async def _tell_all(self, nodes: Sequence[StorageNode], fence: int) -> list[str]:
+        fence = min(fence, self._cluster.layout.version)
 
         async def tell(node: StorageNode) -> str:
             try:
                 async with asyncio.timeout(limits.NODE_CALL_TIMEOUT_S):
-                    await self._tell(node, version)
+                    await self._tell(node, fence)
             except (NodeTrouble, OperatorError, TimeoutError) as error:
                 return f"node {node.id} was not told: {error or 'no answer in time'}"
             return ""
@@ -181,15 +193,21 @@ def _session(node: StorageNode) -> int:
 
 def _said_anew(told: str, change: LayoutChange) -> LayoutChange:
     """Of what the settings say only that which they did not say before: the rest is the operator's since."""
-    before, now = told.split(TOLD_BETWEEN), (change.told or "").split(TOLD_BETWEEN)
-    if len(before) != len(now) or len(now) != 3:
+    before, now = _words(told), _words(change.told or "")
+    if len(before) != _TOLD or len(now) != _TOLD:
         return change
-    group, priority, address = (old != new for old, new in zip(before, now, strict=True))
+    group, priority, address, site = (old != new for old, new in zip(before, now, strict=True))
     return change._replace(
         group=change.group if group else None,
         priority=change.priority if priority else None,
         address=change.address if address else None,
+        site=(change.site or "") if site else None,
     )
+
+
+def _words(told: str) -> list[str]:
+    words = told.split(TOLD_BETWEEN)
+    return [*words, ""] if len(words) == _TOLD - 1 else words
 
 
 def _is_news(layout: Layout, change: LayoutChange) -> bool:

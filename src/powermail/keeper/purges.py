@@ -22,6 +22,7 @@ from powermail.cluster.cluster import Cluster
 from powermail.directory.contract import Writable
 from powermail.index.contract import Index
 from powermail.keeper.checkpoint import write_purged
+from powermail.keeper.leases import seen
 
 _PAGE = 1000
 _LOOK_S = 60.0
@@ -40,7 +41,11 @@ class Plan(Struct, frozen=True):
 class Purges:
     """Plans by account id."""
 
-    def __init__(self, world: World, cluster: Cluster, index: Index, directory: Writable, path: str) -> None:
+    def __init__(
+        self, world: World, cluster: Cluster, index: Index, directory: Writable, path: str, keeps: bool = True
+    ) -> None:
+        """`keeps`: nodes take notes of this process; of a front end of other machines they do not."""
+        self._keeps = keeps
         self._world = world
         self._cluster = cluster
         self._index = index
@@ -72,7 +77,7 @@ class Purges:
         """All that is ordered, in whatever process. Raises Trouble when the file cannot be read: then nothing is purged."""
         try:
             return await self._lane.run(self._read)
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, ValueError) as error:
             raise self._unreadable(error) from error
 
     def _unreadable(self, error: Exception) -> Trouble:
@@ -85,11 +90,22 @@ class Purges:
                 return await self._lane.run(self._replace, fresh, goes)
             except BlockingIOError:
                 await asyncio.sleep(_TURN_S)  # another process writes it
-            except msgspec.DecodeError as error:
+            except ValueError as error:
                 raise self._unreadable(error) from error
             except OSError as error:
                 raise Trouble(f"{self._path} cannot be written: {error}") from error
         raise Trouble(f"{self._path} cannot be written: another process holds its lock")
+
+    async def why_not(self, orphan: bool) -> str:
+        """Why a purge cannot be done from here, and where it can; "" if it can. Raises Trouble."""
+        if self._keeps or not orphan:
+            return ""
+        keepers = sorted({one.process.machine for one in seen(await self._index.leases()) if one.jobs})
+        where = f"{', '.join(keepers)}, which has" if keepers else "a machine that has"
+        return (
+            "what is left of an account that went is purged by a keeper, because nodes must know of it first, and this machine "
+            f"is a front end alone: say it on {where} the role keeper"
+        )
 
     async def order(self, accounts: Sequence[tuple[str, bool]], grace_s: float) -> float:
         """Orders purges of (account, orphan); when they are due. Raises Trouble: then none is ordered."""
@@ -105,9 +121,16 @@ class Purges:
     async def step(self) -> float:
         """Does what is due. Raises Trouble."""
         now = self._world.clock.now()
+        stuck = ""
         for account, plan in (await self.plans()).items():
-            if plan.due_at <= now and (await self.plans()).get(account) == plan:  # not undone while others were purged
+            if plan.due_at > now:
+                continue
+            if why := await self.why_not(plan.orphan):  # this machine was a keeper when it was ordered
+                stuck = f"the purge of {account} was ordered here: {why}, and here `powermail purge {account} --undo`"
+            elif (await self.plans()).get(account) == plan:  # not undone while others were purged
                 await self._do(account, plan)
+        if stuck:
+            raise Trouble(stuck)
         return _LOOK_S
 
     async def _do(self, account: str, done: Plan) -> None:

@@ -141,9 +141,14 @@ class Rebalancer:
         return True
 
     async def _target(self, message: MessageFacts, source: StorageNode) -> StorageNode | None:
-        """The node that has the most room below its share, of no group in which another copy lies."""
+        """The node that has the most room below its share, of no group in which another copy lies; where copies go apart, the
+        message lies in no fewer sites then.
+        """
         groups = self._cluster.groups()
         others = {groups[name] for name in message.nodes if name in groups and name != source.id}
+        site = self._cluster.site_of
+        kept = {site(name) for name in message.nodes if name in groups and name != source.id}
+        sites = len({*kept, site(source.id)}) if self._cluster.apart else 0
         shares = uneven(self._cluster)
         rows = {row.id: row for row in await self._index.node_rows()}
         found = [
@@ -153,6 +158,7 @@ class Rebalancer:
             and shares[node.id] < 0
             and node.id not in message.nodes
             and node.group not in others
+            and len({*kept, site(node.id)}) >= sites
             and node.priority <= source.priority
             and (row := rows.get(node.id)) is not None
             and row.incarnation == node.incarnation

@@ -19,6 +19,7 @@ import msgspec
 from powermail.base import limits
 from powermail.base.errors import CopyDamaged, CopyMissing, NodeTrouble, NotRedundant, OperatorError
 from powermail.base.log import Event
+from powermail.base.sqlite_files import present, put_in_place, remove
 from powermail.base.world import World
 from powermail.index.contract import Fate, Head, NodeRow
 from powermail.index.rebuilding import Found, LostEntry, Rebuilding, RecordPlace, Verdict, begin
@@ -44,7 +45,6 @@ _COMMITS_AT_ONCE = 32
 _NAMED_MAX = 10_000  # of what was lost, named one by one; the rest is counted
 _QUEUE_STATES_MAX = 32
 _EPOCHS_UNKNOWN = 16  # how many leaps of UIDVALIDITY may have gone unseen when too few groups could be read
-SUFFIXES = ("", "-wal", "-shm", "-journal")  # of a database on SQLite
 
 
 class Rebuilt(NamedTuple):
@@ -62,6 +62,7 @@ class Rebuilt(NamedTuple):
     lost: tuple[LostEntry, ...]
     unreadable_keys: tuple[str, ...]
     left_out: tuple[str, ...]  # what each node that was left out may cost
+    began_anew: str = ""  # why what an earlier run had read was not used
 
 
 class Source(NamedTuple):
@@ -137,7 +138,10 @@ class Rebuilder:
         copies_required: int,
         progress: Progress,
         without: Collection[str] = (),
+        set_aside: Callable[[], None] | None = None,
     ) -> None:
+        """`set_aside` makes room under the name when the new index is whole: before it, the old one stays where it is."""
+        self._set_aside = set_aside
         self._world = world
         self._nodes = nodes
         self._path = path
@@ -461,29 +465,21 @@ class Rebuilder:
             lane.close()
 
     async def _clear(self) -> None:
-        """Nothing is served under the name; what an earlier run left is removed. Raises OperatorError."""
+        """What an earlier run has left goes. Raises OperatorError."""
 
         def clear() -> None:
-            disk = self._world.disk
-            for suffix in SUFFIXES:  # a log that was left behind would be played into the new file
-                if disk.exists(self._path + suffix):
-                    raise OperatorError(f"{self._path}{suffix} exists; move it away first, nothing was changed")
-            for suffix in SUFFIXES:
-                if disk.exists(self._building + suffix):
-                    disk.unlink(self._building + suffix)
+            there = present(self._world.disk, self._path)
+            if there and self._set_aside is None:
+                raise OperatorError(f"{there[0]} exists; move it away first, nothing was changed")
+            remove(self._world.disk, self._building)
 
         await self._on_disk(clear)
 
     def _publish(self) -> None:
         """The finished file gets its name; both are durable before anybody serves it."""
-        disk = self._world.disk
-        file = disk.open(self._building)
-        try:
-            file.sync()
-        finally:
-            file.close()
-        disk.rename(self._building, self._path)
-        disk.sync_directory(self._path.rpartition("/")[0] or ".")
+        if self._set_aside is not None:
+            self._set_aside()
+        put_in_place(self._world.disk, self._building, self._path)
 
 
 def _place(node: StorageNode, name: bytes, parts: list[tuple[RecordHead, bytes]]) -> RecordPlace | None:

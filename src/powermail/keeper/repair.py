@@ -78,10 +78,10 @@ class Repairer:
         if not thin:
             return self._end_turn()
         await self._count(counted, required)
-        takers = await self._takers()
+        takers = await self.takers()
         repaired = 0
         for message in thin:
-            why = await self._repair(message, counted, takers)
+            why = await self.mend(message, counted, takers)
             self._after = message.key
             if not why:
                 repaired += 1
@@ -121,7 +121,7 @@ class Repairer:
             self._failed[key] = why
         self._world.counters.add("keeper.unrepairable")
 
-    async def _takers(self) -> frozenset[str]:
+    async def takers(self) -> frozenset[str]:
         """Nodes that may get copies: not while they owe a walk, by which a copy without its note would become mail (law 11)."""
         rows = {row.id: row for row in await self._index.node_rows()}
         return frozenset(
@@ -135,16 +135,23 @@ class Repairer:
 
     # -- one message ------------------------------------------------------------------------------------------------
 
-    async def _repair(self, message: MessageFacts, counted: dict[str, str], takers: frozenset[str]) -> str:
-        """Makes one more copy; why it could not, "" if it did, _OVER if there is nothing to do any more."""
+    async def mend(
+        self, message: MessageFacts, counted: dict[str, str], takers: frozenset[str], source: StorageNode | None = None
+    ) -> str:
+        """Makes one more copy, on one of `takers`; why it could not, "" if it did, _OVER if there is nothing to do any more.
+        `source` is a disk that is no member, from which it is to be copied. Raises IndexTrouble.
+        """
         have = {counted[name] for name in message.nodes if name in counted}
         targets = [node for node in self._order(takers) if node.group not in have and not self._is_avoided(node)]
+        if self._cluster.apart:  # into a site that has none first
+            sites = {self._cluster.site_of(name) for name in message.nodes if name in counted}
+            targets.sort(key=lambda node: self._cluster.site_of(node.id) in sites)
         if not targets:
             return "no node of another group takes it"
         why = "no node with a copy is there"
-        for source in self._sources(message):
+        for each in [source] if source is not None else self._sources(message):
             for target in targets:
-                done, reason, next_source = await self._copy(message, source, target)
+                done, reason, next_source = await self._copy(message, each, target)
                 if done:
                     return ""
                 why = reason
@@ -217,9 +224,10 @@ class Repairer:
         return [node for node in placed if node.id in takers]
 
     def _sources(self, message: MessageFacts) -> list[StorageNode]:
-        """Nodes to copy from: believed ones first, then the others, because belief may be old."""
+        """Nodes to copy from: believed ones first, near ones before far ones; then the others, because belief may be old."""
         readable = [node for node in self._cluster.readable() if node.incarnation]
-        readable.sort(key=lambda node: (node.id not in message.nodes, self._is_avoided(node), self._cluster.is_slow(node.id)))
+        slow, far = self._cluster.is_slow, self._cluster.far
+        readable.sort(key=lambda node: (node.id not in message.nodes, self._is_avoided(node), slow(node.id), node.id in far))
         return readable
 
 

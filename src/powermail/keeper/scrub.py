@@ -190,7 +190,7 @@ class Scrubber:
         try:
             octets = await self._run(self._read)
             self._places = msgspec.json.decode(octets, type=dict[str, Place])
-        except (OSError, msgspec.DecodeError) as error:  # it only says where to go on
+        except (OSError, ValueError) as error:  # it only says where to go on
             self._world.log.event(Event.TROUBLE, worker="scrub", error=f"{self._path}: {error}; every node from the beginning")
 
     def _read(self) -> bytes:

@@ -128,7 +128,8 @@ class Answers:
         origin = _DELIVERY
         if meta.origin or stamp is None or not delivers:
             origin = self._origin(peer, meta.origin, stamp)
-        if stamp is not None:
+        newest = self._newest
+        if stamp is not None and newest is not None and stamp[1] > newest[1]:
             self._was_given(stamp)
         self.claims.bring(key, peer.id)
         return self.node.commit(key, chunks, body[:record], meta.count, stamp, origin)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from powermail.base import limits
+from powermail.base.errors import NodeReadOnly
 from powermail.cluster import node_values as values
 from powermail.noded.answers import RECORDS, Answers, NotAllowed, answer_octets
 from powermail.storage.contract import Receipt
@@ -29,6 +30,7 @@ from powermail.wire.node_verbs import MEMBERSHIP, READS, Failure, Role
 if TYPE_CHECKING:
     from powermail.noded.service import NodeService
 
+_Commits = list[tuple[int, "asyncio.Future[Receipt]"]]  # operation numbers, and what they wait for
 _COMMIT: Final = verbs.COMMIT.number
 _PING: Final = verbs.PING.number
 _HELLO: Final = verbs.HELLO.number
@@ -43,10 +45,13 @@ class Connection(asyncio.BufferedProtocol):
         self.client = ""
         self.peer: Peer | None = None
         self._delivers = False  # its certificate makes it a front end
+        self._keeps = False  # it makes it a keeper, who needs stamps for what it does itself
         self.answers: Answers | None = None  # of the node that HELLO named
         self.instance: tuple[str, str, bytes] = ("", "", b"")  # certificate's id, node, instance
         self.session = 0
         self.fence = 0
+        self.untold = False  # no keeper has said yet whether its layout is too old
+        self.untold_until = 0.0
         self.bulk = False
         self.ends_at = float("inf")  # of the certificate
         self.closed = False
@@ -58,6 +63,7 @@ class Connection(asyncio.BufferedProtocol):
         self._plain: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
         self._flushing = False
+        self._committing: _Commits = []  # of this turn
         self._tasks: dict[asyncio.Future[Any], None] = {}
         self._reads: deque[Ask] = deque()
         self._reading = 0
@@ -91,10 +97,14 @@ class Connection(asyncio.BufferedProtocol):
         if self.closed:
             return  # superseded, expelled or fenced: nothing that was still on its way is heard
         for event in machine.received(nbytes):
-            if isinstance(event, Ask):
-                self._asked(event)
-            else:
+            if not isinstance(event, Ask):
                 self._stopped(event)
+            elif event.verb == _COMMIT:
+                self._commit(event)
+            else:
+                self._asked(event)
+        if self._committing:
+            self._wait_for_receipts()
         self._heard_at = self._loop.time()
         if machine.held_octets + machine.large_octets != self._held_octets:
             self._account(machine.held_octets + machine.large_octets)
@@ -127,6 +137,7 @@ class Connection(asyncio.BufferedProtocol):
         self._plain = plain
         self.peer = peer
         self._delivers = Role.FRONT in peer.roles
+        self._keeps = Role.KEEPER in peer.roles
         self._machine = NodeServer(peer.roles)
         self._machine.reader = self._early
         count, self._early_octets = self._early_octets, 0
@@ -218,9 +229,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _asked(self, ask: Ask) -> None:
         verb = ask.verb
-        if verb == _COMMIT:
-            self._commit(ask)
-        elif verb == _PING:
+        if verb == _PING:
             self._ping(ask)
         elif verb == _HELLO:
             self._hello(ask)
@@ -258,35 +267,53 @@ class Connection(asyncio.BufferedProtocol):
             self._stopped(Stop("pings"))
             return
         self.push()
-        self._machine.reply(ask.number, self.answers.stamp())
+        withheld = self.untold and not self._keeps and self.service.is_untold(self)
+        self._machine.reply(ask.number, _NO_STAMP if withheld else self.answers.stamp())
 
     def _commit(self, ask: Ask) -> None:
         assert self.answers is not None and self.peer is not None
+        if self.untold and not ask.meta.origin and self.service.is_untold(self):
+            self._failed(ask.number, NodeReadOnly("it waits for a keeper to say which layout is gone by"))
+            return
         try:
             future = self.answers.commit(self.peer, self._delivers, ask.meta, ask.body)
         except Exception as error:  # noqa: BLE001  each has its class on the wire
             self._failed(ask.number, error)
             return
-        if not isinstance(future, asyncio.Future):  # it waits for room: whoever is cut off asks no more
-            future = asyncio.ensure_future(future)
-            self._tasks[future] = None
-            future.add_done_callback(self._ended)
-        future.add_done_callback(partial(self._committed, ask.number))
+        if isinstance(future, asyncio.Future):
+            self._committing.append((ask.number, future))
+            return
+        task = asyncio.ensure_future(future)  # it waits for room: whoever is cut off asks no more
+        self._tasks[task] = None
+        task.add_done_callback(self._ended)
+        task.add_done_callback(partial(self._committed, [(ask.number, task)]))
 
     def _ended(self, task: asyncio.Future[Any]) -> None:
         self._tasks.pop(task, None)
 
-    def _committed(self, number: int, future: asyncio.Future[Receipt]) -> None:
-        try:
-            _, incarnation, (segment, offset) = future.result()
-        except asyncio.CancelledError:
-            return
-        except Exception as error:  # noqa: BLE001  each has its class on the wire
-            if not self.closed:
-                self._failed(number, error)
-        else:
-            if not self.closed:
-                self._machine.ack(number, incarnation, segment, offset)  # type: ignore[union-attr]
+    def _wait_for_receipts(self) -> None:
+        """What is asked in one turn is answered in one: the first that is done brings the others along."""
+        asked, self._committing = self._committing, []
+        asked[0][1].add_done_callback(partial(self._committed, asked))
+
+    def _committed(self, asked: _Commits, first: asyncio.Future[Receipt]) -> None:
+        """Gives all receipts that are there; the others follow one by one."""
+        machine, closed = self._machine, self.closed
+        assert machine is not None
+        for commit in asked:
+            number, future = commit
+            try:
+                _, incarnation, (segment, offset) = future.result()
+            except asyncio.InvalidStateError:
+                future.add_done_callback(partial(self._committed, [commit]))
+            except asyncio.CancelledError:
+                continue
+            except Exception as error:  # noqa: BLE001  each has its class on the wire
+                if not closed:
+                    self._failed(number, error)
+            else:
+                if not closed:
+                    machine.ack(number, incarnation, segment, offset)
         if not self._flushing:
             self._flush_soon()
 
@@ -343,7 +370,7 @@ class Connection(asyncio.BufferedProtocol):
         why, failure, text = "", values.failure_of(error), str(error)
         if isinstance(error, NotAllowed):
             why, failure = error.why, Failure.ROLE
-        elif isinstance(error, values.Malformed | msgspec.DecodeError):
+        elif isinstance(error, values.Malformed | msgspec.DecodeError | UnicodeDecodeError):
             why, failure = "malformed", Failure.MALFORMED
         elif isinstance(error, values.Unsupported):
             why, failure = "unsupported", Failure.UNSUPPORTED
@@ -458,4 +485,5 @@ class Connection(asyncio.BufferedProtocol):
         return now - since > limits.NODE_WRITE_TIMEOUT_S
 
 
+_NO_STAMP: Final = forms.StampForm()
 _SHOWS_AT_ONCE: Final = frozenset({verbs.VERBS[name].number for name in ("OPEN", "PROBE", "REBIRTH", "INITIALISE")})

@@ -1,7 +1,8 @@
 """Owns what the nodes of this machine obey of the cluster's membership: the newest layout, the fence, who was expelled.
 
 The layout is octets and a version here: who makes it reads it. The fence is a version: whoever goes by an older layout is
-refused, and gets this one. Versions and the fence only rise, and who was expelled stays so.
+refused, and gets this one. Versions and the fence only rise, and who was expelled stays so; but for what was said only by
+those who are expelled themselves, which is void: a stolen certificate is to do no lasting harm.
 
 It counts from the moment it is told, and is confirmed when it is durable: a machine that starts again refuses what it refused
 before. It stands in one file beside the nodes, `obeyed`: a line `powermail-obeyed 1 SHA256` of what follows, which is JSON.
@@ -33,6 +34,7 @@ class _Written(Struct, frozen=True):
     fence: int = 0
     layout: bytes = b""
     expelled: tuple[str, ...] = ()
+    by: tuple[tuple[str, ...], ...] = ()  # who said so, for each of them; nothing if an older program wrote it
 
 
 class Obeyed:
@@ -44,7 +46,8 @@ class Obeyed:
         self.version = found.version
         self.fence = found.fence
         self.layout = found.layout
-        self.expelled: dict[str, None] = dict.fromkeys(found.expelled)
+        by = found.by if len(found.by) == len(found.expelled) else ((),) * len(found.expelled)
+        self.expelled: dict[str, tuple[str, ...]] = dict(zip(found.expelled, by, strict=True))  # id to some who said so
         self._world = world
         self._path = path
         self._durable = found
@@ -58,19 +61,35 @@ class Obeyed:
             self.version, self.layout = version, layout
         self.fence = max(self.fence, fence)
 
-    def expel(self, ids: Sequence[str]) -> None:
-        """Certificates of these ids admit nobody any more. Raises OperatorError when there are too many."""
-        all_of_them = {**self.expelled, **dict.fromkeys(ids)}
-        if len(all_of_them) > limits.NODE_EXPELLED_MAX:
+    def expel(self, ids: Sequence[str], by: str = "", more: bool = False) -> tuple[int, int]:
+        """Certificates of these ids admit nobody any more, says `by`; how many are new, and how many are void: what was said
+        only by those whom `by` says to be expelled. A stolen certificate expels and fills the list until it is expelled itself.
+
+        With `more` others follow, and what they say again is not void between. Raises OperatorError when there are too many.
+        """
+        found = dict(self.expelled)
+        for name in ids:
+            said = found.get(name)
+            if said is None:
+                found[name] = (by,) if by else ()
+            elif by and said and by not in said and len(said) < limits.NODE_EXPELLED_BY_MAX:
+                found[name] = (*said, by)
+        told, void = len(found) - len(self.expelled), 0
+        if not more or len(found) > limits.NODE_EXPELLED_MAX:
+            out = {name for name, said in found.items() if by in said}
+            kept = {name: said for name, said in found.items() if not said or not out.issuperset(said)}
+            found, void = kept, len(found) - len(kept)
+        if len(found) > limits.NODE_EXPELLED_MAX:
             raise OperatorError(
-                f"{len(all_of_them)} ids would be expelled here, and {limits.NODE_EXPELLED_MAX} may be: make a new authority"
+                f"{len(found)} ids would be expelled here, and {limits.NODE_EXPELLED_MAX} may be: make a new authority"
             )
-        self.expelled = all_of_them
+        self.expelled = found
+        return told, void
 
     async def keep(self) -> None:
         """Returns when all that is obeyed now is durable. Raises NodeTrouble: then a restart may forget it."""
         async with self._writing:
-            now = _Written(self.version, self.fence, self.layout, tuple(self.expelled))
+            now = _Written(self.version, self.fence, self.layout, tuple(self.expelled), tuple(self.expelled.values()))
             if now == self._durable or not self._path:
                 return
             lane = self._world.lane("noded-obeyed")

@@ -5,20 +5,22 @@ certificate says, and its HELLO must name this cluster and a node that is served
 rises: a higher one first ends the connections of the older, so that no octet of a dead connection lands behind an abort.
 
 What a keeper or an operator tells of the cluster's membership (`noded.obeyed`) counts at once: who was expelled, or goes by an
-older layout than the fence, is cut off and stays out. It is confirmed when it is durable here, and when what was asked before
-by those who were cut off has been written or never will be.
+older layout than the fence, is cut off and stays out; who is connected has a moment to say that he goes by the newer one. It is
+confirmed when it is durable here, and when what was asked before by those who were cut off has been written or never will be.
+Who connects when no keeper is there that has told of the layout is given no stamp for a while, and no commit of his is taken.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from powermail.base import limits
-from powermail.base.errors import InvariantBroken
+from powermail.base.errors import InvariantBroken, OperatorError
 from powermail.base.log import Event
 from powermail.base.net import Listener
 from powermail.base.tasks import Tasks, Worker, report_bug
@@ -108,6 +110,8 @@ class NodeService:
         self.worker = Worker("noded", self._step, world.clock, world.log, broken)
         self._looked_at = float("-inf")
         self._pushing: asyncio.Task[Any] | None = None
+        self._tellers: dict[Connection, None] = {}  # by whom a keeper has said what layout there is, and that are still there
+        self._followed = asyncio.Event()  # somebody said that he goes by a layout, or went
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -254,6 +258,8 @@ class NodeService:
         connection.instance, connection.session = instance, hello.session
         connection.fence, connection.bulk = hello.fence, bool(hello.lane)
         connection.answers = self._answers[hello.node]
+        connection.untold = bool(self.obeyed.version) and not self._tellers
+        connection.untold_until = asyncio.get_running_loop().time() + limits.NODE_UNTOLD_S
         self._prune()
         return forms.Welcome(
             min(hello.last, forms.PROTOCOL_LAST),
@@ -298,17 +304,35 @@ class NodeService:
     def ended(self, connection: Connection) -> None:
         """A connection is no more."""
         self._connections.pop(connection, None)
+        self._tellers.pop(connection, None)
+        self._followed.set()
         session = self._sessions.get(connection.instance)
         if session is not None and connection in session.connections:
             session.connections.remove(connection)
 
     # -- membership ------------------------------------------------------------------------------------------------
 
+    def is_untold(self, connection: Connection) -> bool:
+        """True while no mail is taken on a connection: this node may have missed a fence while it was away, and a keeper is to
+        say so first. Not for long, as keepers may be away (P14).
+        """
+        if connection.untold:
+            late = asyncio.get_running_loop().time() >= connection.untold_until
+            connection.untold = not (late or self._tellers)
+            if late and not self._tellers:
+                self.counters.add("noded.untold")
+        return connection.untold
+
     async def membership(self, connection: Connection, ask: Ask) -> tuple[Any, bytes]:
         """The answer to one of MEMBERSHIP. Raises Malformed, NotAllowed, OperatorError, NodeTrouble."""
         obeyed, told = self.obeyed, -1
+        if ask.verb == _FOLLOW:
+            self._goes_by(connection, ask.meta.version)
+            return forms.NOTHING, b""
+        if ask.verb == _EXPELLED:
+            return forms.NOTHING, forms.encode([forms.ExpelledForm(*each) for each in obeyed.expelled.items()])
         if ask.verb == _EXPEL:
-            await self._expel(connection, ask.meta.ids)
+            await self._expel(connection, ask.meta.ids, ask.meta.more)
             return forms.NOTHING, b""
         if ask.verb == _SET_LAYOUT:
             told = ask.meta.version
@@ -320,19 +344,43 @@ class NodeService:
             raise Malformed(f"layout {told.version} of {len(layout)} octets, with fence {told.fence}")
         self.obeyed.take(told.version, told.fence, layout)
         fence = self.obeyed.fence
-        for each in list(self._connections):
-            if each.instance == connection.instance and told.version >= fence:
-                each.fence = max(each.fence, told.version)  # who tells of a layout goes by it
-            elif each.answers is not None and each.fence < fence:
-                self.counters.add("noded.fenced")
-                each.abort()
+        if told.version >= fence:
+            self._goes_by(connection, told.version)  # who tells of a layout goes by it
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limits.NODE_FOLLOW_WAIT_S):
+                while self._behind(fence):
+                    self._followed.clear()
+                    await self._followed.wait()
+        for each in self._behind(fence):
+            self.counters.add("noded.fenced")
+            each.abort()
         await self._settled()
+        if not connection.closed and told.version >= fence:
+            self._tellers[connection] = None
 
-    async def _expel(self, connection: Connection, ids: Sequence[str]) -> None:
+    def _behind(self, fence: int) -> list[Connection]:
+        """Who is let in, and goes by an older layout than is to be."""
+        return [each for each in self._connections if each.answers is not None and each.fence < fence]
+
+    def _goes_by(self, connection: Connection, version: int) -> None:
+        for each in self._connections:
+            if each.instance == connection.instance:
+                each.fence = max(each.fence, version)
+        self._followed.set()
+
+    async def _expel(self, connection: Connection, ids: Sequence[str], more: bool) -> None:
         assert connection.peer is not None
         if connection.peer.id in ids:
             raise NotAllowed("self", "nobody expels itself")
-        self.obeyed.expel(ids)
+        try:
+            told, void = self.obeyed.expel(ids, connection.peer.id, more)
+        except OperatorError:
+            self.counters.add("noded.expelled_full")
+            raise
+        if told or void:
+            self.counters.add("noded.expelled_told", told)
+            self.counters.add("noded.expelled_void", void)
+            self.log.event(Event.EXPELLED, by=connection.peer.id, ids=" ".join(ids)[:200], told=told, void=void)
         for each in list(self._connections):
             if each.peer is not None and each.peer.id in self.obeyed.expelled:
                 self.counters.add("noded.expelled")
@@ -383,6 +431,8 @@ class NodeService:
 
 _SET_LAYOUT: Final = VERBS["SET_LAYOUT"].number
 _EXPEL: Final = VERBS["EXPEL"].number
+_FOLLOW: Final = VERBS["FOLLOW"].number
+_EXPELLED: Final = VERBS["EXPELLED"].number
 _NO_STAMP: Final = Stamp("", 0.0)  # of no opening: no commit is refused for it
 _NOT_OPEN: Final = (NodeState.OPENING, NodeState.MISSING, NodeState.CLOSED)  # what they were asked they refused
 

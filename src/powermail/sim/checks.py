@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from powermail.base import limits
 from powermail.base.errors import Trouble
-from powermail.cluster.cluster import Cluster
 from powermail.index.view import View
 from powermail.sim import fleet as fl
 from powermail.sim.client import Lost, Peer
+from powermail.sim.disk import SimDisk
 from powermail.sim.faults import JUMP_S
 from powermail.sim.users import FOLDERS
-from powermail.sim.world import DATA, Machine
+from powermail.sim.world import Machine
 from powermail.storage.contract import Held
 from powermail.storage.identity import Identity
 from powermail.storage.log.keys import KeyIndex, MemoryKeyIndex
@@ -22,49 +24,58 @@ from powermail.storage.log.store import Options, SegmentStore
 from powermail.storage.node import LocalNode
 
 if TYPE_CHECKING:
-    from powermail.sim.run import Simulation
+    from powermail.sim.played import Played
 
+_KEPT = (Held.LIVE, Held.DEAD)
 _CALM_S = 900.0  # virtual time within which all must be well again
-_SETTLED_S = 60.0  # what a killed front end left on one node is entered by then
 
 
-def live_groups(cluster: Cluster, machine: Machine, key: bytes) -> tuple[set[str], set[str]]:
-    """(groups that durably hold a live copy, groups whose disks cannot be looked at now)."""
+def live_groups(
+    nodes: Iterable[LocalNode], machine: Machine, key: bytes, group: Callable[[str], str]
+) -> tuple[set[str], set[str]]:
+    """(groups that durably hold a live copy or a tombstone, groups whose disks cannot be looked at now)."""
     live: set[str] = set()
     unseen: set[str] = set()
-    for node in cluster.nodes.values():
-        assert isinstance(node, LocalNode)
-        held = node.look([key]) if f"{DATA}/nodes/{node.id}" not in machine.disk.away else None
+    for node in nodes:
+        held = node.look([key]) if machine.place(node.id) not in machine.disk.away else None
         if held is None:
-            unseen.add(node.group)
-        elif held[0] is Held.LIVE or held[0] is Held.DEAD:  # read and deleted already
-            live.add(node.group)
+            unseen.add(group(node.id))
+        elif held[0] in _KEPT:  # read and deleted already
+            live.add(group(node.id))
     return live, unseen
 
 
-def taken_groups(cluster: Cluster, machine: Machine, key: bytes) -> set[str]:
-    """Groups of which a disk that is not in its place any more holds a live copy, or a tombstone: its receipt was true."""
+def taken_groups(groups: Mapping[str, str], machine: Machine, key: bytes) -> set[str]:
+    """Groups of which a disk that is not in its place any more holds a live copy, or a tombstone: its receipt was true.
+
+    `groups` has that of each node.
+    """
     found: set[str] = set()
     for prefix, disk in machine.taken:
-        node = cluster.nodes[prefix.rpartition("/")[2]]
-        if node.group not in found and disk.exists(f"{prefix}/identity"):
-            identity = msgspec.json.decode(disk.read_file(f"{prefix}/identity"), type=Identity)
-            copy = disk.clone()
-            store = SegmentStore.open(copy, prefix, identity.cluster, node.id, _in_memory, Options(), machine.clock.monotonic)
-            if store.reader.has([key])[0] in (Held.LIVE, Held.DEAD):
-                found.add(node.group)
+        node = prefix.rpartition("/")[2]
+        if groups[node] not in found and (store := opened(disk, prefix, node, machine)) is not None:
+            if store.reader.has([key])[0] in _KEPT:
+                found.add(groups[node])
     return found
+
+
+def opened(disk: SimDisk, prefix: str, node: str, machine: Machine) -> SegmentStore | None:
+    """What lies on a disk that nobody serves; None if no node was ever there."""
+    if not disk.exists(f"{prefix}/identity"):
+        return None
+    identity = msgspec.json.decode(disk.read_file(f"{prefix}/identity"), type=Identity)
+    copy, now = disk.clone(), machine.clock.monotonic
+    return SegmentStore.open(copy, prefix, identity.cluster, node, _in_memory, Options(limits.SEGMENT_OCTETS_MIN), now)
 
 
 def _in_memory(path: str, store: bytes) -> KeyIndex:
     return MemoryKeyIndex()
 
 
-def buried_keys(cluster: Cluster, without: str = "") -> dict[bytes, set[str]]:
+def buried_keys(nodes: Iterable[LocalNode], without: str = "") -> dict[bytes, set[str]]:
     """The groups whose nodes hold a tombstone of a key, as far as they can be looked at; the node `without` is passed over."""
     found: dict[bytes, set[str]] = {}
-    for node in cluster.nodes.values():
-        assert isinstance(node, LocalNode)
+    for node in nodes:
         if node.id != without:
             for key in node.tombstones():
                 found.setdefault(key, set()).add(node.group)
@@ -74,7 +85,7 @@ def buried_keys(cluster: Cluster, without: str = "") -> dict[bytes, set[str]]:
 class Judge:
     """The liveness phase, then the judgement of the whole history."""
 
-    def __init__(self, simulation: Simulation, peer: type[Peer], accounts: dict[str, str]) -> None:
+    def __init__(self, simulation: Played, peer: type[Peer], accounts: dict[str, str]) -> None:
         self._simulation = simulation
         self._peer = peer
         self._accounts = accounts
@@ -83,13 +94,12 @@ class Judge:
     async def judge(self) -> None:
         """Adds what is wrong to the outcome's problems."""
         simulation, problems = self._simulation, self._problems
-        await asyncio.sleep(_SETTLED_S)
+        await asyncio.sleep(simulation.settled_s)
         await simulation.healed(_CALM_S)
         for name in simulation.node_names:  # what rotted while the operator's scrub could not run is found now
             await simulation.operation("node_scrub", node=name)
         if not await simulation.healed(_CALM_S):
-            status = await simulation.operation("status")
-            what = status["degraded"] if isinstance(status, dict) else "no answer"
+            what = await simulation.troubles() or "no answer"
             problems.append(f"not well {_CALM_S:.0f} s after the last fault: {what}")
         back_s = JUMP_S * simulation.outcome.faults.get("clock-jump", 0)  # a row may be due that much later
         for _ in range(int(_CALM_S + back_s)):

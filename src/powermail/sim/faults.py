@@ -10,12 +10,13 @@ import asyncio
 import errno
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from powermail.base.errors import OperatorError
 from powermail.sim.disk import ROOM, SimDisk
-from powermail.sim.world import DATA, Machine
+from powermail.sim.world import Machine
 
+Kind = Callable[[], Awaitable[None]]
 _STREAMS = 3
 JUMP_S = 300.0  # how far a clock jumps at most
 _HEAL_S = 240.0
@@ -23,11 +24,24 @@ _LOOKED_S = 15.0  # after that the process has seen what lies in a node's place
 _LONG_S = 45.0  # how long an old copy of a disk is kept at most: deletions since were forgotten, and their tombstones went
 
 
-class Site(Protocol):
-    """What faults may do with the running installation."""
+class Installed(Protocol):
+    """What faults of disks may do with the running installation."""
 
-    machine: Machine
     node_names: list[str]
+
+    @property
+    def machine(self) -> Machine:
+        """What survives the death of a process."""
+
+    async def healed(self, within_s: float) -> bool:
+        """Waits until every message is redundant. False if it takes too long."""
+
+    async def operation(self, name: str, **arguments: object) -> object:
+        """An operator's command; None while it cannot be done."""
+
+
+class Site(Installed, Protocol):
+    """What faults may do with an installation of one process."""
 
     def let_go(self) -> None:
         """Closes what a killed process had open."""
@@ -47,29 +61,32 @@ class Site(Protocol):
     async def rebuild(self, without: str) -> None:
         """Makes the index anew from the nodes, while nothing serves; the node `without`, if there is one, is left out."""
 
-    async def healed(self, within_s: float) -> bool:
-        """Waits until every message is redundant. False if it takes too long."""
 
-    async def operation(self, name: str, **arguments: object) -> object:
-        """An operator's command; None while it cannot be done."""
+S = TypeVar("S", bound=Installed)
 
 
-class Faults:
-    """Draws faults for a seed: a random part of all kinds (a swarm), in several streams at once."""
+class DiskFaults(Generic[S]):
+    """Draws faults for a seed: a random part of all kinds (a swarm), in several streams at once. Here are those of disks."""
 
-    def __init__(self, site: Site, chance: random.Random, only: Sequence[str] = ()) -> None:
+    def __init__(self, site: S, chance: random.Random, only: Sequence[str] = ()) -> None:
         """`only` names the kinds that may happen, all of them then; else the seed draws some. Raises OperatorError."""
         self.happened: dict[str, int] = {}
         self._site = site
         self._machine = site.machine
         self._chance = chance
-        self._process = asyncio.Lock()  # one death of the process at a time
         self._damage = asyncio.Lock()  # one loss of data at a time: what R copies must bear
         self._old_disks: dict[str, SimDisk] = {}
         self._absent = ""  # a node that a rebuild was told to do without: until it is back, no copy may be unreadable
-        kinds: dict[str, Callable[[], Awaitable[None]]] = {
-            "kill": self._kill,
-            "power-cut": self._power_cut,
+        kinds = self._all()
+        unknown = [name for name in only if name not in kinds]
+        if unknown:
+            raise OperatorError(f"no fault is called {unknown[0]!r}; there are {', '.join(sorted(kinds))}")
+        drawn = sorted(chance.sample(sorted(kinds), chance.randint(4, len(kinds))))
+        self._kinds = {name: kinds[name] for name in only or drawn}
+
+    def _all(self) -> dict[str, Kind]:
+        """Every kind by its name."""
+        return {
             "disk-away": self._disk_away,
             "disk-emptied": self._disk_emptied,
             "disk-returned": self._disk_returned,
@@ -83,24 +100,13 @@ class Faults:
             "hung-disk": self._hung_disk,
             "hung-disks": self._hung_disks,
             "keys-zeroed": self._keys_zeroed,
-            "index-away": self._index_away,
-            "index-unknown": self._index_unknown,
-            "index-hung": self._index_hung,
-            "slow-index": self._slow_index,
             "directory-away": self._directory_away,
-            "resets": self._resets,
-            "stall": self._stall,
-            "clock-jump": self._clock_jump,
-            "old-index": self._old_index,
-            "hot-index": self._hot_index,
-            "rebuild": self._rebuild,
             "blocked": self._blocked,
         }
-        unknown = [name for name in only if name not in kinds]
-        if unknown:
-            raise OperatorError(f"no fault is called {unknown[0]!r}; there are {', '.join(sorted(kinds))}")
-        drawn = sorted(chance.sample(sorted(kinds), chance.randint(4, len(kinds))))
-        self._kinds = {name: kinds[name] for name in only or drawn}
+
+    async def _restarted(self, nodes: Sequence[str]) -> None:
+        """What serves these nodes ends and starts anew."""
+        raise NotImplementedError
 
     async def run(self, until: float) -> None:
         """Faults until that time; all are over at the end."""
@@ -120,19 +126,7 @@ class Faults:
         return self._chance.choice(self._site.node_names)
 
     def _disk(self, node: str) -> SimDisk:
-        return self._machine.disk.parts[f"{DATA}/nodes/{node}"]
-
-    # -- the process --------------------------------------------------------------------------------------------------
-
-    async def _kill(self) -> None:
-        async with self._process:
-            self._machine.kill()
-            await self._site.restart(self._chance.uniform(0.1, 2.0))
-
-    async def _power_cut(self) -> None:
-        async with self._process:
-            self._machine.cut_power()
-            await self._site.restart(self._chance.uniform(0.5, 5.0))
+        return self._machine.disk.parts[self._machine.place(node)]
 
     # -- data that is gone -------------------------------------------------------------------------------------------
 
@@ -142,7 +136,7 @@ class Faults:
             if not await self._site.healed(_HEAL_S):
                 return
             name = self._node()
-            prefix = f"{DATA}/nodes/{name}"
+            prefix = self._machine.place(name)
             self._machine.disk.away[prefix] = None
             await asyncio.sleep(self._chance.uniform(2.0, 10.0))
             self._old_disks[name] = await self._replaced(name)
@@ -150,7 +144,7 @@ class Faults:
 
     async def _replaced(self, name: str) -> SimDisk:
         """Puts an empty disk in the place of a node's and tells the node; the disk that was there."""
-        prefix = f"{DATA}/nodes/{name}"
+        prefix = self._machine.place(name)
         empty = SimDisk()
         empty.make_directory(prefix)
         before = self._machine.replace_disk(prefix, empty)
@@ -186,7 +180,7 @@ class Faults:
         """The disk that was replaced, or an older state of this one, is put back (F16, F31)."""
         async with self._damage:
             name = self._node()
-            prefix = f"{DATA}/nodes/{name}"
+            prefix = self._machine.place(name)
             old = self._old_disks.pop(name, None)
             if old is None:
                 old = self._older_state(name)
@@ -208,7 +202,7 @@ class Faults:
         disk = self._disk(name)
         disk.settle()  # a copy of a disk that is used holds at least what was synced; here it holds all
         old = disk.clone()
-        self._machine.bases[f"{DATA}/nodes/{name}"] = disk.clone()
+        self._machine.bases[self._machine.place(name)] = disk.clone()
         return old
 
     async def _rot(self) -> None:
@@ -230,7 +224,7 @@ class Faults:
     # -- disks in trouble --------------------------------------------------------------------------------------------
 
     async def _disk_away(self) -> None:
-        prefix = f"{DATA}/nodes/{self._node()}"
+        prefix = self._machine.place(self._node())
         self._machine.disk.away[prefix] = None
         await asyncio.sleep(self._chance.uniform(0.5, 20.0))
         self._machine.disk.away.pop(prefix, None)
@@ -251,11 +245,12 @@ class Faults:
 
     async def _write_error(self) -> None:
         """A node that fails an fsync stays failed until the process starts anew (P18)."""
-        disk = self._disk(self._node())
+        name = self._node()
+        disk = self._disk(name)
         disk.fail(self._chance.choice(["write", "sync"]), self._chance.randint(1, 30))
         await asyncio.sleep(self._chance.uniform(1.0, 10.0))
         disk.clear_faults()
-        await self._kill()
+        await self._restarted([name])
 
     async def _answers_lost(self) -> None:
         """Several nodes write what they are asked and say that they could not; the process ends soon after."""
@@ -265,7 +260,7 @@ class Faults:
         await asyncio.sleep(self._chance.uniform(0.5, 6.0))
         for name in names:
             self._disk(name).clear_faults()
-        await self._kill()
+        await self._restarted(names)
 
     async def _read_error(self) -> None:
         disk = self._disk(self._node())
@@ -302,13 +297,14 @@ class Faults:
 
     async def _keys_zeroed(self) -> None:
         """A page of a node's derived key index is lost; the node makes it anew (law 14)."""
-        prefix = f"{DATA}/nodes/{self._node()}"
+        name = self._node()
+        prefix = self._machine.place(name)
         if prefix in self._machine.disk.away:
             return
         path = self._machine.disk.keys_path(f"{prefix}/keys.db")
         self._machine.zero_page(path)
         if self._chance.random() < 0.5:
-            await self._kill()
+            await self._restarted([name])
 
     async def _blocked(self) -> None:
         name = self._node()
@@ -319,14 +315,57 @@ class Faults:
                 return
             await asyncio.sleep(1.0)
 
-    # -- index and directory -----------------------------------------------------------------------------------------
-
     async def _ill(self, lanes: list[str], how: str) -> None:
         for lane in lanes:
             self._machine.ill[lane] = how
         await asyncio.sleep(self._chance.uniform(1.0, 30.0))
         for lane in lanes:
             self._machine.ill.pop(lane, None)
+
+    async def _directory_away(self) -> None:
+        await self._ill(["directory"], "error")
+
+
+class Faults(DiskFaults[Site]):
+    """What may befall one process that does everything, with its index in a file."""
+
+    def __init__(self, site: Site, chance: random.Random, only: Sequence[str] = ()) -> None:
+        super().__init__(site, chance, only)
+        self._process = asyncio.Lock()  # one death of the process at a time
+
+    def _all(self) -> dict[str, Kind]:
+        return super()._all() | {
+            """Every kind by its name."""
+            "kill": self._kill,
+            "power-cut": self._power_cut,
+            "index-away": self._index_away,
+            "index-unknown": self._index_unknown,
+            "index-hung": self._index_hung,
+            "slow-index": self._slow_index,
+            "resets": self._resets,
+            "stall": self._stall,
+            "clock-jump": self._clock_jump,
+            "old-index": self._old_index,
+            "hot-index": self._hot_index,
+            "rebuild": self._rebuild,
+        }
+
+    # -- the process --------------------------------------------------------------------------------------------------
+
+    async def _kill(self) -> None:
+        async with self._process:
+            self._machine.kill()
+            await self._site.restart(self._chance.uniform(0.1, 2.0))
+
+    async def _restarted(self, nodes: Sequence[str]) -> None:
+        await self._kill()
+
+    async def _power_cut(self) -> None:
+        async with self._process:
+            self._machine.cut_power()
+            await self._site.restart(self._chance.uniform(0.5, 5.0))
+
+    # -- the index -----------------------------------------------------------------------------------------
 
     async def _index_away(self) -> None:
         await self._ill(["index-write", "index-read"], "error")
@@ -344,9 +383,6 @@ class Faults:
         self._machine.slow["index-write"] = self._chance.uniform(0.02, 0.3)
         await asyncio.sleep(self._chance.uniform(2.0, 15.0))
         self._machine.slow.pop("index-write", None)
-
-    async def _directory_away(self) -> None:
-        await self._ill(["directory"], "error")
 
     async def _old_index(self) -> None:
         """A backup is put under a process that is down (F28)."""
@@ -381,12 +417,12 @@ class Faults:
         away = self._chance.random() < 0.5
         for name in names:
             if away:
-                self._machine.disk.away[f"{DATA}/nodes/{name}"] = None
+                self._machine.disk.away[self._machine.place(name)] = None
             else:
                 self._machine.hung.update({f"{name}-write": None, f"{name}-read": None})
         await asyncio.sleep(self._chance.uniform(2.0, 30.0) if names else 0.0)
         for name in names:
-            self._machine.disk.away.pop(f"{DATA}/nodes/{name}", None)
+            self._machine.disk.away.pop(self._machine.place(name), None)
             self._machine.hung.pop(f"{name}-write", None)
             self._machine.hung.pop(f"{name}-read", None)
 
@@ -406,7 +442,7 @@ class Faults:
                     return
 
     async def _rebuild_once(self, without: str) -> None:
-        prefix = f"{DATA}/nodes/{without}"
+        prefix = self._machine.place(without)
         self._machine.kill()
         self._site.forget_unsaved(without)
         self._site.let_go()

@@ -17,6 +17,7 @@ from powermail.sim.client import LineClient, Lost, number_of
 from powermail.sim.users import IMAP_MAILBOXES
 
 SMTP_PORT, LMTP_PORT, POP_PORT, PEER_PORT = 25, 24, 110, 26
+BETWEEN_DOORS = 1000
 PASSWORD = "secret"
 MAILBOXES = [f"user{number}@sim.example" for number in range(5)]
 FORWARDS = {"away@sim.example": "someone@elsewhere.example", "both@sim.example": "other@elsewhere.example"}
@@ -71,16 +72,24 @@ class Fleet:
         chance: random.Random,
         acknowledged: Callable[[bytes], None],
         entered_late: Callable[[bytes], bool],
+        doors: int = 1,
     ) -> None:
         """`acknowledged` is told the key of each message when its 250 is read; `entered_late` says which of them the index did
-        not answer for in time.
+        not answer for in time. There are `doors` front ends, whose ports are `BETWEEN_DOORS` apart.
         """
+        self.told: Callable[[], None] = lambda: None  # called when a deletion was acknowledged
+        self._doors = doors
         self._entered_late = entered_late
         self.history = History()
         self._acknowledged = acknowledged
         self.stopping = False
         self._net = net
         self._chance = chance
+
+    async def _open(self, port: int) -> LineClient:
+        """A connection to one of the front ends. Raises Lost."""
+        door = self._chance.randrange(self._doors) if self._doors > 1 else 0
+        return await LineClient.open(self._net, port + door * BETWEEN_DOORS)
 
     # -- sending ------------------------------------------------------------------------------------------------------
 
@@ -117,7 +126,7 @@ class Fleet:
 
     async def _send(self, message: Message) -> None:
         lmtp = self._chance.random() < 0.2
-        client = await LineClient.open(self._net, LMTP_PORT if lmtp else SMTP_PORT)
+        client = await self._open(LMTP_PORT if lmtp else SMTP_PORT)
         try:
             await client.reply()
             await client.ask(b"LHLO fleet" if lmtp else b"EHLO fleet")
@@ -179,7 +188,7 @@ class Fleet:
     async def read(self, mailbox: str, delete: bool) -> dict[int, int] | None:
         """One session: how often each message is listed, or None if the mailbox could not be opened."""
         began = asyncio.get_running_loop().time()
-        client = await LineClient.open(self._net, POP_PORT)
+        client = await self._open(POP_PORT)
         try:
             await client.until(b"\r\n")
             await client.command(b"USER " + mailbox.encode())
@@ -269,6 +278,7 @@ class Fleet:
             now = asyncio.get_running_loop().time()
             for number in sorted(gone):
                 self.history.expunged_acked.setdefault((mailbox, number), now)
+            self.told()
 
 
 def kept_in(message: Message) -> list[str]:

@@ -13,7 +13,7 @@ import random
 import traceback
 from asyncio import base_events
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVarTuple
 
 Ts = TypeVarTuple("Ts")
@@ -21,6 +21,40 @@ Ts = TypeVarTuple("Ts")
 
 class NothingLeft(RuntimeError):
     """Everybody waits and no timer is set: a deadlock, which a real process would sit in for ever."""
+
+
+class Program:
+    """A simulated process among several: whatever it has set going runs in its context, and ends or stops with it."""
+
+    def __init__(self) -> None:
+        self.runs = True
+        self._paused = False
+        self._held: list[_Handle] = []
+
+    def kill(self) -> None:
+        """kill -9: not one instruction more, wherever it is."""
+        self.runs = self._paused = False
+        self._held.clear()
+
+    def pause(self) -> None:
+        """SIGSTOP: not one instruction more, until it goes on."""
+        if self.runs:
+            self.runs, self._paused = False, True
+
+    def go_on(self, loop: SimLoop) -> None:
+        """SIGCONT: what came due meanwhile is done now, with what it knew before."""
+        if self._paused:
+            self.runs, self._paused = True, False
+            held, self._held = self._held, []
+            loop.put_back(held)
+
+    def hold(self, handle: _Handle) -> None:
+        """Something of it is due while it does not run."""
+        if self._paused:
+            self._held.append(handle)
+
+
+PROGRAM: contextvars.ContextVar[Program | None] = contextvars.ContextVar("program", default=None)
 
 
 class _Handle(asyncio.TimerHandle):
@@ -60,6 +94,7 @@ class SimLoop(base_events.BaseEventLoop):
         self._due: deque[_Handle] = deque()
         self._timed = 0  # timers so far: of two for the same instant the one that was set first comes first
         self.steps = 0
+        self.ending = False  # what is left is let go of, whatever became of its program
 
     def time(self) -> float:
         """Virtual seconds."""
@@ -109,8 +144,17 @@ class SimLoop(base_events.BaseEventLoop):
             due.extend(handles)
         for _ in range(count):
             handle = due.popleft()
-            if not handle._cancelled:
+            if handle._cancelled:
+                continue
+            program = handle._context.get(PROGRAM)
+            if program is None or program.runs or self.ending:
                 handle._run()
+            else:
+                program.hold(handle)
+
+    def put_back(self, handles: Iterable[_Handle]) -> None:
+        """These are due."""
+        self._due.extend(handles)
 
     def close(self) -> None:
         """Lets go of all that was still to be called."""
@@ -141,11 +185,15 @@ def run(work: Any, seed: int, complain: Callable[[str], None]) -> tuple[Any, Sim
     try:
         return loop.run_until_complete(work), loop
     finally:
+        loop.ending = True
         left = asyncio.all_tasks(loop)  # of killed processes, which wait for what never comes
         for task in left:
             task._log_destroy_pending = False  # type: ignore[attr-defined]
             task.cancel()
         if left:
             loop.run_until_complete(asyncio.wait(left, timeout=60.0))
+        for task in left:
+            if task.done() and not task.cancelled():
+                task.exception()  # whatever it met after its death is no finding
         asyncio.set_event_loop(None)
         loop.close()

@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import sqlite3
-from collections.abc import Callable, MutableSequence
+from collections.abc import Callable, Iterable, MutableSequence
 from typing import Any
 
 from powermail.base.disk import File, Lock, SystemDisk
@@ -56,14 +56,15 @@ class TraceLog:
 
     dropped = 0
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, lives: Callable[[], bool], who: str = "") -> None:
         self._machine = machine
-        self._generation = machine.generation
+        self._lives = lives
+        self._who = who
 
     def event(self, event: Event, **fields: Any) -> None:
-        if self._generation != self._machine.generation:
+        if not self._lives():
             return  # a killed process says nothing more
-        self._machine.trace.append(f"{asyncio.get_running_loop().time():.6f} {format_text('', event, fields)}")
+        self._machine.trace.append(f"{asyncio.get_running_loop().time():.6f} {self._who}{format_text('', event, fields)}")
         if event is Event.INDEX_LATE:
             self._machine.late[fields["key"]] = None
         if event is Event.BUG:
@@ -73,12 +74,12 @@ class TraceLog:
 class MachineDisk:
     """The disks of a machine under one tree: one for the data directory and one for each node. Implements `base.disk.Disk`."""
 
-    def __init__(self, nodes: list[str], real: str) -> None:
-        """`real` is a directory of the real machine, for what SQLite keeps."""
+    def __init__(self, places: Iterable[str], real: str) -> None:
+        """One disk at each of these places. `real` is a directory of the real machine, for what SQLite keeps."""
         self._real, self._real_disk = real, SystemDisk()
         self._serials: dict[int, int] = {}  # disks by identity: each has its own key index
         self._numbered: list[SimDisk] = []
-        self.parts: dict[str, SimDisk] = {f"{DATA}/nodes/{name}": SimDisk() for name in nodes}
+        self.parts: dict[str, SimDisk] = {place: SimDisk() for place in places}
         self.system = SimDisk()
         self.system.make_directory(DATA)
         self.away: dict[str, None] = {}
@@ -168,7 +169,7 @@ class Machine:
     def __init__(self, chance: random.Random, nodes: list[str], real: str) -> None:
         """`real` is a directory for what SQLite keeps; only committed transactions are ever seen there."""
         self.chance = chance
-        self.disk = MachineDisk(nodes, real)
+        self.disk = MachineDisk([self.place(name) for name in nodes], real)
         self.clock = SimClock()
         self.net = SimNetwork(chance)
         self.real = real
@@ -183,18 +184,27 @@ class Machine:
         self.taken: list[tuple[str, SimDisk]] = []  # disks that lay in a place before another did, as they were then
         self.settle()
 
+    def place(self, node: str) -> str:
+        """The directory of a node."""
+        return f"{DATA}/nodes/{node}"
+
     def world(self) -> World:
         """A world for a new process on this machine; that of the process before is dead."""
         self.generation += 1
         mine = self.generation
+        return self.world_of("server", self.clock, lambda: self.generation == mine)
 
-        def lane(name: str) -> Lane:
+    def world_of(self, name: str, clock: SimClock, lives: Callable[[], bool]) -> World:
+        """A world for a process of that name, as long as it lives."""
+
+        def lane(what: str) -> Lane:
             def delay() -> float:
-                return self.chance.expovariate(1 / 0.0004) + self.slow.get(name, 0.0)
+                return self.chance.expovariate(1 / 0.0004) + self.slow.get(what, 0.0)
 
-            return SimLane(delay, lambda: self.generation == mine, lambda: name in self.hung, lambda: self._illness(name))
+            return SimLane(delay, lives, lambda: what in self.hung, lambda: self._illness(what))
 
-        return World(self.clock, self.disk, self.net.named("server"), SimEntropy(self.chance), lane, TraceLog(self))
+        who = "" if name == "server" else f"{name} "
+        return World(clock, self.disk, self.net.named(name), SimEntropy(self.chance), lane, TraceLog(self, lives, who))
 
     def _illness(self, lane: str) -> Callable[[Callable[[], Any]], Any] | None:
         how = self.ill.get(lane)
@@ -240,9 +250,12 @@ class Machine:
     def cut_power(self) -> None:
         """Kills, and each disk keeps what was synced and any part of the rest."""
         self.kill()
-        for prefix, disk in self.disk.parts.items():
-            self.disk.parts[prefix] = self._after_cut(prefix, disk)
+        for prefix in self.disk.parts:
+            self._cut(prefix)
         self.settle()
+
+    def _cut(self, prefix: str) -> None:
+        self.disk.parts[prefix] = self._after_cut(prefix, self.disk.parts[prefix])
 
     def _after_cut(self, prefix: str, disk: SimDisk) -> SimDisk:
         durable, pending = split(disk.journal, len(disk.journal))
@@ -262,9 +275,13 @@ class Machine:
 
     def settle(self) -> None:
         """From here on a power cut can take only what comes later: called when everything has long been written back."""
-        for prefix, disk in self.disk.parts.items():
-            disk.settle()
-            self.bases[prefix] = disk.clone()
+        for prefix in self.disk.parts:
+            self._settle(prefix)
+
+    def _settle(self, prefix: str) -> None:
+        disk = self.disk.parts[prefix]
+        disk.settle()
+        self.bases[prefix] = disk.clone()
 
     def snapshot_index(self) -> None:
         """A backup of the index, as an operator makes it while it is used (a hot copy). There must be an index."""

@@ -365,8 +365,9 @@ class StorageNode(Protocol):
         """
 
     async def reread(self, unread: Unread) -> Scan | None:
-        """Tries a stretch again: what it holds (`unread` of the answer names what still cannot be read), or None when its
-        segment is gone. Raises NodeTrouble.
+        """Tries a stretch again: what it holds, or None when its segment is gone. `unread` of the answer names what cannot be
+        read yet, and what was not looked at: one call goes no further than REREAD_RECORDS_MAX and REREAD_OCTETS_MAX.
+        Raises NodeTrouble.
         """
 
     async def inventory(self, after: bytes, limit: int) -> list[Item]:

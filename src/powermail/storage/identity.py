@@ -46,7 +46,7 @@ def read_identity(disk: Disk, path: str, cluster: str, node: str) -> Identity:
         ) from error
     try:
         identity = msgspec.json.decode(octets, type=Identity)
-    except msgspec.DecodeError as error:
+    except ValueError as error:  # octets that are no UTF-8 too
         raise OperatorError(f"node {node}: {path}/identity is damaged: {error}") from error
     if identity.format > FORMAT:
         raise OperatorError(f"node {node}: format {identity.format} of {path} is newer than this program")
@@ -55,6 +55,14 @@ def read_identity(disk: Disk, path: str, cluster: str, node: str) -> Identity:
     if identity.node != node:
         raise OperatorError(f"node {node}: the disk in {path} is that of node {identity.node}: swapped or cloned")
     return identity
+
+
+def find_identity(disk: Disk, path: str) -> Identity:
+    """Whose disk that is, whatever it is. Raises OperatorError if it is none of ours."""
+    try:
+        return msgspec.json.decode(disk.read_file(f"{path}/identity"), type=Identity)
+    except (OSError, ValueError) as error:
+        raise OperatorError(f"{path} is no directory of a node: {error}") from error
 
 
 def make_store(disk: Disk, path: str, cluster: str, node: str, entropy: Entropy) -> Identity:

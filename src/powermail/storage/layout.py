@@ -47,7 +47,7 @@ class LayoutRow(Struct, frozen=True):
     id: str
     group: str  # failure domain
     address: str = ""  # host:port; "": only the process that has its path in its settings reaches it
-    site: str = ""  # where it stands, for reading what is near first
+    site: str = ""  # where it stands: near copies are read first, and those of a message go apart; "": nobody said
     priority: int = 1  # lower is used first; a higher number is a hot spare
     state: Standing = Standing.ACTIVE
     told: str = ""  # what the settings of its machine said last: only what changes there is taken from there again
@@ -94,6 +94,19 @@ def is_destructive(row: LayoutRow | None, change: LayoutChange) -> bool:
     if row.state is Standing.LEAVING and state is not Standing.LEAVING:
         return state is not None
     return (change.group is not None and change.group != row.group) or (state is not None and state not in _REVERSIBLE)
+
+
+def costs(before: Layout, after: Layout) -> bool:
+    """True if whoever still goes by `before` may take what is not redundant any more for redundant: a node is of another group,
+    is about to go or went; or changes that nobody knows lie between them.
+    """
+    if after.version != before.version + 1:
+        return True
+    for row in before.members():
+        now = after.row(row.id)
+        if now is None or now.group != row.group or (now.state is Standing.LEAVING and now.state is not row.state):
+            return True
+    return False
 
 
 def changed(row: LayoutRow | None, change: LayoutChange) -> LayoutRow:
@@ -147,7 +160,7 @@ def parse_layout(octets: bytes, cluster: str) -> Layout:
         raise ValueError(f"it is of another cluster ({owner})")
     try:
         return Layout(version, msgspec.json.decode(octets.partition(b"\n")[2], type=tuple[LayoutRow, ...]))
-    except msgspec.DecodeError as error:
+    except ValueError as error:
         raise ValueError(f"it cannot be read: {error}") from error
 
 

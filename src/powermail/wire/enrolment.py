@@ -89,6 +89,7 @@ class Join(Struct, array_like=True, frozen=True, tag=2):
     secret: Annotated[bytes, Meta(max_length=64)]
     request: _Der
     address: _Word = ""  # where a node is reached, if its token does not say
+    site: _Word = ""  # where the machine stands
 
 
 class Renew(Struct, array_like=True, frozen=True, tag=3):
@@ -112,6 +113,7 @@ class Issued(Struct, array_like=True, frozen=True, tag=4):
     address: _Word = ""
     settings: dict[_Word, _Text] = {}
     files: dict[_Word, _Der] = {}
+    site: _Word = ""
 
 
 class Refused(Struct, array_like=True, frozen=True, tag=5):
@@ -202,7 +204,7 @@ class Registering:
             raise Broken("order", "a second question")
         try:
             ask: Ask = _ASK.decode(payload)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise Broken("malformed", f"a question that cannot be read: {error}") from error
         if not FIRST <= ask.version <= LAST:
             raise Broken("version", f"version {ask.version} is spoken there, and {FIRST} to {LAST} here")
@@ -238,7 +240,7 @@ class Enrolling:
                 raise Broken("order", "an answer to nothing that was asked")
             self._answered = True
             return unpack_answer(payload)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise Broken("malformed", f"an answer that cannot be read: {error}") from error
 
     def trust(self) -> None:
@@ -246,9 +248,9 @@ class Enrolling:
         assert self._greeting is not None
         self._trusted = True
 
-    def join(self, token: Token, request: bytes, address: str = "") -> bytes:
+    def join(self, token: Token, request: bytes, address: str = "", site: str = "") -> bytes:
         """Asks for a certificate with a token; what is to be sent."""
-        return self._ask(Join(self._version(), token.id, token.secret, request, address))
+        return self._ask(Join(self._version(), token.id, token.secret, request, address, site))
 
     def renew(self, request: bytes) -> bytes:
         """Asks for the next certificate; what is to be sent."""

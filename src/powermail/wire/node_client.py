@@ -25,7 +25,18 @@ from msgspec import Struct
 from powermail.base import limits
 from powermail.wire import node_forms as forms
 from powermail.wire import node_verbs as verbs
-from powermail.wire.node_frames import MORE, NO_BODY, Frame, FrameReader, Pieces, add_frames
+from powermail.wire.node_frames import (
+    HEADER,
+    MODULUS,
+    MORE,
+    NO_BODY,
+    Frame,
+    FrameReader,
+    Piece,
+    Pieces,
+    add_frames,
+    checksum_of,
+)
 from powermail.wire.node_server import ACK
 from powermail.wire.node_verbs import META_DECODERS, REPLY_DECODERS, Failure, Verb
 
@@ -34,6 +45,7 @@ _ACKS, _REPLY, _ERROR = verbs.ACKS.number, verbs.REPLY.number, verbs.ERROR.numbe
 _STAT, _GOAWAY = verbs.STAT.number, verbs.GOAWAY.number
 _EMPTY: Final = forms.encode(forms.NOTHING)
 _NOT_ASKED: Final = (0, 0, None)
+_pack: Final = HEADER.pack
 
 
 class Answer(Struct, frozen=True):
@@ -124,6 +136,22 @@ class NodeClient:
         self._asked[number] = (verb.number, octets, token)
         self.open_octets += octets
         return number
+
+    def take(self, verb: int, meta: bytes, piece: Piece, token: Any) -> bool:
+        """Puts an operation of one frame in the row if the window has room for it; False if not. It is `ask` for what nearly
+        all are: the meta is no longer than a meta may be.
+        """
+        body, total = piece
+        meta_octets = len(meta)
+        octets = meta_octets + len(body)
+        asked, open_octets = self._asked, self.open_octets + octets
+        if len(asked) >= self.window_operations or (open_octets > self.window_octets and asked):
+            return False
+        self._number = number = self._number + 1
+        self._out += (_pack(octets, verb, 0, meta_octets, number, (checksum_of(meta) + total) & MODULUS), meta, body)
+        asked[number] = (verb, octets, token)
+        self.open_octets = open_octets
+        return True
 
     def to_send(self, octets: int | None = None) -> bytes:
         """All operations that were gathered, as one run of octets; of pieces behind the first about so many `octets`."""

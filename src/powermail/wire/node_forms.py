@@ -318,10 +318,24 @@ class LayoutForm(Struct, array_like=True, frozen=True):
     fence: Count
 
 
+class Follow(Struct, array_like=True, frozen=True):
+    """The version of the layout that the asker goes by from now on."""
+
+    version: Count
+
+
 class Expel(Struct, array_like=True, frozen=True):
-    """Ids whose certificates admit nobody from now on."""
+    """Ids whose certificates admit nobody from now on. With `more` there are others behind them: only then it is all."""
 
     ids: Annotated[tuple[Id, ...], Meta(max_length=limits.NODE_EXPEL_IDS_MAX)]
+    more: bool = False
+
+
+class ExpelledForm(Struct, array_like=True, frozen=True):
+    """Who was expelled, and ids of some who said so; none if that was told to an older program."""
+
+    id: Id
+    by: tuple[Id, ...]
 
 
 class Error(Struct, array_like=True, frozen=True):
@@ -371,4 +385,5 @@ decode_items: Final = msgspec.msgpack.Decoder(list[ItemForm]).decode
 decode_checkpoints: Final = msgspec.msgpack.Decoder(list[CheckpointForm]).decode
 decode_mark: Final = msgspec.msgpack.Decoder(MarkForm).decode
 decode_facts: Final = msgspec.msgpack.Decoder(FactsForm).decode
+decode_expelled: Final = msgspec.msgpack.Decoder(list[ExpelledForm]).decode
 NOTHING: Final = Nothing()

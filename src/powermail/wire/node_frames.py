@@ -27,7 +27,7 @@ from powermail.base import limits
 HEADER: Final = Struct("<IBBHQQ")
 HEADER_OCTETS: Final = HEADER.size
 MORE: Final = 1  # flag: another piece of this body follows
-_MODULUS: Final = (1 << 64) - 1
+MODULUS: Final = (1 << 64) - 1
 
 Frame = tuple[int, int, int, bytes, bytes]  # verb, flags, operation number, meta, body
 
@@ -61,14 +61,14 @@ def add_frames(out: list[bytes | memoryview], verb: int, number: int, meta: byte
     body, total = pieces[0]
     octets = meta_octets + len(body)
     flags = MORE if len(pieces) > 1 else 0
-    out += (HEADER.pack(octets, verb, flags, meta_octets, number, (checksum_of(meta) + total) & _MODULUS), meta, body)
+    out += (HEADER.pack(octets, verb, flags, meta_octets, number, (checksum_of(meta) + total) & MODULUS), meta, body)
     if flags:
         last = len(pieces) - 1
         for place in range(1, last + 1):
             body, total = pieces[place]
             body_octets = len(body)
             flags = MORE if place < last else 0
-            out += (HEADER.pack(body_octets, verb, flags, 0, number, (EMPTY_SUM + total) & _MODULUS), body)
+            out += (HEADER.pack(body_octets, verb, flags, 0, number, (EMPTY_SUM + total) & MODULUS), body)
             octets += body_octets
     return octets
 
@@ -122,7 +122,7 @@ class FrameReader:
                 break
             middle = begin + meta_octets
             meta, body = view[begin:middle].tobytes(), view[middle:following].tobytes()
-            if (digest(meta) + digest(body)) & _MODULUS != total:
+            if (digest(meta) + digest(body)) & MODULUS != total:
                 self.fault = ("checksum", "a frame does not have its checksum")
                 break
             frames.append((verb, flags, number, meta, body))

@@ -49,6 +49,9 @@ class State(Enum):
     OVER = "over"
 
 
+_OPEN, _OVER = State.OPEN, State.OVER  # looked at for each frame
+
+
 class Ask(Struct, frozen=True):
     """An operation is complete."""
 
@@ -120,10 +123,10 @@ class NodeServer:
 
     def _events(self, frames: list[Frame]) -> Iterator[Ask | Stop]:
         for verb, flags, number, meta, body in frames:
-            if self.state is State.OVER:
-                return
-            if number > self._last and not flags and self.state is State.OPEN and verb in self._allowed:
+            if number > self._last and not flags and self.state is _OPEN and verb in self._allowed:
                 event: Ask | Stop | None = self._whole(verb, number, meta, body)  # what nearly all are
+            elif self.state is _OVER:
+                return
             else:
                 event = self._frame(verb, flags, number, meta, body)
             if event is not None:
@@ -135,15 +138,15 @@ class NodeServer:
     def _whole(self, verb: int, number: int, meta: bytes, body: bytes) -> Ask | Stop | None:
         """An operation in one frame that may be asked."""
         self._last = number
-        octets = len(meta) + len(body)
         if verb == _PING:
             self._open[number] = 0
         elif verb == _HELLO:
             return self._stop("order", "HELLO comes once")
         else:
-            self._open[number] = octets
-            self.held_octets += octets
-            if len(self._open) > self._window_operations or self.held_octets > self._window_octets:
+            asked = self._open
+            asked[number] = octets = len(meta) + len(body)
+            self.held_octets = held_octets = self.held_octets + octets
+            if held_octets > self._window_octets or len(asked) > self._window_operations:
                 if stop := self._beyond():
                     return stop
         try:
@@ -247,7 +250,7 @@ class NodeServer:
 
     def ack(self, number: int, incarnation: str, segment: int, offset: int) -> None:
         """A receipt. They are gathered, and go out in one frame."""
-        if self.state is State.OVER:
+        if self.state is _OVER:
             return
         self.held_octets -= self._open.pop(number)
         if incarnation != self._acks_of or len(self._acks) >= _ACKS_AT_ONCE:

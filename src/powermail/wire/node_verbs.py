@@ -125,6 +125,8 @@ TABLE: Final = (
     _ask("LAYOUT", 31, _ANY, _BULK, _NONE, forms.LayoutForm),
     _ask("SET_LAYOUT", 32, _MEMBERSHIP, _BULK, forms.LayoutForm, forms.LayoutForm),
     _ask("EXPEL", 33, _MEMBERSHIP, _SMALL, forms.Expel),
+    _ask("FOLLOW", 34, _ANY, _SMALL, forms.Follow),
+    _ask("EXPELLED", 35, _MEMBERSHIP, _BULK, _NONE),
     _answer("ACKS", 128, forms.Acks),
     _answer("REPLY", 129, _NONE),
     _answer("ERROR", 130, forms.Error),
@@ -144,7 +146,7 @@ READS: Final = frozenset(
 )  # whose answers may be large: they wait while the peer does not read
 
 MEMBERSHIP: Final = frozenset(
-    {VERBS[name].number for name in ("LAYOUT", "SET_LAYOUT", "EXPEL")}
+    {VERBS[name].number for name in ("LAYOUT", "SET_LAYOUT", "EXPEL", "FOLLOW", "EXPELLED")}
 )  # of the machine, not of a node
 
 META_DECODERS: Final = {verb.number: msgspec.msgpack.Decoder(verb.meta).decode for verb in TABLE}

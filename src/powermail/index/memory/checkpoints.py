@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from powermail.base import limits
 from powermail.base.errors import IndexTrouble
@@ -73,7 +73,9 @@ class CheckpointPart(MailboxPart):
         to = self.state.mailboxes.get(gone.to)
         return to is None or to.written >= gone.to_modseq
 
-    async def checkpoint_done(self, plan: CheckpointPlan, nodes: Sequence[str], now: float) -> None:
+    async def checkpoint_done(
+        self, plan: CheckpointPlan, nodes: Sequence[str], now: float, incarnations: Mapping[str, str] | None = None
+    ) -> None:
         def done() -> None:
             row = self.state.mailboxes.get(plan.mailbox.id)
             if row is None or row.numbers.uidvalidity != plan.mailbox.uidvalidity or plan.planned_in != self.state.epoch:
@@ -83,6 +85,9 @@ class CheckpointPart(MailboxPart):
             at, numbers = plan.mailbox, row.numbers
             if row.written > at.modseq:
                 return  # law 13: another keeper was quicker
+            if not self._stay(nodes, incarnations or {}):  # law 13: a holder went, or its disk did, while it was written
+                self.state.mailboxes[row.id] = row._replace(due=now)
+                return
             if plan.side == (row.whole_side if plan.whole else row.tail_side):  # with the same: both may lie there in pieces
                 self.state.mailboxes[row.id] = row._replace(skipped=True, due=now)
                 return
@@ -103,6 +108,10 @@ class CheckpointPart(MailboxPart):
             self.state.mailboxes[row.id] = row
 
         self.transact(done)
+
+    def _stay(self, nodes: Sequence[str], incarnations: Mapping[str, str]) -> bool:
+        members = [self.state.nodes.get(node) for node in nodes]
+        return all(row is not None and incarnations.get(row.id, row.incarnation) == row.incarnation for row in members)
 
     async def checkpoints_lost(self, node: str) -> int:
         return self.transact(lambda: self.lose_checkpoints(node))

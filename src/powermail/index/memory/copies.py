@@ -21,6 +21,7 @@ from powermail.index.contract import (
 )
 from powermail.index.laws import Deed
 from powermail.index.memory.transaction import Transactions, Undo
+from powermail.index.sharing import hand_on_row
 from powermail.mail.envelope import Commit
 from powermail.storage.contract import Dropped, End, Held, Position, Receipt, Unread
 from powermail.storage.layout import LayoutChange, Standing, changed_layout
@@ -354,15 +355,20 @@ class CopyPart(Transactions):
     async def node_rows(self) -> list[NodeRow]:
         return [row for _, row in sorted(self.state.nodes.items())]
 
-    async def admit_node(self, node: str, group: str, incarnation: str, boot: str, watermark: Position, end: Position) -> None:
-        def admitting() -> None:
+    async def admit_node(
+        self, node: str, group: str, incarnation: str, boot: str, watermark: Position, end: Position,
+        instead_of: str | None = None,
+    ) -> bool:  # fmt: skip
+        def admitting() -> bool:
             s = self.state
             if incarnation in s.retired:
                 raise OperatorError(f"node {node}: this disk was expelled; it returns only emptied")  # law 9
             old = s.nodes.get(node)
+            if instead_of is not None and instead_of != (old.incarnation if old is not None else ""):
+                return False
             if old is not None and old.incarnation == incarnation:  # nothing new but the names
                 s.nodes[node] = old._replace(group=group, boot=boot)
-                return
+                return True
             owes_walk = s.catching_up or (old is not None and old.owes_walk)
             blocked = old is not None and old.blocked
             # law 9: the round begins anew; law 11: a walk that was owed is owed by whatever comes in its place
@@ -370,11 +376,17 @@ class CopyPart(Transactions):
             s.newcomers = {**s.newcomers, node: incarnation}
             if old is not None:
                 s.retired = tuple(sorted({*s.retired, old.incarnation}))  # law 9: that disk never comes back as it is
+                self._hand_on(node)
                 self.lose_checkpoints(node)  # law 13: a disk that takes another's place has not what lay there
             # Nothing before a new incarnation's birth is ever entered: what could not be read there matters no more.
             s.unread = {at: None for at in s.unread if at[0] != node}
+            return True
 
-        self.transact(admitting)
+        return self.transact(admitting)
+
+    def _hand_on(self, node: str) -> None:
+        move = hand_on_row(node, self._world.clock.now())
+        self.state.moves[move.name] = move
 
     def _set_node(self, node: str, **values: object) -> None:
         s = self.state
@@ -406,11 +418,12 @@ class CopyPart(Transactions):
             if s.layout.row(node) is not None:
                 found = changed_layout(s.layout, [LayoutChange(node, state=Standing.EXPELLED)], s.layout.version)
                 assert found is not None
-                s.layout = found
+                s.layout, s.layout_fence = found, found.version
             row = s.nodes.pop(node, None)
             s.newcomers = {other: new for other, new in s.newcomers.items() if other != node}
             if row is not None:
                 s.retired = tuple(sorted({*s.retired, row.incarnation}))  # law 9: for ever
+                self._hand_on(node)
             s.orders = {at: None for at in s.orders if at[0] != node}
             s.drops = {at: None for at in s.drops if at[0] != node}
             s.unread = {at: None for at in s.unread if at[0] != node}

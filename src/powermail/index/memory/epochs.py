@@ -51,7 +51,7 @@ class EpochPart(Transactions):
         why = why or laws.loss(self.mark(), s.epoch, s.sequence, self._slots(), "this process")
         return why or ("" if begun else laws.rival(mark, s.epoch, self._slots()))
 
-    async def raise_epoch(self, marks: Sequence[Mark], why: str, found_in: int | None = None) -> int:
+    async def raise_epoch(self, marks: Sequence[Mark], why: str, found_in: int | None = None, asked: bool = False) -> int:
         def raising() -> int:
             s = self.state
             known = [self._committed(), self.mark(), *marks]
@@ -158,8 +158,12 @@ class EpochPart(Transactions):
 
         return self.transact(walking)
 
-    async def caught_up(self, epoch: int) -> bool:
+    async def caught_up(self, epoch: int, connection: int | None = None) -> bool:
+        looked_over = self.connection if connection is None else connection
+
         def catching() -> bool:
+            if looked_over != self.connection:
+                raise IndexTrouble("the walks that have ended were looked at over another connection to the index")
             self._still(epoch)
             if not self.state.numbering:
                 raise IndexTrouble("the new epoch has not begun")

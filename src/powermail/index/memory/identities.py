@@ -69,14 +69,28 @@ class IdentityPart(Transactions):
         return self.transact(noting)
 
     async def expel_identity(self, identity: str) -> None:
-        def expelling() -> None:
-            s = self.state
-            for name in [name for name, token in s.tokens.items() if token.invitation.identity == identity]:
-                del s.tokens[name]
-            known = s.holders.get(identity, Holder(identity, (), 0.0))
-            s.holders[identity] = known._replace(expelled_at=known.expelled_at or self.now())
+        self.transact(lambda: self._expel(identity))
 
-        self.transact(expelling)
+    def _expel(self, identity: str) -> None:
+        s = self.state
+        for name in [name for name, token in s.tokens.items() if token.invitation.identity == identity]:
+            del s.tokens[name]
+        known = s.holders.get(identity, Holder(identity, (), 0.0))
+        s.holders[identity] = known._replace(expelled_at=known.expelled_at or self.now())
+
+    async def expelled_known(self) -> bool:
+        return self.state.expelled_in >= self.state.epoch
+
+    async def take_expelled(self, identities: Sequence[str], heard_in: int = 0) -> int:
+        def taking() -> int:
+            s = self.state
+            fresh = [name for name in sorted(set(identities)) if name not in s.holders or not s.holders[name].expelled_at]
+            for identity in fresh:
+                self._expel(identity)
+            s.expelled_in = max(s.expelled_in, heard_in)
+            return len(fresh)
+
+        return self.transact(taking)
 
     async def holders(self) -> list[Holder]:
         return [holder for _, holder in sorted(self.state.holders.items())]

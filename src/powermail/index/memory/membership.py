@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from powermail.index.memory.transaction import Transactions, Undo
 from powermail.index.sharing import MoveRow
-from powermail.storage.layout import Layout, LayoutChange, changed_layout, restored
+from powermail.storage.layout import Layout, LayoutChange, changed_layout, costs, restored
 
 
 class MembershipPart(Transactions):
@@ -14,6 +14,9 @@ class MembershipPart(Transactions):
 
     async def layout_version(self) -> int:
         return self.state.layout.version
+
+    async def layout_fence(self) -> int:
+        return self.state.layout_fence
 
     async def layout(self) -> Layout:
         return self.state.layout
@@ -30,6 +33,8 @@ class MembershipPart(Transactions):
 
     def _go_by(self, layout: Layout) -> None:
         """A member is of the group that the layout says from now on."""
+        if costs(self.state.layout, layout):
+            self.state.layout_fence = layout.version
         self.state.layout = layout
         for row in layout.rows:
             if (member := self.state.nodes.get(row.id)) is not None:
@@ -54,9 +59,11 @@ class MembershipPart(Transactions):
 
         self.transact(noting)
 
-    async def end_move(self, name: str) -> None:
+    async def end_move(self, name: str, began_at: float | None = None) -> None:
         def ending() -> None:
-            if self.state.moves.pop(name, None) is None:
+            move = self.state.moves.get(name)
+            if move is None or began_at not in (None, move.began_at):
                 raise Undo(None)
+            del self.state.moves[name]
 
         self.transact(ending)

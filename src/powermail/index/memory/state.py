@@ -119,6 +119,8 @@ class State:
     jobs: dict[str, Lease] = field(default_factory=dict)
     tallies: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)  # (period, count) by kind and name
     layout: Layout = NO_LAYOUT
+    layout_fence: int = 0
+    expelled_in: int = 0
     moves: dict[str, MoveRow] = field(default_factory=dict)
     attempts: dict[int, tuple[Attempt, ...]] = field(default_factory=dict)  # by queue row
     queue_planned: int = 0  # number of the last checkpoint of the queue that was begun

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import asyncpg
 
 from powermail.base import limits
+from powermail.base.database_url import parse_database_url, with_parameters
 from powermail.base.errors import IndexTrouble, OperatorError
 from powermail.base.net import keep_alive
+from powermail.base.settings import INDEX_KINDS
 from powermail.index.postgres.statements import Connection, History
 
 _ISOLATION = {"read committed", "serializable"}  # what law 7 holds at; a snapshot of the whole transaction brings mail back
@@ -48,14 +49,30 @@ OUT_OF_REACH = (
 )  # of a connection: nothing more is to be had from it; DataError, which is an InterfaceError too, is looked for first
 
 
+# What no waiting mends: whoever wrote the address must.
+NOT_AS_WRITTEN = (
+    asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.InvalidCatalogNameError,
+    asyncpg.UndefinedObjectError,  # a parameter behind ? that is no setting of the server
+    asyncpg.CantChangeRuntimeParamError,
+    asyncpg.InvalidParameterValueError,
+    asyncpg.exceptions.ClientConfigurationError,
+)
+
+
 def addresses(url: str) -> list[str]:
     """The URL for each host of one with several. Raises OperatorError."""
-    parsed = urlsplit(url)
-    if parsed.scheme not in ("postgresql", "postgres"):
-        raise OperatorError("the database of the index is an address like postgresql://user@host/name")
-    user, at, hosts = parsed.netloc.rpartition("@")
-    query = urlencode([(name, value) for name, value in parse_qsl(parsed.query) if name != "target_session_attrs"])
-    return [urlunsplit((parsed.scheme, f"{user}{at}{host}", parsed.path, query, "")) for host in hosts.split(",")]
+    found = parse_database_url(url, INDEX_KINDS, "the database of the index")
+    whole = with_parameters(url, {name: value for name, value in found.query if name != "target_session_attrs"})
+    kind, _, rest = whole.partition("://")
+    user, at, _ = rest.rpartition("@")  # nothing behind the hosts has one
+    tail = rest[len(user + at + ",".join(found.texts)) :]
+    return [f"{kind}://{user}{at}{host}{tail}" for host in found.texts]
+
+
+def where_is(url: str) -> str:
+    """The host of one of `addresses`, as people are told."""
+    return url.partition("://")[2].partition("?")[0].partition("/")[0].rpartition("@")[2]
 
 
 def _settings(patience_s: float | None) -> dict[str, str]:
@@ -101,7 +118,7 @@ async def connect(url: str, patience_s: float | None = None) -> tuple[Connection
 
 
 async def _try(url: str, patience_s: float | None) -> tuple[Connection, History]:
-    where = urlsplit(url).netloc.rpartition("@")[2]
+    where = where_is(url)
     connection: Connection | None = None
     try:
         async with asyncio.timeout(limits.INDEX_CONNECT_S):
@@ -119,10 +136,12 @@ async def _try(url: str, patience_s: float | None) -> tuple[Connection, History]
     except BaseException as error:
         if connection is not None:
             connection.terminate()
-        if isinstance(error, (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError)):
+        if isinstance(error, NOT_AS_WRITTEN) and connection is None:
             raise OperatorError(f"the database of the index at {where}: {error}") from error
         if isinstance(error, (*OUT_OF_REACH, asyncpg.PostgresError)):
             raise IndexTrouble(f"{where}: {error or type(error).__name__}") from error
+        if isinstance(error, (ValueError, TypeError)):  # of a parameter that the driver reads, and whose text may be a secret
+            raise OperatorError(f"the database of the index at {where}: a parameter behind ? has a value of no use") from None
         raise
 
 

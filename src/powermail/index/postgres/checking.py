@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import asyncpg
 
 from powermail.base import limits
 from powermail.base.errors import OperatorError
 from powermail.base.findings import POSTGRES_SETTINGS, Finding, of_postgres
-from powermail.index.postgres.addresses import HISTORY, addresses
+from powermail.index.postgres.addresses import HISTORY, NOT_AS_WRITTEN, addresses, where_is
 from powermail.index.postgres.schema import COMMAND, VERSION, VERSION_TABLE
 from powermail.index.postgres.statements import Connection
 
 ABOUT = "index.database"
 _OLDEST = 15
+_WRITTEN = "write index.database as docs/operations.md shows"
 _RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
 _SESSION = {"application_name": "powermail-check", "default_transaction_isolation": "read committed"}
 _ISOLATION = ("read committed", "serializable")
@@ -57,7 +57,7 @@ async def findings(url: str, cluster: str) -> list[Finding]:
 
 
 async def _look(url: str, cluster: str) -> _Host | Finding:
-    about = f"{ABOUT} {urlsplit(url).netloc.rpartition('@')[2]}"
+    about = f"{ABOUT} {where_is(url)}"
     connection: Connection | None = None
     try:
         async with asyncio.timeout(limits.INDEX_CONNECT_S + limits.INDEX_COMMAND_S):
@@ -69,6 +69,10 @@ async def _look(url: str, cluster: str) -> _Host | Finding:
         return Finding(about, f"it lets nobody in with that: {error}", "put user and password right, or its pg_hba.conf")
     except asyncpg.InvalidCatalogNameError as error:
         return Finding(about, str(error), "make it: `CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0`")
+    except NOT_AS_WRITTEN as error:
+        return Finding(about, str(error), _WRITTEN)
+    except (ValueError, TypeError):  # of a parameter that the driver reads, and whose text may be a secret
+        return Finding(about, "a parameter behind ? has a value of no use", _WRITTEN)
     except _AWAY as error:
         cure = "start it, open its port to this machine, or take the host out of index.database"
         return Finding(about, f"it does not answer: {error or type(error).__name__}", cure)
@@ -137,6 +141,9 @@ async def _tables(connection: Connection, about: str, cluster: str, history: tup
     notes = {str(name): str(value) for name, value in await connection.fetch("SELECT name, value FROM meta")}
     if "moved" in notes:
         found.append(Finding(about, f"the index in it was moved to {notes['moved']}", "set index.database to where it is"))
+    elif "leaving" in notes:
+        cure = "run `powermail index move` again, to its end; or `powermail index move --undo`, and it is served where it is"
+        found.append(Finding(about, f"the index in it is being moved {notes['leaving']}", cure))
     elif "moving" in notes:
         found.append(Finding(about, "an index is on its way into it", "run `powermail index move` again, to its end"))
     elif "cluster" not in notes:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import asyncpg
@@ -25,7 +25,7 @@ from powermail.index import laws
 from powermail.index.laws import NumbersSpent
 from powermail.index.postgres import schema
 from powermail.index.postgres.addresses import OUT_OF_REACH, connect
-from powermail.index.postgres.statements import Connection, History, Ids, RandomIds, Reader, StatedReader, Writer
+from powermail.index.postgres.statements import Connection, History, Ids, NewSets, RandomIds, Reader, StatedReader, Writer
 from powermail.index.postgres.views import Views
 from powermail.index.sql.core import LEFT_OUT, Change, Look
 from powermail.index.sql.engine import Again, Reading, Slot, Transaction, Untouched
@@ -41,7 +41,7 @@ _SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 _KNOWN = (
     "SELECT (SELECT value FROM counters WHERE name = 'epoch'), (SELECT value FROM counters WHERE name = 'sequence'),"
     " (SELECT value FROM meta WHERE name = 'system'), (SELECT value FROM meta WHERE name = 'timeline'),"
-    " (SELECT value FROM meta WHERE name = 'moved')"
+    f" ({schema.MOVED})"
 )
 
 
@@ -113,6 +113,7 @@ class PostgresCore(EpochPart, Gathering):
         self._known = Mark()  # the highest of all that was read, and this process's counts
         self._seen_in = 0  # the epoch of which `numbering` and `catching_up` are known
         self._connection = 1
+        self._history: History | None = None  # that of the connection that was compared last
         self._lost_in = 0  # the epoch in which `_why_lost` was found
         self._new_timeline = False  # it is all that `_why_lost` says
         self._slot_lost = False  # a writer slot says it: nothing at all is changed but by a new epoch
@@ -134,7 +135,8 @@ class PostgresCore(EpochPart, Gathering):
                 raise OperatorError("the database has an index that belongs to no cluster yet")
             if row is None:
                 await self._begin(link.connection, link.history, cluster)
-            self.cluster = row[0] if row else cluster
+                row = await link.connection.fetchrow("SELECT value FROM meta WHERE name = 'cluster'")
+            self.cluster = row[0] if row else ""  # of who was first
             await self._compare(link)
         except BaseException as error:
             link.drop()
@@ -203,8 +205,8 @@ class PostgresCore(EpochPart, Gathering):
         """Its connection, made if there is none, and compared (law 10). Raises IndexTrouble."""
         if self._closed:
             raise IndexTrouble("the index is not open")
-        if link.connection is None or link.connection.is_closed():
-            self._break(link)
+        if link.connection is None or link.connection.is_closed() or link.history != self._history:
+            self._break(link)  # also one to a primary that was left behind, however well it answers
             try:
                 link.connection, link.history = await connect(self._url)
             except OperatorError as error:
@@ -225,17 +227,38 @@ class PostgresCore(EpochPart, Gathering):
         row = await link.connection.fetchrow(_KNOWN)
         epoch, sequence, system, timeline, moved = row or (0, 0, "", "", None)
         if moved is not None:  # two indexes of one history would give one number twice
-            raise IndexTrouble(f"index: it was moved to {moved}")
+            raise IndexTrouble(f"index: it {moved}")
+        self._take_history(link.history)
         if self._why_lost and epoch > self._lost_in:
             self._found_again()  # another process has dealt with it
         if not self._why_lost:
             await self._compare_slots(link.connection, known, epoch, sequence)
         there, here = History(system or "", timeline or ""), link.history
         if there != here and not self._why_lost:
-            self.unsettled = True
-            self._new_timeline = there.system == here.system
-            what = "timeline" if self._new_timeline else "database server"
-            self._lose(f"the index is on {what} {here[self._new_timeline]}, and was on {there[self._new_timeline]}", epoch)
+            only_timeline = there.system == here.system
+            what = "timeline" if only_timeline else "database server"
+            self._lose(f"the index is on {what} {here[only_timeline]}, and was on {there[only_timeline]}", epoch, only_timeline)
+
+    def _take_history(self, here: History) -> None:
+        """Law 10: what this process has listed may be missing on another history, whoever has made the index content with it.
+        Raises IndexTrouble for one that is over.
+        """
+        before, self._history = self._history, here
+        if before is None or before == here:
+            return
+        if before.is_later(here):
+            self._history = before
+            raise IndexTrouble(
+                f"index: a server on timeline {here.timeline} answers, which was left for {before.timeline}: stop it; or start"
+                " every process anew, if it is the one that counts"
+            )
+        self._doubt()
+
+    def _doubt(self) -> None:
+        """What was read before proves nothing any more (law 10), and readers wait until logs were entered to their ends."""
+        self.unsettled = True
+        self._connection += 1
+        self._views.forget()
 
     async def _compare_slots(self, connection: Connection, known: Mark, epoch: int, sequence: int) -> None:
         """A database that was put back by a copy of its rows says so nowhere but in the slots of who wrote to it, and in what
@@ -251,13 +274,14 @@ class PostgresCore(EpochPart, Gathering):
                 why = f"writer slot {number} is not where this process left it"
         if why:
             self._lose(why, epoch)
-            self._slot_lost, self.unsettled = True, True
+            self._slot_lost = True
 
-    def _lose(self, why: str, epoch: int) -> None:
-        """What was read before may be of a history that is over: it proves nothing any more (law 10)."""
-        self._why_lost, self._lost_in = why, epoch
-        self._connection += 1
-        self._views.forget()  # of what was lost
+    def _lose(self, why: str, epoch: int, only_timeline: bool = False) -> None:
+        """What was read before may be of a history that is over (law 10). Whoever raises the epoch: readers of this process
+        wait, and so it goes on looking.
+        """
+        self._why_lost, self._lost_in, self._new_timeline = why, epoch, only_timeline
+        self._doubt()
 
     def _found_again(self) -> None:
         """A new epoch began: what was lost is known to all, and slots are numbered anew."""
@@ -266,8 +290,8 @@ class PostgresCore(EpochPart, Gathering):
         for link in self._writers.all:
             link.old = None
 
-    async def raise_epoch(self, marks: Sequence[Mark], why: str, found_in: int | None = None) -> int:
-        epoch = await super().raise_epoch(marks, why, found_in)
+    async def raise_epoch(self, marks: Sequence[Mark], why: str, found_in: int | None = None, asked: bool = False) -> int:
+        epoch = await super().raise_epoch(marks, why, found_in, asked)
         if epoch:
             self._found_again()
         return epoch
@@ -280,9 +304,12 @@ class PostgresCore(EpochPart, Gathering):
                 "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (name, value)
             )
 
-    def _needs_walk(self, found: Found, marks: Sequence[Mark]) -> bool:
+    def _doubted(self) -> bool:
+        return self._new_timeline
+
+    def _needs_walk(self, found: Found, marks: Sequence[Mark], asked: bool) -> bool:
         """Law 10: where only the timeline has changed, and nobody remembers more than is here, nothing need be looked for."""
-        return not self._new_timeline or any(found.loss(mark) for mark in (self.mark(), *marks))
+        return not (asked and self._new_timeline) or any(found.loss(mark) for mark in (self.mark(), *marks))
 
     async def _in_find_by_key(self, db: Transaction) -> None:
         """The index is always there."""
@@ -441,23 +468,37 @@ class PostgresCore(EpochPart, Gathering):
             self._writers.give(link)
 
     async def _repeat(self, link: Link, call: Change[T], args: tuple[Any, ...], tries: int) -> T:
-        """Runs it until it comes to an end. Who waits for a row as long as anybody does, waits few times."""
-        waited = 0
+        """Runs it until it comes to an end. Who waits for a row as long as anybody does, waits few times; what it names that is
+        new is made first, as a transaction of its own.
+        """
+        number = waited = made = 0
+        new: Mapping[int, str] = {}
         try:
-            for number in range(1, tries + 1):
+            while True:
                 try:
+                    if new:
+                        await self._attempt(link, self._in_make_sets, (new,))
+                        new = {}
                     return await self._attempt(link, call, args)
+                except NewSets as error:
+                    new, made = error.sets, made + 1
+                    if made > limits.INDEX_TRIES_MAX:
+                        raise IndexTrouble(f"index: {error}, again and again") from error
                 except IN_THE_WAY as error:
+                    number += 1
                     waited += isinstance(error, _LOCKED)
                     if number == tries or waited >= min(tries - 1, limits.INDEX_LOCK_TRIES):
                         raise IndexTrouble(f"index: {error}") from error
                 except Broken as error:
+                    number += 1
                     self._break(link)
                     if number == tries or isinstance(error.__cause__, _SLOW):
                         raise IndexTrouble(f"index: {error}") from error
-            raise AssertionError("the last try ends in one of the ways above")
         except self.SPOILT as error:
             raise IndexTrouble(f"index: {error}") from error
+
+    async def _in_make_sets(self, db: Writer, sets: Mapping[int, str]) -> None:
+        await db.placements.make(sets)
 
     async def _attempt(self, link: Link, call: Change[T], args: tuple[Any, ...]) -> T:
         """Runs it once. Raises Broken, what is in `IN_THE_WAY`, or what the body raises."""
@@ -481,7 +522,8 @@ class PostgresCore(EpochPart, Gathering):
                 if db.stale:
                     db.found = await find(db)
                 committing = True
-                await connection.execute("COMMIT")
+                if (said := await connection.execute("COMMIT")) != "COMMIT":
+                    raise Again(f"a statement of it had failed: {said}")
             except BaseException as error:
                 broken = isinstance(error, OUT_OF_REACH) and not isinstance(error, asyncpg.DataError)
                 if not isinstance(error, Exception):
@@ -525,11 +567,15 @@ class PostgresCore(EpochPart, Gathering):
 
     def _lose_slot(self, slot: Slot, epoch: int) -> NoReturn:
         self._lose(f"writer slot {slot.number} is not where this process left it", epoch)
-        self._slot_lost, self._new_timeline = True, False
+        self._slot_lost = True
         raise IndexLost(self._why_lost)
 
     def _note_found(self, found: Found) -> None:
-        """Others write too, and what was read first may be heard of last: nothing that is known goes back (law 10)."""
+        """Others write too, and what was read first may be heard of last: nothing that is known goes back (law 10). What was
+        read in an epoch that is over proves nothing in the next.
+        """
+        if 0 < self._known.epoch < found.mark.epoch:
+            self._connection += 1
         self._known = laws.later(self._known, found.mark)
         self._note_counters(found.counters)
 
@@ -553,6 +599,9 @@ class PostgresCore(EpochPart, Gathering):
         db, committed = self._writer(link), None
         await db.connection.execute("BEGIN")
         try:
+            await db.lock_counters("sequence")
+            if moved := (await db.one(schema.MOVED))[0]:  # who moves it away locks that counter too
+                raise IndexTrouble(f"index: it {moved}")
             if link.old is not None:
                 committed = await self._look_at_old(db, link.old)
             await db.new_slot()

@@ -54,6 +54,11 @@ _LOCK = (
     " FROM mailboxes m JOIN unnest(?::text[], ?::text[]) AS w(account, name) ON m.account = w.account AND m.name = w.name"
     " ORDER BY m.id FOR UPDATE OF m"
 )
+_LOCK_BOTH = (  # those that messages arrive in, and those that show what dies
+    "SELECT id FROM mailboxes WHERE id IN (SELECT m.id FROM mailboxes m JOIN unnest(?::text[], ?::text[]) AS w(account, name)"
+    " ON m.account = w.account AND m.name = w.name UNION SELECT mailbox FROM entries WHERE key = ANY(?))"
+    " ORDER BY id FOR UPDATE"
+)
 _LOOK = f"SELECT {_WHAT}"
 _LOOK_AND_LOCK = (  # both are behind the insert: one statement does where every mailbox was there once
     f"WITH boxes AS MATERIALIZED ({_LOCK}) SELECT look.*, b.* FROM (SELECT {_WHAT}) AS look LEFT JOIN boxes b ON true"
@@ -131,7 +136,7 @@ class DeliverPart(ReadPart):
         first: dict[bytes, Delivery] = {}
         for delivery in batch:
             first.setdefault(delivery.key, delivery)
-        placements = {delivery.key: await self._placement(db, delivery, sets) for delivery in first.values()}
+        placements = await self._placements(db, first.values(), sets)
         rows = [
             (key, d.commit.shown_octets, bytes.fromhex(d.commit.sha256), placements[key], len(d.commit.targets))
             for key, d in sorted(first.items())
@@ -161,13 +166,15 @@ class DeliverPart(ReadPart):
         changed = any(key in claimed and outcome is not Outcome.SETTLED for key, outcome in outcomes.items())
         return answers if changed else Untouched(answers)
 
-    async def _placement(self, db: Writer, delivery: Delivery, sets: dict[str, int]) -> int:
-        """The number of its set of nodes: as it was the last time, which the look behind the insert compares."""
-        nodes = " ".join(sorted({receipt.node for receipt in delivery.receipts}))
-        number = self._sets.get(nodes)
-        if number is None:
-            number = sets[nodes] = await db.placements.id(split(nodes))
-        return number
+    async def _placements(self, db: Writer, deliveries: Iterable[Delivery], sets: dict[str, int]) -> dict[bytes, int]:
+        """The number of each one's set of nodes: as it was the last time, which the look behind the insert compares."""
+        nodes = {delivery.key: " ".join(sorted({receipt.node for receipt in delivery.receipts})) for delivery in deliveries}
+        known = {each: self._sets[each] for each in nodes.values() if each in self._sets}
+        unknown = sorted({*nodes.values()} - known.keys())
+        await db.placements.need(unknown)
+        for each in unknown:
+            known[each] = sets[each] = await db.placements.id(split(each))
+        return {key: known[each] for key, each in nodes.items()}
 
     async def _in_decided(self, db: Writer, keys: Sequence[bytes]) -> dict[bytes, Outcome]:
         """Law 3: who inserted first has decided; a row that has gone meanwhile was settled."""
@@ -248,14 +255,16 @@ class DeliverPart(ReadPart):
             await db.many("UPDATE messages SET refs = ? WHERE key = ?", fewer)
         if dead:
             await self._in_dead_at_once(db, dead, placements)
-        made = await self._in_copies(db, copies, rows) if copies else []
+        if copies:
+            await self._in_copies(db, copies, rows)
         if queue:
             rows = [queue_form.values(row, db.new_id("queue")) for row in queue]
             await db.put(queue_form.INSERT, queue_form.WIDTH, rows)
+        if db.made:
+            await self._in_name(db, [number for number, _ in db.made], [account for _, account in db.made])
+            db.made.clear()
         if returns:
             await db.many(queue_form.ADD_RETURN, sorted(returns))
-        if made:
-            await self._in_name(db, [number for number, _ in made], [account for _, account in made])
         self.numbered += len(copies)
         return live
 
@@ -268,13 +277,13 @@ class DeliverPart(ReadPart):
         )
         await self._in_order(db, pairs)
 
-    async def _in_copies(
-        self, db: Writer, copies: Sequence[tuple[bytes, Commit, str, str, int]], locked: _Rows | None
-    ) -> list[tuple[int, str]]:
-        """Enters copies (key, record, account, mailbox, flags) in order; the mailboxes that were made for it, and whose."""
+    async def _in_copies(self, db: Writer, copies: Sequence[tuple[bytes, Commit, str, str, int]], locked: _Rows | None) -> None:
+        """Enters copies (key, record, account, mailbox, flags) in order."""
         names = list(dict.fromkeys((account, name) for _, _, account, name, _ in copies))
-        made = await self._in_make_missing(db, names) if locked is None else []
-        boxes = await self._in_boxes(db, copies, names, await db.rows(_LOCK, _columns(names, 2)) if locked is None else locked)
+        if locked is None:
+            await self._in_make_missing(db, names)
+            locked = await db.rows(_LOCK, _columns(names, 2))
+        boxes = await self._in_boxes(db, copies, names, locked)
         due_at = self._world.clock.now() + limits.CHECKPOINT_INTERVAL_S
         count, octets = dict.fromkeys(boxes, 0), dict.fromkeys(boxes, 0)
         rows = []
@@ -287,24 +296,23 @@ class DeliverPart(ReadPart):
         entered = await db.change(_ENTER, [*_columns(changes, 4), *_columns(rows, 6)])
         if entered != len(rows):
             raise Again("a mailbox has gone meanwhile")
-        return made
 
-    async def _in_make_missing(self, db: Writer, names: Sequence[tuple[str, str]]) -> list[tuple[int, str]]:
-        """Makes the mailboxes that are not there; new ones by name, before any is locked. (id, account) of each."""
+    async def _in_make_missing(self, db: Writer, names: Sequence[tuple[str, str]]) -> None:
+        """Makes the mailboxes that are not there; new ones by name, before any is locked."""
         unknown = [at for at in names if at not in self._seen]
         if not unknown:
-            return []
+            return
         there = {(row[0], row[1]) for row in await db.rows(_EXIST, _columns(unknown, 2))}
         missing = [at for at in unknown if at not in there]
         if len(self._seen) > limits.DIRECTORY_CACHE_MAX:
             self._seen.clear()
         self._seen.update(there)
         if not missing:
-            return []
+            return
         rows = [(db.new_id("mailboxes"), *at) for at in missing]
         numbers = await db.counter("epoch"), await db.counter("starts")
         made = {row[0] for row in await db.rows(_MAKE, [*numbers, *_columns(rows, 3)])}
-        return [(number, account) for number, account, _ in rows if number in made]  # the others were made meanwhile
+        db.made += [(number, account) for number, account, _ in rows if number in made]  # the others were made meanwhile
 
     async def _in_boxes(
         self, db: Writer, copies: Sequence[tuple[bytes, Commit, str, str, int]], names: Sequence[tuple[str, str]], rows: _Rows
@@ -330,6 +338,21 @@ class DeliverPart(ReadPart):
             raise Again("a mailbox has gone meanwhile")
         return boxes
 
+    async def _in_hold_boxes(self, db: Transaction, entering: Sequence[tuple[bytes, Commit]], dying: Sequence[bytes]) -> None:
+        assert isinstance(db, Writer)
+        if not dying:
+            return  # entering locks what it needs at once
+        names = _names(commit for _, commit in entering)
+        gone = await self._purged_of(db, names)
+        names = {at: None for at in names if at[0] not in gone}
+        await self._in_make_missing(db, list(names))
+        await db.rows(_LOCK_BOTH, [*_columns(list(names), 2), sorted(dying)])
+        await db.lock_queue_of(dying)
+
+    async def _purged_of(self, db: Writer, names: Iterable[tuple[str, str]]) -> set[str]:
+        accounts = sorted({account for account, _ in names})
+        return {row[0] for row in await db.rows("SELECT account FROM purged WHERE account = ANY(?)", (accounts,))}
+
     # -- what reconcile and walks find -----------------------------------------------------------------------------------
 
     async def _in_claim(self, db: Transaction, keys: Sequence[bytes]) -> set[bytes]:
@@ -345,10 +368,9 @@ class DeliverPart(ReadPart):
             "UPDATE messages SET octets = ?, sha256 = ?, placement = ?, refs = ? WHERE key = ?",
             [(c.shown_octets, bytes.fromhex(c.sha256), placement, len(c.targets), key) for key, c in sorted(found, key=_key)],
         )
-        accounts = sorted({account for account, _ in _names(commit for _, commit in found)})
-        purged = await db.rows("SELECT account FROM purged WHERE account = ANY(?)", (accounts,))
+        purged = await self._purged_of(db, _names(commit for _, commit in found))
         placements = {key: placement for key, _ in found}
-        return len(await self._in_arrive_all(db, found, {row[0] for row in purged}, placements))
+        return len(await self._in_arrive_all(db, found, purged, placements))
 
 
 _UIDS_LEFT = limits.UID_MAX - limits.EPOCH_JUMP

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import asyncpg
 
 from powermail.base import limits
+from powermail.base.database_url import shown_url
 from powermail.base.errors import IndexTrouble
-from powermail.base.net import without_password
-from powermail.index.moving import Side, Table, Work
+from powermail.index.moving import Answer, Changed, Side, Table, Work
 from powermail.index.postgres.addresses import OUT_OF_REACH, connect
 from powermail.index.postgres.schema import VERSION, VERSION_TABLE
 from powermail.index.postgres.statements import Connection, History, text_of
@@ -38,9 +38,10 @@ class PostgresSide(Side):
     """The database, over one connection; a directory may be in it too."""
 
     alone = False
+    shared = True
 
     def __init__(self, url: str) -> None:
-        self.name = without_password(url)
+        self.name = shown_url(url)
         self._url = url
         self._open: Connection | None = None
         self._history = History("", "")
@@ -79,11 +80,14 @@ class PostgresSide(Side):
         found = await self._ask(self._connection.fetch(text_of(text), *args))
         return [tuple(row) for row in found]
 
-    async def change(self, work: Work) -> None:
-        await self._ask(self._change(work))
+    async def change(self, work: Work, provided: Sequence[Answer] = ()) -> None:
+        await self._ask(self._change(work, provided))
 
-    async def _change(self, work: Work) -> None:
+    async def _change(self, work: Work, provided: Sequence[Answer]) -> None:
         async with self._connection.transaction():
+            for text, args, wanted in provided:
+                if await self.rows(text, args) != list(wanted):
+                    raise Changed(f"{self.name} is not as it was")
             for text, rows in work:
                 await self._connection.executemany(text_of(text), rows)
 

@@ -10,6 +10,11 @@ from powermail.index.postgres.statements import Connection
 VERSION = "6"
 VERSION_TABLE = "index_version"
 COMMAND = "powermail index migrate"
+# One row: what has become of the index, if it is not to be served here (`index.moving`).
+MOVED = (
+    "SELECT max(CASE name WHEN 'moved' THEN 'was moved to ' ELSE 'is being moved ' END || value) FROM meta"
+    " WHERE name IN ('moved', 'leaving')"
+)
 
 
 async def check(connection: Connection) -> None:
@@ -25,8 +30,13 @@ async def check(connection: Connection) -> None:
             f"the tables of the index are of version {found}, this program needs {VERSION}:"
             f" run `{COMMAND}` of the newer program"
         )
-    notes = dict(await connection.fetch("SELECT name, value FROM meta WHERE name IN ('moving', 'moved')"))
+    notes = dict(await connection.fetch("SELECT name, value FROM meta WHERE name IN ('moving', 'moved', 'leaving')"))
     if "moved" in notes:
         raise OperatorError(f"the index in this database was moved to {notes['moved']}, and is what it was then")
+    if "leaving" in notes:
+        raise OperatorError(
+            f"the index in this database is being moved {notes['leaving']}: run that command again, to its end, or `powermail "
+            "index move --undo`, and it is served where it is"
+        )
     if "moving" in notes:
         raise OperatorError("an index is on its way into this database: run `powermail index move` again to its end")

@@ -123,6 +123,14 @@ def set_number(nodes: str, generation: int) -> int:
     return (int.from_bytes(digest, "big") >> 1) or 1
 
 
+class NewSets(Exception):
+    """Sets of nodes that have no numbers yet get these, before the transaction that needs them runs again."""
+
+    def __init__(self, sets: Mapping[int, str]) -> None:
+        super().__init__(f"{len(sets)} sets of nodes are new")
+        self.sets = sets
+
+
 class SharedPlacements(Placements):
     """The sets of nodes, as this transaction finds them."""
 
@@ -130,45 +138,49 @@ class SharedPlacements(Placements):
         self._db = db
         self._nodes: dict[int, tuple[str, ...]] = {0: ()}
         self._ids: dict[str, int] = {"": 0}
-        self._strange: set[int] = set()  # new ones with a node that is no member
 
     async def id(self, nodes: Iterable[str]) -> int:
         text = " ".join(sorted(nodes))
-        known = self._ids.get(text)
-        if known is not None:
-            return known
-        for generation in count():
-            number = set_number(text, generation)
-            row = await self._db.one("SELECT nodes FROM placements WHERE id = ?", (number,))
-            if row is None:
-                await self._hold_members(number, split(text))
-                await self._db.change("INSERT INTO placements VALUES (?, ?) ON CONFLICT DO NOTHING", (number, text))
+        await self.need([text])
+        return self._ids[text]
+
+    async def need(self, texts: Iterable[str]) -> None:
+        """Finds the numbers of these. Raises NewSets with those that have none."""
+        new: dict[int, str] = {}
+        for text in texts:
+            generation = count()
+            while text not in self._ids and text not in new.values():
+                number = set_number(text, next(generation))
                 row = await self._db.one("SELECT nodes FROM placements WHERE id = ?", (number,))
-            if row[0] == text:
-                self._ids[text] = number
-                self._nodes[number] = split(text)
-                return number
-        raise AssertionError("there is always another generation")
+                if row is None:
+                    new[number] = text
+                elif row[0] == text:
+                    self._ids[text], self._nodes[number] = number, split(text)
+        if new:
+            raise NewSets(new)
 
-    async def _hold_members(self, number: int, nodes: Sequence[str]) -> None:
-        """Who expels one of them waits until the new set can be seen, and takes it out of that too. One that is no member any
-        more makes the set one that only what law 7 undoes may name.
+    async def make(self, sets: Mapping[int, str]) -> None:
+        """Numbers sets that are new. Who expels one of their nodes waits until they can be seen, and takes it out of them too;
+        or this waits, and the set is one that only what law 7 undoes may name.
         """
-        text = "SELECT id FROM nodes WHERE id = ANY(?) ORDER BY id FOR KEY SHARE"  # reconcile goes on meanwhile
-        members = await self._db.rows(text, (list(nodes),))
-        if len(members) != len(nodes):
-            self._strange.add(number)
+        members = sorted({node for text in sets.values() for node in split(text)})
+        lock = 'SELECT id FROM nodes WHERE id = ANY(?) ORDER BY id COLLATE "C" FOR KEY SHARE'  # reconcile goes on meanwhile
+        await self._db.rows(lock, (members,))
+        await self._db.many("INSERT INTO placements VALUES (?, ?) ON CONFLICT DO NOTHING", sorted(sets.items()))
 
-    async def with_node(self, number: int, node: str) -> int:
-        return self._of_members(await super().with_node(number, node))
-
-    async def without(self, number: int, node: str) -> int:
-        return self._of_members(await super().without(number, node))
-
-    def _of_members(self, number: int) -> int:
-        if number in self._strange:
+    async def changed(self, numbers: Iterable[int], node: str, present: bool) -> dict[int, int]:
+        """All that are new are asked for at once; what was read of a set is read again behind what was found by it."""
+        before = {number: await self.nodes(number) for number in numbers}
+        after = {
+            number: " ".join(sorted({*nodes, node} if present else {*nodes} - {node}))
+            for number, nodes in before.items()
+            if (node in nodes) != present
+        }
+        await self.need(after.values())
+        rows = await self._db.rows("SELECT id, nodes FROM placements WHERE id = ANY(?)", (sorted(after),)) if after else ()
+        if any(split(nodes) != before[number] for number, nodes in rows):
             raise Again("a node was expelled meanwhile")
-        return number
+        return {number: self._ids[after[number]] if number in after else number for number in before}
 
     async def nodes(self, number: int) -> tuple[str, ...]:
         found = self._nodes.get(number)
@@ -178,7 +190,7 @@ class SharedPlacements(Placements):
         return found
 
     async def expel(self, node: str) -> None:
-        await self._db.rows("SELECT id FROM nodes WHERE id = ? FOR UPDATE", (node,))  # see `_hold_members`
+        await self._db.rows("SELECT id FROM nodes WHERE id = ? FOR UPDATE", (node,))  # see `make`
         for number, nodes in await self._db.rows("SELECT id, nodes FROM placements ORDER BY id FOR UPDATE"):
             if node in split(nodes):
                 rest = " ".join(other for other in split(nodes) if other != node)
@@ -191,6 +203,11 @@ class History(NamedTuple):
 
     system: str
     timeline: str
+
+    def is_later(self, other: History) -> bool:
+        """True if the other is what this server was on before its timeline began, or one that began beside it."""
+        numbers = self.timeline.isdecimal() and other.timeline.isdecimal()
+        return self.system == other.system and numbers and int(self.timeline) > int(other.timeline)
 
 
 class Ids(Protocol):
@@ -220,6 +237,7 @@ class Writer(Reader, Transaction):
     """One transaction. `found` is what it leaves behind, if it changed what marks tell of."""
 
     alone = False
+    placements: SharedPlacements
 
     def __init__(
         self,
@@ -238,6 +256,7 @@ class Writer(Reader, Transaction):
         self.found: Found | None = None
         self.history = history
         self.ids: list[str] = []  # tables that it took ids for
+        self.made: list[tuple[int, str]] = []  # mailboxes that it made and has not named yet, and whose
         self._slot = slot
         self._tag = tag
         self._new_id = new_id

@@ -6,27 +6,28 @@ named for the day, where they stay, and the new ones to where the old ones were:
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeVar
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl
 
 import asyncpg
 
 from powermail.base import limits
-from powermail.base.errors import OperatorError
-from powermail.index.postgres.addresses import connect
+from powermail.base.database_url import with_parameters
+from powermail.base.errors import IndexTrouble, OperatorError
+from powermail.index.moving import META
+from powermail.index.postgres.addresses import OUT_OF_REACH, connect, where_is
 from powermail.index.postgres.statements import Connection
 
 T = TypeVar("T")
 BUILDING = "powermail_rebuild"
+NOTHING = "nothing was changed; run this again"
 _TABLES = "SELECT tablename::text FROM pg_tables WHERE schemaname = $1 ORDER BY tablename"
 
 
 def beside(url: str) -> str:
     """The same database, where tables are made and looked for in the schema of an index that is being built."""
-    parsed = urlsplit(url)
-    query = urlencode({**dict(parse_qsl(parsed.query)), "search_path": BUILDING})
-    return urlunsplit((parsed.scheme, parsed.netloc, parsed.path, query, ""))
+    return with_parameters(url, {**dict(parse_qsl(url.partition("?")[2], keep_blank_values=True)), "search_path": BUILDING})
 
 
 async def make_room(url: str, anew: bool) -> None:
@@ -37,22 +38,32 @@ async def make_room(url: str, anew: bool) -> None:
             await connection.execute(f"DROP SCHEMA IF EXISTS {BUILDING} CASCADE")
         await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {BUILDING}")
 
-    await _within(url, make)
+    await _within(url, make, "run this again")
 
 
-async def swap(url: str, stamp: str) -> str:
-    """The index that was built is the index from now on; where the old one lies, "" if there was none. Raises OperatorError,
-    IndexTrouble: nothing was changed.
+async def swap(url: str, stamp: str, before: Mapping[str, str]) -> str:
+    """The index that was built is the index from now on; where the old one lies, "" if there was none. `before`: what the old
+    one said of itself when it was decided to replace it. Raises OperatorError, IndexTrouble: each says whether it was done.
     """
 
     async def swapped(connection: Connection) -> str:
         place = await connection.fetchval("SELECT current_schema()")
+        quoted = await connection.fetchval("SELECT quote_ident(current_schema())")
         new = [row[0] for row in await connection.fetch(_TABLES, BUILDING)]
+        if not new:
+            raise OperatorError("another rebuild has put its index in place meanwhile; nothing was changed by this one")
         old = [row[0] for row in await connection.fetch(_TABLES, place) if row[0] in new]
+        notes = {}
+        if META in old:
+            notes = {str(name): str(value) for name, value in await connection.fetch(f"SELECT name, value FROM {quoted}.meta")}
+        if notes != before:
+            raise OperatorError(
+                "the index in the database has changed hands meanwhile (it was moved, or made anew): see which one is to be "
+                "used; nothing was changed"
+            )
         aside = f"powermail_before_{stamp}" if old else ""
         if aside:
             await connection.execute(f"CREATE SCHEMA {aside}")
-        quoted = await connection.fetchval("SELECT quote_ident(current_schema())")
         for table in old:
             await connection.execute(f"ALTER TABLE {quoted}.{table} SET SCHEMA {aside}")
         for table in new:
@@ -60,18 +71,24 @@ async def swap(url: str, stamp: str) -> str:
         await connection.execute(f"DROP SCHEMA {BUILDING}")
         return aside
 
-    return await _within(url, swapped)
+    return await _within(url, swapped, "whether the new index is in its place now is not known: `powermail rebuild` again says")
 
 
-async def _within(url: str, work: Callable[[Connection], Awaitable[T]]) -> T:
+async def _within(url: str, work: Callable[[Connection], Awaitable[T]], unknown: str) -> T:
+    """Runs it in one transaction. `unknown` is said where the connection broke in COMMIT: then nobody knows yet."""
     connection, _ = await connect(url, limits.INDEX_LONG_S)
+    committing = False
     try:
-        async with connection.transaction():
-            return await work(connection)
+        await connection.execute("BEGIN")
+        found = await work(connection)
+        committing = True
+        await connection.execute("COMMIT")
     except asyncpg.InsufficientPrivilegeError as error:
         cure = "`GRANT CREATE ON DATABASE ... TO` the user, who must own the tables"
         raise OperatorError(f"the database of the index: {error}: {cure}; nothing was changed") from error
-    except asyncpg.PostgresError as error:
-        raise OperatorError(f"the database of the index: {error}; nothing was changed") from error
+    except (asyncpg.PostgresError, *OUT_OF_REACH) as error:
+        lost = committing and (isinstance(error, OUT_OF_REACH) or connection.is_closed())
+        raise IndexTrouble(f"{where_is(url)}: {error or type(error).__name__}: {unknown if lost else NOTHING}") from error
     finally:
         connection.terminate()
+    return found

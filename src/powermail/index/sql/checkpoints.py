@@ -7,7 +7,7 @@ checkpoint and leaves it with the next one, so deliveries to a mailbox that is d
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from powermail.base import limits
@@ -151,16 +151,21 @@ class CheckpointPart(MailboxPart, NodePart):
         }
         return [key for key in keys if key not in shown]
 
-    async def checkpoint_done(self, plan: CheckpointPlan, nodes: Sequence[str], now: float) -> None:
-        await self._write(self._in_checkpoint_done, plan, nodes, now)
+    async def checkpoint_done(
+        self, plan: CheckpointPlan, nodes: Sequence[str], now: float, incarnations: Mapping[str, str] | None = None
+    ) -> None:
+        await self._write(self._in_checkpoint_done, plan, nodes, now, incarnations or {})
 
     async def _in_checkpoint_done(
-        self, db: Transaction, plan: CheckpointPlan, nodes: Sequence[str], now: float
+        self, db: Transaction, plan: CheckpointPlan, nodes: Sequence[str], now: float, incarnations: Mapping[str, str]
     ) -> Untouched[None] | None:
         """The mailbox may get JUMP numbers more (law 11). What was planned in an older epoch shows what may have been lost.
         What is older than one that is durable counts for nothing, or the next one would be written over the newest there is.
         """
         at = plan.mailbox
+        members = [await db.member(node) for node in sorted(set(nodes))]  # locked: whoever ends one sees what is noted here
+        stay = all(row is not None and incarnations.get(row.id, row.incarnation) == row.incarnation for row in members)
+        self._check_found()
         if plan.planned_in != await db.counter("epoch"):
             return Untouched(None)
         row = await db.one(
@@ -172,6 +177,10 @@ class CheckpointPart(MailboxPart, NodePart):
             return Untouched(None)
         if row[5] > at.modseq:
             return Untouched(None)
+        if not stay:  # law 13: a holder went, or its disk did, while it was written
+            await db.change("UPDATE mailboxes SET due_at = ? WHERE id = ?", (now, at.id))
+            db.boxes.pop((at.account, at.name), None)
+            return None
         if plan.side == (row[3] if plan.whole else row[4]):
             # Another keeper was quicker with the same: the records of both may lie there in pieces. A whole one on the other
             # side is due at once, and the one before it counts until then.
@@ -210,28 +219,38 @@ class CheckpointPart(MailboxPart, NodePart):
 
     async def _in_lose_some(self, db: Transaction, node: str) -> int | Untouched[int]:
         """A bounded part of the mailboxes whose checkpoint lay there."""
-        numbers = [number for number, nodes in await db.rows("SELECT id, nodes FROM holders") if node in split(nodes)]
-        lost = 0
-        for number in numbers:
-            lost += await db.change(
-                "UPDATE mailboxes SET holders = 0, whole_modseq = 0, checkpoint_modseq = 0, due_at = ? WHERE id IN"
-                " (SELECT id FROM mailboxes WHERE holders = ? AND holders > 0 ORDER BY id LIMIT ?) AND holders = ?",
-                (self._world.clock.now(), number, _LOST_ROWS - lost, number),
-            )
+        held = [number for number, nodes in await db.rows("SELECT id, nodes FROM holders") if number and node in split(nodes)]
+        locked = await db.rows_in(
+            "SELECT id FROM mailboxes WHERE holders IN", held, "ORDER BY id LIMIT ? FOR UPDATE", (), (_LOST_ROWS,)
+        )
+        lost = "UPDATE mailboxes SET holders = 0, whole_modseq = 0, checkpoint_modseq = 0, due_at = ? WHERE id IN"
+        await db.change_in(lost, [row[0] for row in locked], (self._world.clock.now(),))
         db.boxes.clear()
-        return lost or Untouched(0)
+        return len(locked) or Untouched(0)
 
-    async def admit_node(self, node: str, group: str, incarnation: str, boot: str, watermark: Position, end: Position) -> None:
+    async def admit_node(
+        self, node: str, group: str, incarnation: str, boot: str, watermark: Position, end: Position,
+        instead_of: str | None = None,
+    ) -> bool:  # fmt: skip
         """A disk that takes another's place has not what lay there."""
-        another = any(row.id == node and row.incarnation != incarnation for row in await self.node_rows())
+        rows = {row.id: row for row in await self.node_rows()}
+        if node not in rows:
+            await self.clear_left(node)  # of one that was expelled by who came to no end with it
+        before = rows[node].incarnation if node in rows else ""
+        if instead_of is not None and instead_of != before:
+            return False
+        another = before not in ("", incarnation)
         if another and incarnation not in self.mark().retired:
             await self.checkpoints_lost(node)
-        await super().admit_node(node, group, incarnation, boot, watermark, end)
+        return await super().admit_node(node, group, incarnation, boot, watermark, end, instead_of)
 
     async def expel(self, node: str, version: int | None = None) -> bool:
         """A whole checkpoint is due of what had one there: its holders are not what they were."""
         await self.checkpoints_lost(node)
-        return await super().expel(node, version)
+        if not await super().expel(node, version):
+            return False
+        await self.clear_left(node)
+        return True
 
     async def queue_plan(self, limit: int) -> QueuePlan:
         return await self._write(self._in_queue_plan, limit)

@@ -46,6 +46,7 @@ class ComparingPart(References):
         missing = self._missing(found, batch.commits)
         if missing:
             return Untouched(Reconciled(False, missing=missing))
+        await self._in_hold_boxes(db, self._entering(found, batch.commits), died)
         entered, adds = await self._in_do(db, batch.node, found, batch.commits)
         if adds and batch.end < node.end_seen:
             return Untouched(Reconciled(False))  # law 8: what was found may have gone since
@@ -81,9 +82,13 @@ class ComparingPart(References):
         """Keys whose commit records are needed first."""
         return tuple(sorted({key for key, _, deed in found if deed is Deed.ENTER and key not in commits}))
 
+    @staticmethod
+    def _entering(found: _Found, commits: Mapping[bytes, Commit]) -> list[tuple[bytes, Commit]]:
+        return [(key, commits[key]) for key, _, deed in found if deed is Deed.ENTER]
+
     async def _in_do(self, db: Transaction, node: str, found: _Found, commits: Mapping[bytes, Commit]) -> tuple[int, bool]:
         """Does what was decided; how many messages were entered live, and whether a belief was added."""
-        entering = [(key, commits[key]) for key, _, deed in found if deed is Deed.ENTER]
+        entering = self._entering(found, commits)
         if entering:
             await self._in_may_number(db)
         entered = await self._in_enter_found(db, node, entering)
@@ -119,7 +124,8 @@ class ComparingPart(References):
             for key, held, at in items
             if held is Held.LIVE and key not in dropping and self._deed(row, None, at, birth, enter) is Deed.ENTER
         }
-        claimed = await self._in_claim(db, sorted(new.intersection(commits)))
+        buried = {key for key, held, _ in items if enter and held is Held.DEAD}
+        claimed = await self._in_claim(db, sorted(buried.union(new.intersection(commits))))
         fates = await self._in_fates(db, keys)
         self._check_claims(db, new.intersection(commits), fates)
         fates = {key: fate for key, fate in fates.items() if key not in claimed}
@@ -135,11 +141,12 @@ class ComparingPart(References):
         if missing:
             return Untouched(Reconciled(False, missing=missing))
         before = db.changes
+        await self._in_hold_boxes(db, self._entering(found, commits), died if enter else [])
         entered, adds = await self._in_do(db, node, found, commits)
         if adds and is_late(row, end):
             return Untouched(Reconciled(False))  # law 8: what was found may have gone since
         if enter:
-            await self._in_bury_found(db, [key for key, held, _ in items if held is Held.DEAD and key not in fates], died)
+            await self._in_bury_found(db, sorted(buried.difference(fates)), claimed, died)
         else:
             # While a walk is owed it decides. What the first release aborted on one node only says nothing about the key.
             await self._in_believe(db, node, died, False)
@@ -157,15 +164,17 @@ class ComparingPart(References):
             return None  # what has no row may have been lost with it
         return Deed.DROP if position < row.watermark else None  # what lies at or above it is reconcile's
 
-    async def _in_bury_found(self, db: Transaction, unknown: Iterable[bytes], died: Sequence[bytes]) -> None:
+    async def _in_bury_found(
+        self, db: Transaction, unknown: Sequence[bytes], claimed: set[bytes], died: Sequence[bytes]
+    ) -> None:
         """The walk found tombstones: those keys are dead, whatever the index has kept of them (law 11)."""
-        for key in sorted(set(unknown)):
-            new = await db.change(
-                "INSERT INTO messages VALUES (?, 0, ?, 0, 0, ?, (SELECT value FROM counters WHERE name = 'round'))"
-                " ON CONFLICT (key) DO NOTHING",
-                (key, b"", int(Fate.DEAD)),
-            )
-            if not new and not db.alone:
-                raise Again("a key was decided meanwhile")
+        if db.alone:
+            rows = [(key, 0, b"", 0, 0, int(Fate.DEAD), await db.counter("round")) for key in unknown]
+            await db.put("INSERT INTO messages", 7, rows)
+        elif not claimed.issuperset(unknown):
+            raise Again("a key was forgotten meanwhile")
+        else:
+            head = "UPDATE messages SET fate = 2, round = (SELECT value FROM counters WHERE name = 'round') WHERE key IN"
+            await db.change_in(head, unknown)
         if died:
             await self._in_bury(db, died)

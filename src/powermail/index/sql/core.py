@@ -77,6 +77,12 @@ class Core(ABC):
         return set()
 
     @abstractmethod
+    async def _in_hold_boxes(self, db: Transaction, entering: Sequence[tuple[bytes, Commit]], dying: Sequence[bytes]) -> None:
+        """Where others write too: the mailboxes that messages are entered in, and those that show what dies, are locked in one
+        order, and queue rows of the dying behind them. The keys are locked.
+        """
+
+    @abstractmethod
     async def _in_find_by_key(self, db: Transaction) -> None:
         """From now on the entries of a key are found without a look at all of them; until `_in_find_by_key_no_more`."""
 
@@ -121,15 +127,18 @@ class Core(ABC):
 
     def _complete(self) -> None:
         """Raises IndexTrouble while a listing might be short (P7)."""
-        if self._why_lost:
-            raise IndexLost(self._why_lost)
+        self._check_found()
         if self.catching_up or self.unsettled:
             raise IndexTrouble("the index is catching up with the storage nodes")
 
-    async def _in_may_number(self, db: Transaction) -> None:
-        """Raises IndexTrouble while no number may be given (law 11)."""
+    def _check_found(self) -> None:
+        """Raises IndexLost if this process itself met the proof of a loss: what it did before may be lost."""
         if self._why_lost:
             raise IndexLost(self._why_lost)
+
+    async def _in_may_number(self, db: Transaction) -> None:
+        """Raises IndexTrouble while no number may be given (law 11)."""
+        self._check_found()
         if await db.counter("waiting"):
             raise IndexTrouble("commits were lost: no numbers before the new epoch has begun")
 

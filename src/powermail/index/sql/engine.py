@@ -4,8 +4,8 @@ Texts are PostgreSQL's but for the placeholders, which are `?`: whoever runs the
 `FOR UPDATE` and needs none, because it has one writer; its `greatest` is `max`. Only what PostgreSQL-compatible databases have
 is used: no sequences, triggers, advisory locks, SKIP LOCKED, savepoints or notices.
 
-Lock order, for all who write: nodes, keys (sorted), mailboxes (new ones by name, then by id), queue rows (by id), counters,
-writer slot. A body may run again when the engine asks for it, so it keeps nothing but in its transaction.
+Rows are locked in the order that stands in `powermail.index.sql`. A body may run again when the engine asks for it, so it keeps
+nothing but in its transaction.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from powermail.storage.contract import Position
 
 T = TypeVar("T")
 PART = 500  # values of one IN list
+COUNTERS = ("epoch", "round", "sequence", "uidvalidity", "catching_up", "waiting")  # in the order in which they are locked
 
 
 class Untouched(Generic[T]):
@@ -82,15 +83,14 @@ class Placements(ABC):
     async def expel(self, node: str) -> None:
         """Takes a node out of every set, without a look at messages."""
 
-    async def with_node(self, number: int, node: str) -> int:
-        """The number of that set and `node`."""
-        nodes = await self.nodes(number)
-        return number if node in nodes else await self.id((*nodes, node))
-
-    async def without(self, number: int, node: str) -> int:
-        """The number of that set less `node`."""
-        nodes = await self.nodes(number)
-        return number if node not in nodes else await self.id(other for other in nodes if other != node)
+    async def changed(self, numbers: Iterable[int], node: str, present: bool) -> dict[int, int]:
+        """For each of these sets, the number of the one with `node`, or without it."""
+        found = {}
+        for number in sorted(numbers):
+            nodes = await self.nodes(number)
+            if (node in nodes) != present:
+                found[number] = await self.id((*nodes, node) if present else [other for other in nodes if other != node])
+        return {number: found.get(number, number) for number in numbers}
 
 
 class Box:
@@ -191,10 +191,31 @@ class Transaction(Reading):
         """An id for a new row of `mailboxes`, `queue`, `holders`; None where the table gives one itself."""
         return None
 
+    async def lock_nodes(self) -> list[str]:
+        """The rows of all member nodes stay as they are until the transaction ends; their ids, where others write too."""
+        text = 'SELECT id FROM nodes ORDER BY id COLLATE "C" FOR NO KEY UPDATE'
+        return [] if self.alone else [row[0] for row in await self.rows(text)]
+
+    async def lock_counters(self, *names: str) -> None:
+        """These numbers of the whole index stay as they are until the transaction ends. In the order of `COUNTERS`."""
+        if not self.alone:
+            for name in sorted(names, key=COUNTERS.index):
+                await self.one("SELECT value FROM counters WHERE name = ? FOR UPDATE", (name,))
+
+    async def lock_slots(self) -> None:
+        """No transaction of anybody ends until this one has. Behind all other locks."""
+        if not self.alone:
+            await self.rows("SELECT id FROM writers ORDER BY id FOR UPDATE")
+
     async def lock_keys(self, keys: Iterable[bytes]) -> None:
         """The fates and references of these stay as they are until the transaction ends."""
         if not self.alone:
             await self.rows_in("SELECT key FROM messages WHERE key IN", sorted(set(keys)), "ORDER BY key FOR UPDATE")
+
+    async def lock_queue_of(self, keys: Iterable[bytes]) -> None:
+        """The queue rows of these stay as they are until the transaction ends."""
+        if not self.alone:
+            await self.rows_in("SELECT id FROM queue WHERE key IN", sorted(set(keys)), "ORDER BY id FOR UPDATE")
 
     async def lock_mailboxes(self, *mailboxes: int) -> None:
         """Nobody else gives numbers in these until the transaction ends."""

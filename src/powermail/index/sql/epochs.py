@@ -14,7 +14,7 @@ from powermail.base.errors import IndexLost, IndexTrouble
 from powermail.index import laws
 from powermail.index.contract import EpochFacts, Head
 from powermail.index.sql.core import LEFT_OUT
-from powermail.index.sql.engine import Reading, Transaction, Untouched
+from powermail.index.sql.engine import Again, Reading, Transaction, Untouched
 from powermail.index.sql.references import References
 from powermail.storage.contract import Mark, Position, Unread
 
@@ -64,7 +64,9 @@ class EpochPart(References):
         found, newcomers = await self._read(_stand)
         self._note_found(found)
         counters = found.counters
-        return EpochFacts(counters["epoch"], not counters["waiting"], bool(counters["catching_up"]), self._why_lost, newcomers)
+        begun, catching_up = not counters["waiting"], bool(counters["catching_up"])
+        doubted = bool(self._why_lost) and self._doubted()
+        return EpochFacts(counters["epoch"], begun, catching_up, self._why_lost, newcomers, doubted)
 
     async def lost(self, mark: Mark, begun: bool = True) -> str:
         known = self.mark()  # before the look: all of it must be there
@@ -83,6 +85,8 @@ class EpochPart(References):
         epoch, mine = self._mine()
         known = self.mark()
         found = await self._read(find)
+        if found.mark.epoch != epoch:
+            self._note_found(found)
         self._prove(connection)
         why = found.loss(known, "this process")
         for slot in mine:
@@ -102,18 +106,22 @@ class EpochPart(References):
         if connection != self.connection:
             raise IndexTrouble("what was read is of another connection to the index")
 
-    async def raise_epoch(self, marks: Sequence[Mark], why: str, found_in: int | None = None) -> int:
-        epoch = await self._write(self._in_raise_epoch, marks, why, found_in)
+    async def raise_epoch(self, marks: Sequence[Mark], why: str, found_in: int | None = None, asked: bool = False) -> int:
+        epoch = await self._write(self._in_raise_epoch, marks, why, found_in, asked)
         if epoch:
             self._why_lost = ""
         return epoch
 
     async def _in_raise_epoch(
-        self, db: Transaction, marks: Sequence[Mark], why: str, found_in: int | None
+        self, db: Transaction, marks: Sequence[Mark], why: str, found_in: int | None, asked: bool
     ) -> int | Untouched[int]:
-        """Slots are numbered on from the highest that is known: what nodes know of those that were lost proves nothing more."""
-        await db.rows("SELECT id FROM nodes ORDER BY id FOR UPDATE")
-        await db.rows("SELECT name FROM counters WHERE name = 'epoch' FOR UPDATE")  # one after the other, each above the last
+        """Slots are numbered on from the highest that is known: what nodes know of those that were lost proves nothing more.
+        What is raised is locked before it is read: others count on meanwhile.
+        """
+        members = await db.lock_nodes()
+        await db.lock_counters("epoch", "sequence", "uidvalidity", "catching_up", "waiting")
+        if await db.lock_nodes() != members:
+            raise Again("a node was admitted meanwhile")
         found = await find(db)
         known = [found.mark, self.mark(), *marks]
         if found_in is not None and found_in < found.mark.epoch and not any(found.loss(mark) for mark in known):
@@ -123,7 +131,7 @@ class EpochPart(References):
         await self._in_set(db, "epoch", epoch)
         await self._in_set(db, "uidvalidity", min(uidvalidity, limits.UID_MAX))
         await self._in_set(db, "sequence", max(mark.sequence for mark in known))
-        walk = self._needs_walk(found, marks)
+        walk = self._needs_walk(found, marks, asked)
         if walk:
             await self._in_set(db, "catching_up", 1)
         await self._in_set(db, "waiting", 1)
@@ -140,12 +148,17 @@ class EpochPart(References):
         await db.change(
             "INSERT INTO meta VALUES ('epoch_why', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (why[:500],)
         )
+        await db.lock_slots()
         await db.change("DELETE FROM writers")
         await db.new_slot()
         db.stale = True
         return epoch
 
-    def _needs_walk(self, found: Found, marks: Sequence[Mark]) -> bool:
+    def _doubted(self) -> bool:
+        """True if all that `_why_lost` says is that the database's own history is another: commits may be lost, or none."""
+        return False
+
+    def _needs_walk(self, found: Found, marks: Sequence[Mark], asked: bool) -> bool:
         """False if nothing but the database's own history says that commits were lost, and that only that they may be."""
         return True
 
@@ -153,10 +166,15 @@ class EpochPart(References):
         await self._write(self._in_know_newcomers, sorted(nodes.items()))
 
     async def _in_know_newcomers(self, db: Transaction, nodes: Sequence[tuple[str, str]]) -> None:
+        self._check_found()
+        await db.lock_counters("epoch")  # who raises it empties the table
         await db.many("DELETE FROM newcomers WHERE node = ? AND incarnation = ?", nodes)
 
     async def _in_still(self, db: Transaction, epoch: int) -> bool:
-        """True if it is still this epoch, and stays it until the transaction ends (law 11)."""
+        """True if it is still this epoch, and stays it until the transaction ends (law 11). Raises IndexLost: what was done of
+        it may be lost, though nobody has raised the next one.
+        """
+        self._check_found()
         row = await db.one("SELECT value FROM counters WHERE name = 'epoch' FOR UPDATE")
         return bool(row[0] == epoch)
 
@@ -250,13 +268,17 @@ class EpochPart(References):
         db.stale = True
         return True
 
-    async def caught_up(self, epoch: int) -> bool:
-        done = await self._write(self._in_caught_up, epoch)
-        if done:
+    async def caught_up(self, epoch: int, connection: int | None = None) -> bool:
+        looked_over = self.connection if connection is None else connection
+        done = await self._write(self._in_caught_up, epoch, looked_over)
+        if done and looked_over == self.connection:
             self.settled()  # walks find more than reconcile does
         return done
 
-    async def _in_caught_up(self, db: Transaction, epoch: int) -> bool | Untouched[bool]:
+    async def _in_caught_up(self, db: Transaction, epoch: int, connection: int) -> bool | Untouched[bool]:
+        """What walks came to may be missing where another connection leads, their end too."""
+        if connection != self.connection:
+            raise IndexTrouble("the walks that have ended were looked at over another connection to the index")
         if not await self._in_still(db, epoch):
             return Untouched(False)
         if (await db.one("SELECT value FROM counters WHERE name = 'waiting'"))[0]:

@@ -40,8 +40,10 @@ class IdentityPart(Core):
         if await db.one("SELECT 1 FROM identities WHERE id = ? AND expelled_at > 0", (invitation.identity,)):
             raise OperatorError(f"{invitation.identity} was expelled: names are given once, choose another")
         now = await self._in_now(db)
-        await db.change("DELETE FROM tokens WHERE expires_at < ?", (now - limits.TOKEN_KEPT_S,))
-        await db.change("DELETE FROM tokens WHERE identity = ? AND used_at IS NULL", (invitation.identity,))
+        over = "(expires_at < ? OR (identity = ? AND used_at IS NULL))"
+        values = now - limits.TOKEN_KEPT_S, invitation.identity
+        found = await db.rows(f"SELECT id FROM tokens WHERE {over}", values)
+        await db.many(f"DELETE FROM tokens WHERE id = ? AND {over}", sorted((row[0], *values) for row in found))
         i = invitation
         await db.change(
             f"INSERT INTO tokens ({_TOKEN}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?, 0)",
@@ -90,9 +92,35 @@ class IdentityPart(Core):
     async def expel_identity(self, identity: str) -> None:
         await self._write(self._in_expel_identity, identity)
 
+    async def expelled_known(self) -> bool:
+        return await self._ask(self._expelled_known)
+
+    async def _expelled_known(self, db: Reading) -> bool:
+        row = await db.one(
+            "SELECT 1 FROM counters c JOIN counters h ON h.name = 'expelled_in' AND h.value >= c.value WHERE c.name = 'epoch'"
+        )
+        return row is not None
+
+    async def take_expelled(self, identities: Sequence[str], heard_in: int = 0) -> int:
+        return await self._write(self._in_take_expelled, sorted(set(identities)), heard_in)
+
+    async def _in_take_expelled(self, db: Transaction, identities: Sequence[str], heard_in: int) -> int:
+        known = {row[0] for row in await db.rows("SELECT id FROM identities WHERE expelled_at > 0")}
+        fresh = [identity for identity in identities if identity not in known]
+        for identity in fresh:
+            await self._in_expel_identity(db, identity)
+        if heard_in:
+            await db.change(
+                "INSERT INTO counters VALUES ('expelled_in', ?) ON CONFLICT (name) DO UPDATE SET"
+                " value = greatest(counters.value, excluded.value)",
+                (heard_in,),
+            )
+        return len(fresh)
+
     async def _in_expel_identity(self, db: Transaction, identity: str) -> None:
         now = await self._in_now(db)
-        await db.change("DELETE FROM tokens WHERE identity = ?", (identity,))
+        found = await db.rows("SELECT id FROM tokens WHERE identity = ?", (identity,))
+        await db.many("DELETE FROM tokens WHERE id = ?", sorted((row[0],) for row in found))
         await db.change(
             "INSERT INTO identities (id, roles, ends_at, expelled_at) VALUES (?, '', 0, ?) ON CONFLICT (id) DO UPDATE SET"
             " expelled_at = excluded.expelled_at WHERE identities.expelled_at = 0",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 
 from powermail.base import limits
+from powermail.base.errors import IndexTrouble
 from powermail.index import laws
 from powermail.index.contract import EntryFacts, FlagChange, MailboxFacts, Release, Stored, Tail
 from powermail.index.sql.engine import Again, Reading, Transaction, Untouched, parts
@@ -92,7 +94,8 @@ class MailboxPart(References):
         """As the contract says; a tail that outweighs the mailbox is folded in passing."""
         view, outgrown = await self._show(self._view, mailbox)
         if outgrown:
-            await self.merge(mailbox)
+            with contextlib.suppress(IndexTrouble):  # who folds it next time may have more luck: it was read
+                await self.merge(mailbox)
         return view
 
     async def _view(self, db: Reading, mailbox: int) -> tuple[View, bool]:
@@ -124,18 +127,31 @@ class MailboxPart(References):
 
     async def merge(self, mailbox: int) -> bool:
         """The state is packed aside, so that deliveries do not wait for it."""
-        old, view = await self._read(self._stored, mailbox)
+        connection = self.connection
+        epoch, old, view = await self._read(self._stored_in, mailbox)
         if view.modseq == old:
             return False
         packed = await self._aside(view.pack)
-        return await self._write(self._in_merge, mailbox, old, view, packed)
+        return await self._write(self._in_merge, mailbox, (connection, epoch, old), view, packed)
+
+    async def _stored_in(self, db: Reading, mailbox: int) -> tuple[int, int, View]:
+        """The epoch, and what `_stored` finds in it."""
+        row = await db.one("SELECT value FROM counters WHERE name = 'epoch'")
+        return int(row[0]), *await self._stored(db, mailbox)
 
     async def _stored(self, db: Reading, mailbox: int) -> tuple[int, View]:
         return await trimmed(db, mailbox), await read_view(db, mailbox)
 
     async def _in_merge(
-        self, db: Transaction, mailbox: int, old: int, view: View, packed: list[bytes]
+        self, db: Transaction, mailbox: int, read_in: tuple[int, int, int], view: View, packed: list[bytes]
     ) -> bool | Untouched[bool]:
+        """`read_in`: the connection, the epoch and the stored view by which it was read. What another history showed may be
+        lost, and another view of it was never stored.
+        """
+        connection, epoch, old = read_in
+        self._check_found()
+        if connection != self.connection or epoch != await db.counter("epoch"):
+            return Untouched(False)
         row = await db.one("SELECT uidvalidity FROM mailboxes WHERE id = ? FOR UPDATE", (mailbox,))
         if row is None or row[0] != view.uidvalidity or await trimmed(db, mailbox) != old:
             return Untouched(False)
@@ -248,7 +264,7 @@ class MailboxPart(References):
         await db.change(
             "UPDATE mailboxes SET messages = messages + ?, octets = octets + ? WHERE id = ?", (len(rows), sum(octets), to)
         )
-        await db.many("DELETE FROM gone WHERE mailbox = ? AND key = ?", [(to, key) for key in keys])
+        await db.many("DELETE FROM gone WHERE mailbox = ? AND key = ?", [(to, key) for key in sorted(set(keys))])
         return [(uid, first + number) for number, uid in enumerate(here)]
 
     async def move(self, mailbox: int, uids: Sequence[int], to: int) -> list[tuple[int, int]]:
@@ -298,7 +314,8 @@ class MailboxPart(References):
     async def _in_note_owners(self, db: Transaction, owners: list[tuple[str, str]]) -> Untouched[None] | None:
         if not owners:
             return Untouched(None)
-        await db.many("INSERT INTO owners VALUES (?, ?) ON CONFLICT (account) DO UPDATE SET address = excluded.address", owners)
+        statement = "INSERT INTO owners VALUES (?, ?) ON CONFLICT (account) DO UPDATE SET address = excluded.address"
+        await db.many(statement, sorted(owners))
         return None
 
     async def owners(self, accounts: Sequence[str]) -> dict[str, str]:
@@ -332,6 +349,11 @@ class MailboxPart(References):
         if not rows:
             if not db.alone and await db.one("SELECT 1 FROM entries WHERE mailbox = ? LIMIT 1", (mailbox,)):
                 raise Again("something came between")
+            # In the order in which those touch them who know their keys, and not this mailbox.
+            text = "SELECT key FROM gone WHERE mailbox = ? ORDER BY key LIMIT ? FOR UPDATE"
+            if gone := await db.rows(text, (mailbox, _PURGE_ROWS)):
+                await db.change("DELETE FROM gone WHERE mailbox = ? AND key <= ?", (mailbox, gone[-1][0]))
+                return Release(0, 0)
             for table, column in (("gone", "mailbox"), ("keywords", "mailbox"), ("mailboxes", "id")):
                 await db.change(f"DELETE FROM {table} WHERE {column} = ?", (mailbox,))
             return Release(0, 0)

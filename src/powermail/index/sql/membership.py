@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from powermail.index.sharing import MoveRow
 from powermail.index.sql.core import Core
 from powermail.index.sql.engine import Reading, Transaction, Untouched
-from powermail.storage.layout import Layout, LayoutChange, LayoutRow, Standing, changed_layout, restored
+from powermail.storage.layout import Layout, LayoutChange, LayoutRow, Standing, changed_layout, costs, restored
 
 _COLUMNS = "id, failure_group, address, site, priority, state, told"
 _MOVES = "name, phase, total, done, began_at, after, note"
@@ -25,6 +25,13 @@ class MembershipPart(Core):
 
     async def _layout_version(self, db: Reading) -> int:
         row = await db.one("SELECT value FROM counters WHERE name = 'layout'")
+        return int(row[0]) if row else 0
+
+    async def layout_fence(self) -> int:
+        return await self._ask(self._layout_fence)
+
+    async def _layout_fence(self, db: Reading) -> int:
+        row = await db.one("SELECT value FROM counters WHERE name = 'layout_fence'")
         return int(row[0]) if row else 0
 
     async def layout(self) -> Layout:
@@ -79,6 +86,11 @@ class MembershipPart(Core):
         for row in new:  # a member is of the group that the layout says from now on; whatever it is admitted as next
             await db.change("UPDATE nodes SET site = ? WHERE id = ? AND site <> ?", (row.group, row.id, row.group))
         await self._in_set(db, "layout", after.version)
+        if costs(before, after):
+            await db.change(
+                "INSERT INTO counters VALUES ('layout_fence', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+                (after.version,),
+            )
 
     async def restore_layout(self, layout: Layout) -> Layout:
         return await self._write(self._in_restore_layout, layout)
@@ -109,8 +121,9 @@ class MembershipPart(Core):
             move,
         )
 
-    async def end_move(self, name: str) -> None:
-        await self._write(self._in_end_move, name)
+    async def end_move(self, name: str, began_at: float | None = None) -> None:
+        await self._write(self._in_end_move, name, began_at)
 
-    async def _in_end_move(self, db: Transaction, name: str) -> Untouched[None] | None:
-        return None if await db.change("DELETE FROM moves WHERE name = ?", (name,)) else Untouched(None)
+    async def _in_end_move(self, db: Transaction, name: str, began_at: float | None) -> Untouched[None] | None:
+        ended = await db.change("DELETE FROM moves WHERE name = ? AND began_at = coalesce(?, began_at)", (name, began_at))
+        return None if ended else Untouched(None)

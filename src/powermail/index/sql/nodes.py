@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from powermail.base.errors import OperatorError
 from powermail.index.contract import NodeRow
+from powermail.index.sharing import hand_on_row
 from powermail.index.sql.core import LEFT_OUT
 from powermail.index.sql.engine import NODE_COLUMNS, Reading, Transaction, Untouched, parts, read_nodes
 from powermail.index.sql.membership import MembershipPart
@@ -13,6 +14,7 @@ from powermail.index.sql.references import References
 from powermail.storage.contract import Position, Unread
 
 _Place = tuple[int, bytes]
+_LEFT_ROWS = 5000  # of what an expelled node leaves, removed in one transaction
 
 
 class NodePart(References, MembershipPart):
@@ -21,22 +23,29 @@ class NodePart(References, MembershipPart):
     async def node_rows(self) -> list[NodeRow]:
         return await self._ask(read_nodes)
 
-    async def admit_node(self, node: str, group: str, incarnation: str, boot: str, watermark: Position, end: Position) -> None:
-        await self._write(self._in_admit, node, group, incarnation, boot, watermark, end)
+    async def admit_node(
+        self, node: str, group: str, incarnation: str, boot: str, watermark: Position, end: Position,
+        instead_of: str | None = None,
+    ) -> bool:  # fmt: skip
+        return await self._write(self._in_admit, node, group, incarnation, boot, watermark, end, instead_of)
 
     async def _in_admit(
-        self, db: Transaction, node: str, group: str, incarnation: str, boot: str, watermark: Position, end: Position
-    ) -> None:
+        self, db: Transaction, node: str, group: str, incarnation: str, boot: str, watermark: Position, end: Position,
+        instead_of: str | None,
+    ) -> bool | Untouched[bool]:  # fmt: skip
         """The round begins anew, and a walk that was owed is owed by whatever comes in its place (laws 9, 11)."""
         old = await db.member(node)
+        if instead_of is not None and instead_of != (old.incarnation if old is not None else ""):
+            return Untouched(False)  # law 12: what was seen there is over
         if await db.one("SELECT 1 FROM retired WHERE incarnation = ?", (incarnation,)):
             raise OperatorError(f"node {node}: this disk was expelled; it returns only emptied")  # law 9
         db.stale = True
         if old is not None and old.incarnation == incarnation:  # nothing new but the names
             await db.change("UPDATE nodes SET site = ?, boot = ? WHERE id = ?", (group, boot, node))
-            return
+            return True
         if old is not None:  # that disk never comes back as it is (law 9)
             await db.change("INSERT INTO retired VALUES (?) ON CONFLICT DO NOTHING", (old.incarnation,))
+            await self._in_note_move(db, hand_on_row(node, self._world.clock.now()))
         blocked = old is not None and old.blocked
         marks = ", ".join("?" * 13)
         await db.change("DELETE FROM nodes WHERE id = ?", (node,))
@@ -55,6 +64,7 @@ class NodePart(References, MembershipPart):
         )
         # Nothing that lies before a new incarnation's birth is ever entered: what could not be read there matters no more.
         await db.change("DELETE FROM unread WHERE node = ?", (node,))
+        return True
 
     async def note_boot(self, node: str, incarnation: str, boots: Sequence[str]) -> None:
         await self._write(self._in_note_boot, node, incarnation, boots)
@@ -87,17 +97,37 @@ class NodePart(References, MembershipPart):
 
     async def _in_expel(self, db: Transaction, node: str, version: int | None) -> bool | Untouched[bool]:
         """Its beliefs go with one look at the sets of nodes, not at messages; its incarnation never comes back (law 9)."""
-        row = await db.member(node)
-        if not await self._in_end_membership(db, node, version):
+        if not await self._in_end_membership(db, node, version):  # the layout is locked before any node
             return Untouched(False)
+        row = await db.member(node)
         if row is not None:
             await db.change("INSERT INTO retired VALUES (?) ON CONFLICT DO NOTHING", (row.incarnation,))
+            await self._in_note_move(db, hand_on_row(node, self._world.clock.now()))
         await db.placements.expel(node)
-        for table in ("orders", "drops", "suspects", "unread", "damages", "newcomers"):
+        for table in ("unread", "damages", "newcomers"):
             await db.change(f"DELETE FROM {table} WHERE node = ?", (node,))
         await db.change("DELETE FROM nodes WHERE id = ?", (node,))
         db.stale = True
         return True
+
+    async def clear_left(self, node: str) -> None:
+        """What was ordered of a node that is no member any more, and suspected there, goes: part by part, because one that was
+        away for long has more of it than one transaction is given time for. Forgetting passes it over until then (law 9).
+        """
+        while await self._write(self._in_clear_left, node):
+            pass
+
+    async def _in_clear_left(self, db: Transaction, node: str) -> int | Untouched[int]:
+        if await db.member(node) is not None:
+            return Untouched(0)
+        for table in ("orders", "drops", "suspects"):
+            rows = await db.rows(f"SELECT key FROM {table} WHERE node = ? ORDER BY key LIMIT ?", (node, _LEFT_ROWS))
+            keys = list(dict.fromkeys(row[0] for row in rows))
+            if keys:
+                await db.lock_keys(keys)  # what dies takes its suspects along, in whatever order
+                await db.change_in(f"DELETE FROM {table} WHERE node = ? AND key IN", keys, (node,))
+                return len(keys)
+        return Untouched(0)
 
     async def unread(self, node: str, limit: int) -> list[Unread]:
         return await self._ask(self._unread, node, limit)
@@ -120,6 +150,7 @@ class NodePart(References, MembershipPart):
         done = "id <> ? AND round < (SELECT min(scan_round) FROM nodes)"
         row = await db.one("UPDATE counters SET value = value + 1 WHERE name = 'round' RETURNING value")
         number: int = row[0]
+        await db.lock_slots()
         await self._in_stop_silent(db)
         await db.change(f"DELETE FROM writers WHERE stopped = {LEFT_OUT} AND {done}", (db.slot.number,))
         await db.change(
@@ -167,6 +198,7 @@ class NodePart(References, MembershipPart):
                 part,
             )
             gone += [row[0] for row in rows]
+        gone.sort()
         for table in ("orders", "gone"):  # what is forgotten has tombstones wherever it lay: no checkpoint names it any more
             await db.many(f"DELETE FROM {table} WHERE key = ?", [(key,) for key in gone])
         return len(gone) if gone else Untouched(0)

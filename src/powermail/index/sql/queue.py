@@ -19,6 +19,7 @@ _REMEMBER = (
     "INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (queue, number) DO UPDATE SET at = excluded.at,"
     " host = excluded.host, tls = excluded.tls, seconds = excluded.seconds, status = excluded.status"
 )
+_ROWS = 5000  # changed in one transaction, where all may be meant
 _FREE = "held = 0 AND domain NOT IN (SELECT domain FROM held_domains)"
 _DUE, _AHEAD = (f"due_at {is_due} ? AND (lease_until <= ? OR lease_until > ?) AND {_FREE}" for is_due in ("<=", ">"))
 
@@ -150,17 +151,25 @@ class QueuePart(References):
         return None if row is None else str(row[0])
 
     async def forget_returns(self, now: float) -> int:
-        return await self._write(self._in_forget_returns, now)
+        forgotten = 0
+        while part := await self._write(self._in_forget_returns, now):
+            forgotten += part
+        return forgotten
 
     async def _in_forget_returns(self, db: Transaction, now: float) -> int | Untouched[int]:
-        return await db.change("DELETE FROM returns WHERE until <= ?", (now,)) or Untouched(0)
+        """A bounded part, in the order in which deliveries touch them."""
+        over = await db.rows("SELECT address FROM returns WHERE until <= ? LIMIT ?", (now, _ROWS))
+        addresses = sorted(row[0] for row in over)
+        await db.many("DELETE FROM returns WHERE address = ? AND until <= ?", [(address, now) for address in addresses])
+        return len(addresses) or Untouched(0)
 
     async def release_leases(self, owner: str) -> None:
         await self._write(self._in_release_leases, owner)
 
     async def _in_release_leases(self, db: Transaction, owner: str) -> Untouched[None] | None:
-        given = await db.change("UPDATE queue SET lease_owner = '', lease_until = 0 WHERE lease_owner = ?", (owner,))
-        return None if given else Untouched(None)
+        mine = await db.rows("SELECT id FROM queue WHERE lease_owner = ? ORDER BY id FOR UPDATE", (owner,))
+        await db.change_in("UPDATE queue SET lease_owner = '', lease_until = 0 WHERE id IN", [row[0] for row in mine])
+        return None if mine else Untouched(None)
 
     async def queue_count(self, domain: str = "") -> int:
         return await self._ask(self._queue_count, domain)
@@ -191,11 +200,22 @@ class QueuePart(References):
         return rows[0] if rows and rows[0].id == number else None
 
     async def queue_set(self, numbers: list[int], held: bool | None, due_at: float | None) -> int:
-        return await self._write(self._in_queue_set, numbers, held, due_at)
+        """All of them: part by part, so that nobody waits for the whole queue; what came to its end so far stays."""
+        if numbers:
+            return await self._write(self._in_queue_set, sorted(set(numbers)), held, due_at)
+        changed = after = 0
+        while part := await self._ask(self._queue_numbers, after):
+            changed += await self._write(self._in_queue_set, part, held, due_at)
+            after = part[-1]
+        return changed
 
-    async def _in_queue_set(self, db: Transaction, numbers: list[int], held: bool | None, due_at: float | None) -> int:
-        held_value = None if held is None else int(held)
-        statement = "UPDATE queue SET held = coalesce(?, held), due_at = coalesce(?, due_at)"
-        if not numbers:
-            return await db.change(statement, (held_value, due_at))
-        return sum([await db.change(f"{statement} WHERE id = ?", (held_value, due_at, each)) for each in sorted(numbers)])
+    async def _queue_numbers(self, db: Reading, after: int) -> list[int]:
+        return [row[0] for row in await db.rows("SELECT id FROM queue WHERE id > ? ORDER BY id LIMIT ?", (after, _ROWS))]
+
+    async def _in_queue_set(
+        self, db: Transaction, numbers: Sequence[int], held: bool | None, due_at: float | None
+    ) -> int | Untouched[int]:
+        there = [row[0] for row in await db.rows_in("SELECT id FROM queue WHERE id IN", numbers, "ORDER BY id FOR UPDATE")]
+        values = None if held is None else int(held), due_at
+        await db.change_in("UPDATE queue SET held = coalesce(?, held), due_at = coalesce(?, due_at) WHERE id IN", there, values)
+        return len(there) or Untouched(0)

@@ -103,11 +103,8 @@ class References(Numbering):
     async def _in_believe(self, db: Transaction, node: str, keys: Sequence[bytes], present: bool) -> bool:
         """Believes, or no longer believes, that a node holds these; whether anything changed. Only live keys have copies."""
         rows = await db.rows_in("SELECT key, placement FROM messages WHERE fate = 1 AND key IN", sorted(set(keys)), _IN_ORDER)
-        changes = []
-        for key, placement in rows:
-            after = await db.placements.with_node(placement, node) if present else await db.placements.without(placement, node)
-            if after != placement:
-                changes.append((after, key))
+        after = await db.placements.changed({placement for _, placement in rows}, node, present)
+        changes = [(after[placement], key) for key, placement in rows if after[placement] != placement]
         await db.many("UPDATE messages SET placement = ? WHERE key = ?", changes)
         return bool(changes)
 
@@ -149,7 +146,7 @@ class References(Numbering):
                 for row in await db.rows_in("SELECT key FROM entries WHERE mailbox = ? AND key IN", alive, "", (mailbox,))
             }
         to = moved or Moved(0, 0)
-        rows = [(mailbox, key, modseq, *to) for key in keys if key not in stay]
+        rows = [(mailbox, key, modseq, *to) for key in sorted(keys) if key not in stay]
         await db.many(
             "INSERT INTO gone VALUES (?, ?, ?, ?, ?) ON CONFLICT (mailbox, key) DO UPDATE SET modseq = excluded.modseq,"
             " to_mailbox = excluded.to_mailbox, to_modseq = excluded.to_modseq",
@@ -171,8 +168,7 @@ class References(Numbering):
             shown[mailbox].append(uid)
         for mailbox, uids in shown.items():
             await self._in_leave(db, mailbox, uids)
-        if not db.alone:  # in the order in which all lock, whatever the order in which the next statement finds them
-            await db.rows_in("SELECT id FROM queue WHERE key IN", list(keys), "ORDER BY id FOR UPDATE")
+        await db.lock_queue_of(keys)  # whatever the order in which the next statement finds them
         for part in parts(list(keys)):
             marks = ", ".join("?" * len(part))
             rows = await db.rows(f"DELETE FROM queue WHERE key IN ({marks}) RETURNING key, id, attempts", part)

@@ -138,6 +138,9 @@ class DeliverPart(MailboxPart, SqliteCore):
         self._in_put(arrivals)
         return outcomes if db.changes != before else Untouched(outcomes)
 
+    async def _in_hold_boxes(self, db: Transaction, entering: Sequence[tuple[bytes, Commit]], dying: Sequence[bytes]) -> None:
+        """Nobody else writes."""
+
     async def _in_enter_found(self, db: Transaction, node: str, found: Sequence[tuple[bytes, Commit]]) -> int:
         arrivals, entered = Arrivals(), 0
         placement = await db.placements.id([node])

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from powermail.base.errors import IndexTrouble
 from powermail.base.world import World
-from powermail.index.moving import Side, Table, Work
+from powermail.index.moving import Answer, Changed, Side, Table, Work
 from powermail.index.sqlite import migration, schema
 from powermail.index.sqlite.connection import connect
 from powermail.index.sqlite.statements import text_of
@@ -20,6 +20,7 @@ class SqliteSide(Side):
     """The file, in a lane of its own."""
 
     alone = True
+    shared = False  # the lock of the data directory says so
 
     def __init__(self, world: World, path: str) -> None:
         self.name = path
@@ -65,13 +66,16 @@ class SqliteSide(Side):
     async def rows(self, text: str, args: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         return await self._run(lambda: self._db.execute(text_of(text), args).fetchall())
 
-    async def change(self, work: Work) -> None:
-        await self._run(self._change, work)
+    async def change(self, work: Work, provided: Sequence[Answer] = ()) -> None:
+        await self._run(self._change, work, provided)
 
-    def _change(self, work: Work) -> None:
+    def _change(self, work: Work, provided: Sequence[Answer]) -> None:
         db = self._db
         db.execute("BEGIN IMMEDIATE")
         try:
+            for text, args, wanted in provided:
+                if db.execute(text_of(text), args).fetchall() != list(wanted):
+                    raise Changed(f"{self.name} is not as it was")
             for text, rows in work:
                 db.executemany(text_of(text), rows)
             db.execute("COMMIT")

@@ -49,7 +49,7 @@ class Damage:
             for line in lines:
                 stretch = msgspec.json.decode(line, type=Stretch)
                 self._stretches.setdefault(stretch.segment, []).append(stretch)
-        except (OSError, msgspec.DecodeError):
+        except (OSError, ValueError):
             self._unsaved = True
 
     def save(self) -> None:
@@ -81,13 +81,16 @@ class Damage:
     def heal(self, segment: int, offset: int, octets: int, bad: list[tuple[int, int]]) -> None:
         """What was noted within a stretch is only (offset, octets) of `bad` any more."""
         with self._guard:
-            known = self._stretches.get(segment, [])
-            inside = [s for s in known if offset <= s.offset and s.end <= offset + octets]
+            known, end = self._stretches.get(segment, []), offset + octets
+            inside = [s for s in known if s.offset < end and offset < s.end] if octets else []
             if not inside:
                 return
             blind = any(s.blind for s in inside)
             rest = [s for s in known if s not in inside]
             rest += [Stretch(segment, start, length, inside[0].why, blind) for start, length in bad]
+            for s in inside:  # one that is larger was looked at in part
+                parts = ((s.offset, offset - s.offset), (end, s.end - end))
+                rest += [Stretch(segment, start, length, s.why, s.blind) for start, length in parts if length > 0]
             self._unsaved = True
             if rest:
                 self._stretches[segment] = sorted(rest, key=lambda s: s.offset)

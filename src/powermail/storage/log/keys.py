@@ -26,7 +26,7 @@ DEAD: Final = 2  # a tombstone stands for it
 NAMED: Final = 3  # not a message
 
 # What a key index raises when its file is damaged, locked or gone, or was closed meanwhile.
-BROKEN: Final = (sqlite3.Error, struct.error, msgspec.DecodeError)
+BROKEN: Final = (sqlite3.Error, struct.error, msgspec.DecodeError, UnicodeDecodeError)
 
 _SCHEMA: Final = 2
 _BUSY_S: Final = 1.0  # nobody else has any business in this file

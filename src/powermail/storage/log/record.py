@@ -133,7 +133,7 @@ def unpack_mark(octets: bytes) -> Mark:
     """A mark from a body. Raises BadRecord."""
     try:
         return msgspec.msgpack.decode(octets, type=Mark)
-    except msgspec.DecodeError as error:
+    except ValueError as error:
         raise BadRecord(f"mark: {error}") from error
 
 

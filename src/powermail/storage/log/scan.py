@@ -20,7 +20,7 @@ SCAN_OCTETS_MAX: Final = 8 * limits.MIB  # read by one call, so that others get 
 
 
 class Again(NamedTuple):
-    """What a noted stretch holds after all, and what of it (offset, octets) is still bad.
+    """What a noted stretch holds after all, and what of it (offset, octets) is still bad, or was not looked at yet.
 
     `end` is where the segment ends, when the stretch had been taken to go on to the end of the file; else 0.
     """
@@ -164,7 +164,9 @@ class Scanner:
     # -- again ------------------------------------------------------------------------------------------------------
 
     def look_again(self, unread: Unread) -> Again | None:
-        """What a stretch holds now; None when its segment is gone."""
+        """What a stretch holds now, as far as one call goes: the rest is named with what is still bad. None when its segment
+        is gone.
+        """
         number, base = unread.position
         if number not in self._ledger.sizes:
             return None
@@ -177,6 +179,10 @@ class Scanner:
         last = base
         try:
             for offset, record, room in self._segments.walk(number, base, end, full=not unknown):
+                shown = len(again.records) + len(again.bad)
+                if shown >= limits.REREAD_RECORDS_MAX or last - base >= limits.REREAD_OCTETS_MAX:
+                    again.bad.append((last, end - last))
+                    break
                 last = offset + room
                 if record is None:
                     again.bad.append((offset, room))
@@ -191,12 +197,16 @@ class Scanner:
         return again._replace(end=last) if unknown and not again.bad else again
 
     def shown_again(self, unread: Unread, again: Again) -> Scan:
-        """The answer, once what was found is known to the key index."""
+        """The answer, once what was found is known to the key index: also of which messages it was the last part that was
+        missing, wherever their commit record lies.
+        """
         number, base = unread.position
-        found = []
+        found: dict[Scanned, None] = {}
         for place, record in again.records:
             shown = self._of_record(record, Position(place.segment, place.offset))
+            if record.type == rec.CHUNK and (entry := self._ledger.keys.find(record.key)) is not None:
+                shown = Scanned(record.key, entry.position(), Origin(entry.origin)) if entry.state == LIVE else None
             if shown is not None:
-                found.append(shown)
+                found[shown] = None
         bad = [Unread(Position(number, offset), octets) for offset, octets in again.bad]
-        return Scan(self._incarnation(), found, Position(number, base + unread.octets), self._ledger.durable, bad)
+        return Scan(self._incarnation(), list(found), Position(number, base + unread.octets), self._ledger.durable, bad)

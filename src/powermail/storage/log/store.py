@@ -315,7 +315,10 @@ class SegmentStore:
         ledger = self._ledger
         version = self._version(unread.position.segment)
         ledger.accept(admit(ledger, again.records, version))
-        ledger.damage.heal(*unread.position, unread.octets, again.bad)
+        (segment, start), end = unread.position, unread.position.offset + unread.octets
+        if start <= rec.SEGMENT_HEADER_OCTETS and unread.octets:
+            start = 0  # a note of a whole segment
+        ledger.damage.heal(segment, start, end - start, again.bad)
         if again.end and unread.position.segment != ledger.number:
             ledger.sizes[unread.position.segment] = again.end
 
