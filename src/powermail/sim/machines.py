@@ -75,12 +75,6 @@ class Machines(Machine):
             task.cancel()
             raise
 
-    def call_on(self, host: str, call: Callable[[], Any]) -> None:
-        """Calls it as the process there does."""
-        context = contextvars.copy_context()
-        context.run(PROGRAM.set, self.programs[host])
-        context.run(call)
-
     def kill_on(self, host: str) -> None:
         """kill -9 of the process on that machine."""
         if host in self.programs:

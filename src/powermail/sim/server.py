@@ -10,7 +10,6 @@ is put back. Whoever promotes begins a new timeline, whoever restores another sy
 from __future__ import annotations
 
 import asyncio
-import pickle
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 import asyncpg
+import msgspec
 
 from powermail.base import limits
 from powermail.base.errors import IndexTrouble
@@ -46,13 +46,13 @@ class _Frames:
             end = _HEAD + int.from_bytes(self._data[:_HEAD], "big")
             if len(self._data) < end:
                 break
-            found.append(pickle.loads(self._data[_HEAD:end]))  # noqa: S301  what we wrote ourselves
+            found.append(msgspec.msgpack.decode(self._data[_HEAD:end]))
             del self._data[:end]
         return found
 
 
 def _frame(message: Any) -> bytes:
-    octets = pickle.dumps(message, 5)
+    octets = msgspec.msgpack.encode(message)
     return len(octets).to_bytes(_HEAD, "big") + octets
 
 
@@ -132,7 +132,8 @@ class _Session(asyncio.Protocol):
         self._server.joined(self)
 
     def data_received(self, data: bytes) -> None:
-        self._asked.extend(self._frames.take(data))
+        for text, args, many in self._frames.take(data):
+            self._asked.append((text, [tuple(row) for row in args] if many else tuple(args), many))
         self._next()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -317,7 +318,7 @@ class SimConnection(asyncio.Protocol):
             raise error
         if text.startswith(("BEGIN", "COMMIT", "ROLLBACK")):
             self._in_transaction = text.startswith("BEGIN")
-        return Answer(*found)
+        return Answer([tuple(row) for row in found[0]], found[1])
 
     @staticmethod
     def _late(waiter: asyncio.Future[Any]) -> None:
