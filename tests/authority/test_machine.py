@@ -104,7 +104,7 @@ def test_a_question_that_is_none_is_refused(said: bytes, why: str) -> None:
 
 def test_fields_of_a_later_version_are_passed_over_and_those_of_an_older_one_have_defaults() -> None:
     """P19."""
-    later = msgspec.msgpack.encode([2, 1, TOKEN.id, TOKEN.secret, b"request", "", {"more": 1}, [2]])
+    later = msgspec.msgpack.encode([2, 1, TOKEN.id, TOKEN.secret, b"request", "", "", {"more": 1}, [2]])
     older = msgspec.msgpack.encode([4, b"certificate", "ours", "d", ["node"]])
     assert Registering().feed(len(later).to_bytes(4, "little") + later) == forms.Join(1, TOKEN.id, TOKEN.secret, b"request")
     assert forms.unpack_answer(older) == forms.Issued(b"certificate", "ours", "d", ("node",))
@@ -141,7 +141,7 @@ def test_the_document_has_the_forms_of_the_program() -> None:
     }
     words = text.split("| why | means |\n")[1].split("\n\n")[0].splitlines()[1:]
     told = {word.strip() for line in words for word in line.split("|")[1].split(",")}
-    assert told | {"tls", "silent"} == {
+    assert told | {"tls", "silent", "rate", "handshakes"} == {
         name.removeprefix("authority.refused.") for name in MEANINGS if "authority.refused." in name
     }
     for name in re.findall(r"`([A-Z]+(?:_[A-Z]+)+)`", text):

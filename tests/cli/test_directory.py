@@ -95,7 +95,7 @@ def test_statements_of_ones_own_are_read_and_never_changed(data: str, database: 
         (("database=mysql://u@h/n",), "directory.database is for backend postgresql or mysql"),
         (("backend=mysql", "database=postgresql://u@h/n"), "directory.database is not mysql://USER@HOST"),
         (("backend=mysql", "database=mysql://u:secret@h/n"), "a password belongs in a file of its own"),
-        (("backend=mysql", "database=mysql://u@h:x/n"), "'h:x' is not host or host:port"),
+        (("backend=mysql", "database=mysql://u@h:x/n"), "directory.database: the port of host 1 is no number from 1 to 65535"),
         (("backend=mysql", "database=mysql://h/n"), "names no user"),
         (("find=SELECT 1 AS id",), "directory.find needs directory.serves"),
         (("serves=SELECT 1",), "are for directory.find, which is empty"),

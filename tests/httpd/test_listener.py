@@ -141,13 +141,18 @@ def test_loopback_is_listened_on(address: str) -> None:
     "address",
     [
         "0.0.0.0:2900", "[::]:2900", ":2900", "192.0.2.1:2900", "[2001:db8::1]:2900", "mail.example:2900", "127.1:2900",
-        "[::ffff:192.0.2.1]:2900", "2900", "localhost.example:2900", "10.0.0.1:2900", "*:2900",
+        "[::ffff:192.0.2.1]:2900", "localhost.example:2900", "10.0.0.1:2900", "*:2900",
     ],
 )  # fmt: skip
 def test_what_others_reach_is_refused_unless_it_is_said_explicitly(address: str) -> None:
     with pytest.raises(OperatorError, match=r"metrics\.allow_remote = true"):
         load("", {}, [f'metrics.listen=["127.0.0.1:0", "{address}"]'])
     assert load("", {}, [f'metrics.listen=["{address}"]', "metrics.allow_remote=true"]).metrics.listen == [address]
+
+
+def test_a_port_alone_is_no_address() -> None:
+    with pytest.raises(OperatorError, match=r"metrics\.listen: '2900' is not host:port"):
+        load("", {}, ['metrics.listen=["2900"]', "metrics.allow_remote=true"])
 
 
 def test_it_is_off_by_default() -> None:

@@ -213,6 +213,8 @@ def test_a_second_keeper_that_takes_a_disk_in_takes_no_note_away() -> None:
             return found
 
         rig.index.node_rows = before  # type: ignore[method-assign]
+        with pytest.raises(IndexTrouble, match="is being admitted elsewhere"):
+            await rig.admission.admit(node)  # law 12: it takes the place of what it has seen, or of nothing
         await rig.admission.admit(node)
         assert len(await rig.index.unread("a", 10)) == 1
         node._bad.clear()

@@ -44,6 +44,6 @@ def test_no_client_of_a_cluster_sees_what_it_must_not() -> None:
 
 @pytest.mark.timeout(900)
 def test_what_befalls_a_cluster_takes_the_branches_of_the_laws() -> None:
-    results = simulated(1, 2, *FAULTS)
+    results = simulated(3, 2, *FAULTS)
     for name in BRANCHES:
         assert sum(result["laws"].get(name, 0) for result in results), f"{name} never happened"

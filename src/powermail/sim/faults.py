@@ -335,7 +335,6 @@ class Faults(DiskFaults[Site]):
 
     def _all(self) -> dict[str, Kind]:
         return super()._all() | {
-            """Every kind by its name."""
             "kill": self._kill,
             "power-cut": self._power_cut,
             "index-away": self._index_away,
