@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import MISSING, fields
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
+from powermail.app.keeping import Keeping
 from powermail.base import limits
 from powermail.base.errors import IndexTrouble, NodeTrouble
 from powermail.base.tasks import Tasks
@@ -85,6 +90,29 @@ def test_a_keeper_that_was_held_up_finds_its_job_taken_and_leaves_it() -> None:
         assert await second.take("repair")
         assert not await first.take("repair")
         assert rig.world.counters.get("keeper.jobs_lost") == 1
+
+    go(body)
+
+
+def test_what_a_keeper_has_said_of_a_job_is_not_said_any_more_when_another_does_it() -> None:
+    """Status says what every process knows: what one knew before it was held up would stand there for ever."""
+
+    async def body(rig: Rig) -> None:
+        core = SimpleNamespace(**{name: MagicMock() for name in ("epochs", "owners", "following", "reconciler", "admission")})
+        core.cluster, core.index = rig.cluster, rig.index
+        said: dict[str, Any] = {each.name: MagicMock() for each in fields(Keeping) if each.default_factory is MISSING}
+        keeping = Keeping(**{**said, "core": core, "forgetter": rig.forgetter, "repairer": rig.repairer})
+        leases, other = (Leases(rig.world, rig.index, process(rig, "keeper", name)) for name in ("one", "two"))
+        steps = keeping.leased_jobs(leases)
+        for job in ("forget", "repair"):
+            await steps[job]()
+        rig.forgetter.alarms = ["node c is away"]
+        rig.repairer.unrepairable, rig.repairer.left, rig.repairer.rate = {b"key": "no group is left"}, 7, 0.5
+        await asyncio.sleep(limits.JOB_LEASE_S + 1)
+        for job in ("forget", "repair"):
+            assert await other.take(job)
+            await steps[job]()
+        assert rig.forgetter.alarms == [] and rig.repairer.unrepairable == {} and rig.repairer.seconds_left() is None
 
     go(body)
 

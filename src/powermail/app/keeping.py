@@ -109,6 +109,8 @@ class Keeping:
             for name, step in self.jobs().items()
             if name.split(" ")[0] not in _OWN
         }
+        steps["forget"] = leases.leased("forget", self.forgetter.step, self.forgetter.let_go)  # these two say things for status
+        steps["repair"] = leases.leased("repair", self.repairer.step, self.repairer.let_go)
         steps["spread"] = self.core.following.spread
         steps["clear"] = leases.leased("clear", leases.clear)
         steps["enter"] = leases.leased("enter", Entering(self.core.cluster, self.core.index, self.core.reconciler, leases).step)

@@ -76,6 +76,10 @@ class Forgetter:
         await self._reconciler.advance(node, 0.0, end, round_)
         return _LOOK_S
 
+    def let_go(self) -> None:
+        """Another keeper does this now, and says what holds it back."""
+        self.alarms = []
+
     async def _look(self, rows: list[NodeRow], left: int) -> None:
         """What holds forgetting back, for status."""
         alarms = []

@@ -59,6 +59,10 @@ class Seen(NamedTuple):
     jobs: tuple[str, ...]
 
 
+def _nothing() -> None:
+    """What a job lets go of that says nothing."""
+
+
 class Leases:
     """What this process has of the jobs of all."""
 
@@ -88,11 +92,14 @@ class Leases:
             self._world.log.event(Event.JOB, job=job, state="lost")
         return False
 
-    def leased(self, job: str, step: Step) -> Step:
-        """The step of a worker that works only while the job is ours."""
+    def leased(self, job: str, step: Step, let_go: Callable[[], None] = _nothing) -> Step:
+        """The step of a worker that works only while the job is ours; else `let_go` takes back what it has said for status."""
 
         async def run() -> float:
-            return await step() if await self.take(job) else limits.JOB_LOOK_S
+            if await self.take(job):
+                return await step()
+            let_go()
+            return limits.JOB_LOOK_S
 
         return run
 

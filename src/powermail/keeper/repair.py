@@ -96,9 +96,18 @@ class Repairer:
         self.unrepairable, self._failed = self._failed, {}
         self.unrepairable_total, self._failures = self._failures, 0
         if nothing:
-            self.left, self.rate, self._began_at = 0, 0.0, None
-            self._counted_at = float("-inf")
+            self._rest()
         return _REST_S if nothing or self.unrepairable_total else 0.0
+
+    def _rest(self) -> None:
+        self.left, self.rate, self._began_at = 0, 0.0, None
+        self._counted_at = float("-inf")
+
+    def let_go(self) -> None:
+        """Another keeper does this now, and says how far it is; from the beginning when it is ours again."""
+        self._rest()
+        self._after, self._failed, self._failures = b"", {}, 0
+        self.unrepairable, self.unrepairable_total = {}, 0
 
     async def _count(self, counted: dict[str, str], required: int) -> None:
         now = self._world.clock.monotonic()

@@ -107,7 +107,7 @@ class Plan:
             peers=PeersSettings(listen=[self.address(node)]),
         )
 
-    def settings(self, host: str, real: str, user: str) -> Settings:
+    def settings(self, host: str, real: str) -> Settings:
         """The settings of a front end or keeper."""
         door = self.fronts.index(host) * fl.BETWEEN_DOORS if host in self.fronts else 0
         nodes = [NodeSettings(id=name, address=self.address(name), group=self.nodes[name]) for name in self.first]
@@ -121,7 +121,7 @@ class Plan:
                 tombstone_days=self.tombstone_days,
                 nodes=nodes,
             ),
-            index=IndexSettings(database=f"postgresql://{user}@{database.HOST}/index"),
+            index=IndexSettings(database=f"postgresql://{host}@{database.HOST}/index"),
             directory=DirectorySettings(path=f"{real}/directory.db", upgrade_passwords=False),
             smtp=SmtpSettings(
                 listen=[f"{host}:{fl.SMTP_PORT + door}"],
@@ -258,7 +258,7 @@ class RoleServed(Served):
         world.disk.replace_file(f"{data_of(self.host)}/{app_core.SRS_KEYS}", b"the same on all front ends\n")
 
     def make(self, world: World) -> PowerMail:
-        settings = self._plan.settings(self.host, self._machines.real, f"{self.host}.{self.starts}")
+        settings = self._plan.settings(self.host, self._machines.real)
         duties = Duties(self.front, not self.front, True, self.host, self.host, "sim", self.starts)
         return PowerMail(world, settings, data_of(self.host), self._broken, tls=False, duties=duties)
 
