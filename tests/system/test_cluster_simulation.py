@@ -3,39 +3,22 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from typing import Any
 
-import msgspec
 import pytest
+
+from tests.system.seeds import simulated
 
 SEEDS = int(os.environ.get("PM_TEST_CLUSTER_SEEDS", "4"))
 SECONDS = 10
 
 # Faults, and what a seed of them must bring about: what never happens shows nothing.
 FAULTS = ("database-stale", "cut", "node-killed", "front-killed")
-BRANCHES = ("law.11.epochs", "law.11.caught_up", "law.10.marks", "cluster.links_lost", "keeper.jobs_taken")
-
-
-def simulated(first: int, count: int, *only: str) -> list[dict[str, Any]]:
-    """Runs the command as people do: it runs its first seed twice, and compares the traces."""
-    words = ["--cluster", "--first", str(first), "--seeds", str(count), "--seconds", str(SECONDS), "--jobs", "1", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "powermail", "sim", *words, *(word for fault in only for word in ("--only", fault))],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    results: list[dict[str, Any]] = msgspec.json.decode(done.stdout)
-    assert [result["seed"] for result in results] == list(range(first, first + count))
-    return results
+BRANCHES = ("law.11.epochs", "law.11.caught_up", "law.10.marks", "cluster.links_lost", "keeper.jobs_taken", "keeper.reconciled")
 
 
 @pytest.mark.timeout(900)
 def test_no_client_of_a_cluster_sees_what_it_must_not() -> None:
-    results = simulated(0, SEEDS)
+    results = simulated(0, SEEDS, SECONDS, (), "--cluster")
     assert all(result["acked"] and result["listings"] and result["looks"] and result["faults"] for result in results)
     laws = [result["laws"] for result in results]
     for name in ("law.10.marks", "law.13.wholes", "keeper.collected", "keeper.jobs_taken", "keeper.reconciled"):
@@ -44,6 +27,6 @@ def test_no_client_of_a_cluster_sees_what_it_must_not() -> None:
 
 @pytest.mark.timeout(900)
 def test_what_befalls_a_cluster_takes_the_branches_of_the_laws() -> None:
-    results = simulated(4, 1, *FAULTS)
+    results = simulated(4, 1, SECONDS, FAULTS, "--cluster")
     for name in BRANCHES:
         assert sum(result["laws"].get(name, 0) for result in results), f"{name} never happened"

@@ -8,11 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 from powermail.base.errors import PowerMailError
-from powermail.directory.contract import Account
-from powermail.directory.sqlite import SqliteDirectory
 from powermail.index.contract import Index
 from powermail.index.postgres import PostgresIndex
-from powermail.sim import fleet as fl
 from powermail.sim import server as database
 from powermail.sim.checks import buried_keys, live_groups, opened, taken_groups
 from powermail.sim.cluster_faults import ClusterFaults
@@ -20,7 +17,6 @@ from powermail.sim.deployment import NodeServed, Plan, RoleServed, Served, simul
 from powermail.sim.faults import DiskFaults
 from powermail.sim.machines import Machines, Through
 from powermail.sim.played import Played
-from powermail.sim.users import IMAP_MAILBOXES
 from powermail.storage.contract import Held
 from powermail.storage.node import LocalNode
 
@@ -67,7 +63,7 @@ class ClusterSimulation(Played):
             served.install(cluster, world)
         for role in self.roles.values():
             role.install(cluster, world)
-        await self._directory(f"{self.machine.real}/directory.db")
+        await self.make_directory(self.machine.start("install"))
         self.machine.settle()
         await self.database.start()
         for node in self.node_names:
@@ -81,19 +77,6 @@ class ClusterSimulation(Played):
         await index.open(cluster)
         await index.rest()
         await index.close()
-
-    async def _directory(self, path: str) -> None:
-        directory = SqliteDirectory(self.machine.start("install"), path)
-        await directory.open()
-        password = f"{{plain}}{fl.PASSWORD}"
-        for number, name in enumerate((*fl.MAILBOXES, *IMAP_MAILBOXES), 1):
-            await directory.add([Account(str(number), name, password)])
-        await directory.add([Account("", name, password, 0, (to,), name == fl.KEEPS) for name, to in fl.FORWARDS.items()])
-        for name in (*fl.MAILBOXES, *IMAP_MAILBOXES):
-            account = await directory.find(name)
-            assert account is not None
-            self._owners[name] = account.id
-        await directory.close()
 
     # -- what runs -----------------------------------------------------------------------------------------------------
 

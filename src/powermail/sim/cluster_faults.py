@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from powermail.sim import server as database
 from powermail.sim.faults import JUMP_S, DiskFaults, Kind
 from powermail.sim.machines import host_of
+from powermail.sim.settings import COPIES
 
 if TYPE_CHECKING:
     from powermail.sim.cluster import ClusterSimulation
@@ -199,7 +200,8 @@ class ClusterFaults(DiskFaults[Any]):
             anew: list[Awaitable[None]] = []
             if self._chance.random() < 0.4:  # nobody is left who remembers: the nodes do
                 anew = [role.restart(self._chance.uniform(0.1, 5.0)) for role in self._site.roles.values()]
-            await asyncio.gather(self._away(lose), *anew)
+            async with self._damage:  # no index that is older than a lost disk knows what it and another that is away had
+                await asyncio.gather(self._away(lose), *anew)
             self._site.forgiven_until_now()
 
     async def _database_conflicts(self) -> None:
@@ -277,7 +279,7 @@ class ClusterFaults(DiskFaults[Any]):
         """Nodes without which there are still more groups than copies are required."""
         site = self._site
         groups = {node: {site.plan.nodes[name] for name in site.node_names if name != node} for node in site.node_names}
-        return [node for node, left in groups.items() if len(left) > site.copies]
+        return [node for node, left in groups.items() if len(left) > COPIES]
 
     async def _node_leaves(self) -> None:
         """A node is emptied and taken out; once in a while the operator thinks better of it."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,40 +19,20 @@ from powermail.app import core as app_core
 from powermail.app.compose import PowerMail
 from powermail.app.noding import NodeProcess
 from powermail.app.roles import Duties
-from powermail.base import limits
 from powermail.base.errors import PowerMailError
-from powermail.base.settings import (
-    ClusterSettings,
-    DirectorySettings,
-    IndexSettings,
-    NodeSettings,
-    OutboundSettings,
-    PeersSettings,
-    PopSettings,
-    Settings,
-    SmtpSettings,
-)
+from powermail.base.settings import IndexSettings, NodeSettings, PeersSettings, Settings
 from powermail.base.world import World
 from powermail.index.postgres import connection as postgres_connection
 from powermail.sim import fleet as fl
 from powermail.sim import server as database
+from powermail.sim import settings as st
 from powermail.sim.machines import Machines, SimPeerCertificate, data_of, host_of, names_of
+from powermail.sim.pace import CLUSTER_PACE, put
 from powermail.storage.identity import make_store
 from powermail.storage.log.keys import KeyIndex, SqliteKeyIndex
 from powermail.storage.node import LocalNode
 
 NODE_PORT = 7000
-_TOMBSTONE_S = (10.0, 43.0)  # how long tombstones stay at least; a short time lets older disks outlive them
-_SEGMENTS = (1, 4)  # size of a segment in smallest ones; small ones are compacted soon
-# Several processes look at everything many times a second: less often here, in the same relations.
-_PACE = (
-    (limits, "JOB_LOOK_S", 5.0),
-    (limits, "JOB_RENEW_S", 5.0),
-    (limits, "JOB_LEASE_S", 15.0),
-    (limits, "LAYOUT_LOOK_S", 2.0),
-    (limits, "NODE_PROBE_INTERVAL_S", 2.0),
-    (limits, "NODE_STAT_INTERVAL_S", 0.3),
-)
 _START_S = 120.0  # how long a start may take; then it is given up and tried again
 
 
@@ -63,8 +44,7 @@ class Plan:
     spare: str
     fronts: list[str]
     keepers: list[str]
-    tombstone_days: float
-    segment_octets: int
+    kept: st.Kept
     ports: dict[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -81,8 +61,7 @@ class Plan:
             names[-1],
             fronts,
             ["keeper1", "keeper2"],
-            kind.choice(_TOMBSTONE_S) / 86_400.0,
-            kind.choice(_SEGMENTS) * limits.SEGMENT_OCTETS_MIN,
+            st.Kept.drawn(kind),
             {name: NODE_PORT + number for number, name in enumerate(names)},
         )
 
@@ -99,11 +78,7 @@ class Plan:
         """The settings of the machine that serves a node."""
         return Settings(
             hostname=f"{host_of(node)}.sim.example",
-            cluster=ClusterSettings(
-                segment_octets=self.segment_octets,
-                reserve_octets=100_000,
-                nodes=[NodeSettings(id=node, path=f"nodes/{node}", group=self.nodes[node])],
-            ),
+            cluster=st.of_node(self.kept, NodeSettings(id=node, path=f"nodes/{node}", group=self.nodes[node])),
             peers=PeersSettings(listen=[self.address(node)]),
         )
 
@@ -111,33 +86,11 @@ class Plan:
         """The settings of a front end or keeper."""
         door = self.fronts.index(host) * fl.BETWEEN_DOORS if host in self.fronts else 0
         nodes = [NodeSettings(id=name, address=self.address(name), group=self.nodes[name]) for name in self.first]
-        return Settings(
-            hostname="mx.sim.example",
-            cluster=ClusterSettings(
-                copies_required=2,
-                segment_octets=self.segment_octets,
-                reserve_octets=100_000,
-                repair_after_s=5.0,
-                tombstone_days=self.tombstone_days,
-                nodes=nodes,
-            ),
-            index=IndexSettings(database=f"postgresql://{host}@{database.HOST}/index"),
-            directory=DirectorySettings(path=f"{real}/directory.db", upgrade_passwords=False),
-            smtp=SmtpSettings(
-                listen=[f"{host}:{fl.SMTP_PORT + door}"],
-                submission=[],
-                submissions=[],
-                lmtp=[f"{host}:{fl.LMTP_PORT + door}"],
-                connections_per_address_max=1000,
-            ),
-            pop=PopSettings(
-                listen=[f"{host}:{fl.POP_PORT + door}"], listen_tls=[], plaintext_login=True, connections_per_address_max=1000
-            ),
-            outbound=OutboundSettings(smarthost=f"peer:{fl.PEER_PORT}", smarthost_tls="none", retry_first_s=1.0),
-        )
+        index = IndexSettings(database=f"postgresql://{host}@{database.HOST}/index")
+        return st.of_server(real, self.kept, nodes, index, host, door)
 
 
-class Served:
+class Served(ABC):
     """A machine and the process on it."""
 
     def __init__(self, machines: Machines, host: str, broken: Callable[[BaseException], None]) -> None:
@@ -151,9 +104,9 @@ class Served:
         self.starts = 0  # so many processes were started there
         self.ended = asyncio.Event()  # of the process that runs: who asks it something waits no longer
 
+    @abstractmethod
     def make(self, world: World) -> Any:
         """The process, not started yet."""
-        raise NotImplementedError
 
     @property
     def process(self) -> Any:
@@ -205,6 +158,7 @@ class Served:
             await asyncio.sleep(pause_s)
             await self.start()
 
+    @abstractmethod
     def without_power(self) -> None:
         """What the loss of power does to its disk."""
 
@@ -262,6 +216,9 @@ class RoleServed(Served):
         duties = Duties(self.front, not self.front, True, self.host, self.host, "sim", self.starts)
         return PowerMail(world, settings, data_of(self.host), self._broken, tls=False, duties=duties)
 
+    def without_power(self) -> None:
+        """Its disk holds nothing that is written while it runs."""
+
     @property
     def serving(self) -> PowerMail | None:
         """Its process, if it serves."""
@@ -269,19 +226,7 @@ class RoleServed(Served):
         return process if process is not None and process.serving and self._machines.is_there(self.host) else None
 
 
-@contextmanager
-def simulated(machines: Machines) -> Iterator[None]:
-    """Within it, processes are given simulated certificates and the simulated database."""
-    rooms: list[tuple[Any, str, Any]] = [
-        *_PACE,
-        (app_core, "PeerCertificate", SimPeerCertificate),
-        (postgres_connection, "connect", database.connector(machines.net)),
-    ]
-    before = [(room, name, getattr(room, name)) for room, name, _ in rooms]
-    for room, name, value in rooms:
-        setattr(room, name, value)
-    try:
-        yield
-    finally:
-        for room, name, value in before:
-            setattr(room, name, value)
+def simulated(machines: Machines) -> AbstractContextManager[None]:
+    """Within it, processes are given simulated certificates and the simulated database, and the pace of a cluster."""
+    connect = database.connector(machines.net)
+    return put([*CLUSTER_PACE, (app_core, "PeerCertificate", SimPeerCertificate), (postgres_connection, "connect", connect)])

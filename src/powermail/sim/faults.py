@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
@@ -20,6 +21,7 @@ Kind = Callable[[], Awaitable[None]]
 _STREAMS = 3
 JUMP_S = 300.0  # how far a clock jumps at most
 _HEAL_S = 240.0
+_HIDING = frozenset({"disk-away", "write-error", "answers-lost", "hung-disk", "hung-disks"})
 _LOOKED_S = 15.0  # after that the process has seen what lies in a node's place
 _LONG_S = 45.0  # how long an old copy of a disk is kept at most: deletions since were forgotten, and their tombstones went
 
@@ -65,7 +67,7 @@ class Site(Installed, Protocol):
 S = TypeVar("S", bound=Installed)
 
 
-class DiskFaults(Generic[S]):
+class DiskFaults(ABC, Generic[S]):
     """Draws faults for a seed: a random part of all kinds (a swarm), in several streams at once. Here are those of disks."""
 
     def __init__(self, site: S, chance: random.Random, only: Sequence[str] = ()) -> None:
@@ -76,6 +78,8 @@ class DiskFaults(Generic[S]):
         self._chance = chance
         self._damage = asyncio.Lock()  # one loss of data at a time: what R copies must bear
         self._old_disks: dict[str, SimDisk] = {}
+        self._hiding = 0  # so many faults run that may keep a node from being read
+        self._bare = False  # a disk and commits were lost at once: every other node must be there until all is well
         self._absent = ""  # a node that a rebuild was told to do without: until it is back, no copy may be unreadable
         kinds = self._all()
         unknown = [name for name in only if name not in kinds]
@@ -104,9 +108,9 @@ class DiskFaults(Generic[S]):
             "blocked": self._blocked,
         }
 
+    @abstractmethod
     async def _restarted(self, nodes: Sequence[str]) -> None:
         """What serves these nodes ends and starts anew."""
-        raise NotImplementedError
 
     async def run(self, until: float) -> None:
         """Faults until that time; all are over at the end."""
@@ -117,8 +121,12 @@ class DiskFaults(Generic[S]):
         while loop.time() < until:
             await asyncio.sleep(self._chance.uniform(0.5, 5.0 * _STREAMS))
             name = self._chance.choice(list(self._kinds))
+            while self._bare and name in _HIDING:
+                await asyncio.sleep(1.0)
             self._machine.note(f"fault {name}, stream {number}")
+            self._hiding += name in _HIDING
             await self._kinds[name]()
+            self._hiding -= name in _HIDING
             self._machine.note(f"over: {name}, stream {number}")
             self.happened[name] = self.happened.get(name, 0) + 1
 
@@ -402,17 +410,27 @@ class Faults(DiskFaults[Site]):
                 await self._restore(backup_at)
 
     async def _restore(self, backup_at: float) -> None:
+        """Not while a disk is lost and another is not read: no index that is older than both knows what these two alone had."""
+        if not self._damage.locked():
+            await self._put_back(backup_at, self._chance.choice([0, 0, 1, 2, 3]))
+        elif not self._hiding:
+            self._bare = True
+            await self._put_back(backup_at, 0)
+            await self._site.healed(_HEAL_S)
+            self._bare = False
+
+    async def _put_back(self, backup_at: float, sick_nodes: int) -> None:
         self._machine.kill()
         self._site.forget_deletions(backup_at)
         self._site.let_go()
         self._machine.restore_index()
-        sick = asyncio.ensure_future(self._sick_for_a_while())
+        sick = asyncio.ensure_future(self._sick_for_a_while(sick_nodes))
         await self._site.restart(self._chance.uniform(0.1, 2.0))
         await sick
 
-    async def _sick_for_a_while(self) -> None:
-        """Now and then some nodes hang or are absent when the process starts (law 11 with some groups only)."""
-        names = self._chance.sample(self._site.node_names, self._chance.choice([0, 0, 1, 2, 3]))
+    async def _sick_for_a_while(self, count: int) -> None:
+        """Some nodes hang or are absent when the process starts (law 11 with some groups only)."""
+        names = self._chance.sample(self._site.node_names, count)
         away = self._chance.random() < 0.5
         for name in names:
             if away:

@@ -5,9 +5,9 @@ So checkpoints, rounds of forgetting and compaction fall between the faults of a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 from powermail.base import limits
 from powermail.keeper import compact, forget
@@ -25,13 +25,22 @@ PACE: Final = [
     (compact, "_IDLE_S", 5.0),
     (forget, "_COMFORT_S", 5.0),
 ]
+# Of a cluster: several processes look at everything many times a second. Less often here, in the same relations.
+CLUSTER_PACE: Final = [
+    (limits, "JOB_LOOK_S", 5.0),
+    (limits, "JOB_RENEW_S", 5.0),
+    (limits, "JOB_LEASE_S", 15.0),
+    (limits, "LAYOUT_LOOK_S", 2.0),
+    (limits, "NODE_PROBE_INTERVAL_S", 2.0),
+    (limits, "NODE_STAT_INTERVAL_S", 0.3),
+]
 
 
 @contextmanager
-def hurried() -> Iterator[None]:
-    """Within it, what `PACE` says holds."""
-    before = [(room, name, getattr(room, name)) for room, name, _ in PACE]
-    for room, name, value in PACE:
+def put(values: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Within it, these names of these rooms stand for these values."""
+    before = [(room, name, getattr(room, name)) for room, name, _ in values]
+    for room, name, value in values:
         setattr(room, name, value)
     try:
         yield

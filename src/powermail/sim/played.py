@@ -17,11 +17,14 @@ from typing import Any
 
 from powermail.base.errors import PowerMailError
 from powermail.base.world import World
+from powermail.directory.contract import Account
+from powermail.directory.sqlite import SqliteDirectory
 from powermail.index.contract import Index
 from powermail.sim import fleet as fl
 from powermail.sim.checks import Judge
 from powermail.sim.client import Peer
 from powermail.sim.faults import DiskFaults
+from powermail.sim.settings import COPIES, DIRECTORY
 from powermail.sim.users import IMAP_MAILBOXES, Ledger, MailboxUser, Observer
 from powermail.sim.world import Machine
 
@@ -135,6 +138,21 @@ class Played(ABC):
     def watched(self) -> None:
         """Called every second or so."""
 
+    async def make_directory(self, world: World) -> None:
+        """The mailboxes and forwards that clients use."""
+        directory = SqliteDirectory(world, f"{self.machine.real}/{DIRECTORY}")
+        await directory.open()
+        password = f"{{plain}}{fl.PASSWORD}"
+        mailboxes = (*fl.MAILBOXES, *IMAP_MAILBOXES)
+        for number, name in enumerate(mailboxes, 1):
+            await directory.add([Account(str(number), name, password)])
+        await directory.add([Account("", name, password, 0, (to,), name == fl.KEEPS) for name, to in fl.FORWARDS.items()])
+        for name in mailboxes:
+            account = await directory.find(name)
+            assert account is not None
+            self._owners[name] = account.id
+        await directory.close()
+
     # -- what clients may expect ---------------------------------------------------------------------------------------
 
     def count(self, world: World) -> None:
@@ -153,11 +171,9 @@ class Played(ABC):
         word.
         """
         live, unseen = self.live(key)
-        required = self.copies
-        if len(live | unseen) < required and len(live | unseen | self.taken(key)) < required:
+        if len(live | unseen) < COPIES and len(live | unseen | self.taken(key)) < COPIES:
             self.fleet.history.problem(f"message {key.hex()} was acknowledged with copies in {sorted(live)} only (P1)")
 
-    copies = 2
     settled_s = 60.0  # what a killed front end left on one node is entered by then
 
     def _told(self) -> None:
@@ -171,7 +187,7 @@ class Played(ABC):
         It may show until that node is walked, unless one of any G-R+1 groups has a tombstone: these are walked before readers
         are let in (law 11).
         """
-        self._forget((lambda account: since), self.buried(""), self.copies)
+        self._forget((lambda account: since), self.buried(""), COPIES)
 
     def _forget(self, since: Callable[[str], float], buried: dict[bytes, set[str]], groups: int) -> None:
         self._losses.append(_Loss(since, buried, groups))

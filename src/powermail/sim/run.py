@@ -18,36 +18,21 @@ from typing import Any
 
 from powermail.app.compose import PowerMail
 from powermail.app.setup import make_index
-from powermail.base import limits
 from powermail.base.errors import PowerMailError
-from powermail.base.settings import (
-    ClusterSettings,
-    DirectorySettings,
-    IndexSettings,
-    NodeSettings,
-    OutboundSettings,
-    PopSettings,
-    Settings,
-    SmtpSettings,
-)
-from powermail.directory.contract import Account
-from powermail.directory.sqlite import SqliteDirectory
+from powermail.base.settings import IndexSettings, NodeSettings, Settings
 from powermail.index.contract import Index
-from powermail.sim import fleet as fl
 from powermail.sim import loop as sim_loop
+from powermail.sim import settings as st
 from powermail.sim.checks import buried_keys, live_groups, taken_groups
 from powermail.sim.faults import DiskFaults, Faults
-from powermail.sim.pace import hurried
+from powermail.sim.pace import PACE, put
 from powermail.sim.played import Outcome, Played
-from powermail.sim.users import IMAP_MAILBOXES
 from powermail.sim.world import DATA, Machine
 from powermail.storage.identity import make_store
 from powermail.storage.log.keys import KeyIndex, SqliteKeyIndex
 from powermail.storage.node import LocalNode
 
 NODES = {"a": "rack-1", "b": "rack-2", "c": "rack-3", "d": "rack-3"}
-_TOMBSTONE_S = (10.0, 43.0)  # how long tombstones stay at least; a short time lets older disks outlive them
-_SEGMENTS = (1, 4)  # size of a segment in smallest ones; small ones are compacted soon
 _CLOSING_S = 5.0
 
 
@@ -57,39 +42,15 @@ class Simulation(Played):
     def __init__(self, seed: int, seconds: float, real: str, only: Sequence[str] = ()) -> None:
         super().__init__(seed, seconds, Machine(random.Random(seed), list(NODES), real), only)
         self.node_names = list(NODES)
-        kind = random.Random(seed + 2)
-        self._tombstone_days = kind.choice(_TOMBSTONE_S) / 86_400.0
-        self._segment_octets = kind.choice(_SEGMENTS) * limits.SEGMENT_OCTETS_MIN
+        self._kept = st.Kept.drawn(random.Random(seed + 2))
         self._saved: dict[str, float] = {}  # account: when all of it was seen to stand in durable checkpoints
         self._powermail: PowerMail | None = None
         self._ended = asyncio.Event()  # of the process that runs: who asks it something waits no longer
 
     def _settings(self) -> Settings:
         real = self.machine.real
-        return Settings(
-            hostname="mx.sim.example",
-            cluster=ClusterSettings(
-                copies_required=self.copies,
-                segment_octets=self._segment_octets,
-                reserve_octets=100_000,
-                repair_after_s=5.0,
-                tombstone_days=self._tombstone_days,
-                nodes=[NodeSettings(id=name, path=f"nodes/{name}", group=group) for name, group in NODES.items()],
-            ),
-            index=IndexSettings(path=f"{real}/index.db"),
-            directory=DirectorySettings(path=f"{real}/directory.db", upgrade_passwords=False),
-            smtp=SmtpSettings(
-                listen=[f"server:{fl.SMTP_PORT}"],
-                submission=[],
-                submissions=[],
-                lmtp=[f"server:{fl.LMTP_PORT}"],
-                connections_per_address_max=1000,
-            ),
-            pop=PopSettings(
-                listen=[f"server:{fl.POP_PORT}"], listen_tls=[], plaintext_login=True, connections_per_address_max=1000
-            ),
-            outbound=OutboundSettings(smarthost=f"peer:{fl.PEER_PORT}", smarthost_tls="none", retry_first_s=1.0),
-        )
+        nodes = [NodeSettings(id=name, path=f"nodes/{name}", group=group) for name, group in NODES.items()]
+        return st.of_server(real, self._kept, nodes, IndexSettings(path=f"{real}/index.db"), "server")
 
     # -- the process --------------------------------------------------------------------------------------------------
 
@@ -119,17 +80,7 @@ class Simulation(Played):
         await make_index(world, f"{real}/index.db", cluster)
         for name in NODES:
             make_store(world.disk, f"{DATA}/nodes/{name}", cluster, name, world.entropy)
-        directory = SqliteDirectory(world, f"{real}/directory.db")
-        await directory.open()
-        password = f"{{plain}}{fl.PASSWORD}"
-        for number, name in enumerate((*fl.MAILBOXES, *IMAP_MAILBOXES), 1):
-            await directory.add([Account(str(number), name, password)])
-        await directory.add([Account("", name, password, 0, (to,), name == fl.KEEPS) for name, to in fl.FORWARDS.items()])
-        for name in (*fl.MAILBOXES, *IMAP_MAILBOXES):
-            account = await directory.find(name)
-            assert account is not None
-            self._owners[name] = account.id
-        await directory.close()
+        await self.make_directory(world)
         self.machine.settle()
 
     def _make_keys(self, path: str, store: bytes) -> KeyIndex:
@@ -294,7 +245,7 @@ def simulate(seed: int, seconds: float = 60.0, only: Sequence[str] = (), cluster
             return await simulation.run()
 
         try:
-            with hurried(), within, _collected_at_the_end():
+            with put(PACE), within, _collected_at_the_end():
                 outcome, _ = sim_loop.run(work(), seed, complaints.append)
         except Exception as error:  # noqa: BLE001  whatever breaks a simulation is a finding, with its place
             trace = traceback.extract_tb(error.__traceback__)[-1]
