@@ -12,7 +12,7 @@ from powermail.base.errors import OperatorError
 from powermail.index.contract import DropOrder, Index
 from powermail.index.sharing import HAND_ON, MoveRow
 from powermail.storage.contract import START, Position, Receipt
-from powermail.storage.layout import NO_LAYOUT, Layout, LayoutChange, LayoutRow, Standing
+from powermail.storage.layout import NO_LAYOUT, Layout, LayoutChange, LayoutRow, Standing, may_be_lost
 from tests.index.support import FAR, RIGS, SHARED, Rig, admit, deliver, incarnation, key, place, reconcile
 
 A, B = LayoutChange("a", "north"), LayoutChange("b", "south", "b.example:2700", "here", 2)
@@ -129,6 +129,41 @@ async def test_who_knows_more_than_the_one_that_put_a_layout_back_goes_by_that_a
     put_back = await index.restore_layout(earlier)
     assert put_back.version > last.version
     assert await index.restore_layout(last) == put_back == await index.layout()
+
+
+async def test_no_layout_of_one_epoch_has_a_number_of_another(index: Index) -> None:
+    """Laws 9, 11: what was changed in a history that is lost has numbers too, and who was paused or cut off goes by them."""
+    layout = await made(index)
+    lost = Layout(layout.version + 9, layout.rows)
+    await index.raise_epoch([], "a test says so")
+    raised = await index.layout()
+    assert raised.rows == layout.rows and raised.version > lost.version and raised.version == await index.layout_version()
+    for version in (layout.version, layout.version + 1, lost.version):  # decided in the history before
+        assert await index.change_layout([LayoutChange("a", state=Standing.LEAVING)], version) is None
+        assert await index.expel("a", version) is False
+    assert await index.layout() == raised
+    changed = await index.change_layout([LayoutChange("a", state=Standing.LEAVING)], raised.version)
+    assert changed is not None and changed.version > raised.version and await index.layout_fence() == changed.version
+    await index.raise_epoch([], "a test says so")
+    again = await index.layout()
+    assert again.rows == changed.rows and again.version > changed.version + limits.LAYOUT_JUMP
+    assert await index.expel("a", again.version) and await index.layout_version() > again.version
+
+
+async def test_changes_of_the_layout_that_were_lost_are_told_again_in_the_next_epoch_as_well(index: Index) -> None:
+    layout = await made(index)
+    later = Layout(layout.version + 1, (LayoutRow("a", "north", state=Standing.LEAVING),))
+    await index.raise_epoch([], "a test says so")
+    raised = await index.layout()
+    assert may_be_lost(later, raised)
+    put_back = await index.restore_layout(later)
+    assert put_back == await index.layout() and put_back.rows == later.rows and put_back.version > raised.version
+    assert await index.restore_layout(layout) == put_back, "once"
+    await index.raise_epoch([], "a test says so")
+    changed = await index.change_layout([LayoutChange("z", "west")])
+    last = Layout(later.version + 1, layout.rows)
+    assert changed is not None and may_be_lost(last, changed)
+    assert await index.restore_layout(last) == changed, "what was changed in this epoch stays"
 
 
 @pytest.mark.parametrize("kind", sorted(RIGS))

@@ -18,6 +18,7 @@ from powermail.index.postgres.addresses import connect
 from powermail.keeper.epochs import EpochKeeper, Marker
 from powermail.sim.memory import MemoryNode
 from powermail.storage.contract import START, Mark, StorageNode
+from powermail.storage.layout import Layout, LayoutChange
 from tests.index.sharing import another, between, blocked
 from tests.index.support import NODES, PostgresRig, begin_again, deliver, delivery, mailbox, uids, walk_all
 
@@ -343,6 +344,35 @@ async def test_no_uidvalidity_is_given_twice_when_one_is_taken_while_the_epoch_r
         async with shared_rig.beside() as watch:
             counter = await watch.fetchval("SELECT value FROM counters WHERE name = 'uidvalidity'")
         assert all(facts.uidvalidity <= counter for facts in with_number)
+
+
+async def test_a_layout_that_is_changed_while_the_epoch_rises_has_no_number_that_another_was_read_with(
+    shared_rig: PostgresRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Laws 9, 11: whoever read the other would go by it for ever."""
+    index = shared_rig.running
+    await index.change_layout([LayoutChange("a", "north")])
+    async with another(shared_rig) as other:
+
+        async def raise_and_read() -> Layout:
+            await other.raise_epoch([], "a test says so")
+            return await other.layout()
+
+        reading: list[asyncio.Future[Layout]] = []
+
+        async def beside() -> None:
+            reading.append(asyncio.ensure_future(raise_and_read()))
+            async with shared_rig.beside() as watch:
+                waiting: asyncio.Future[Any] = asyncio.ensure_future(blocked(watch))
+                await asyncio.wait([waiting, *reading], return_when=asyncio.FIRST_COMPLETED)
+                waiting.cancel()
+
+        between(monkeypatch, index, "_in_write_layout", beside)
+        await index.change_layout([LayoutChange("a", priority=7)])
+        read, now = await reading[0], await index.layout()
+        assert read.version != now.version or read.rows == now.rows
+        assert await other.begin_epoch(other.epoch)
+        await walk_all(other)
 
 
 # -- what a process finds by itself ------------------------------------------------------------------------------------

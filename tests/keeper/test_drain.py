@@ -14,7 +14,7 @@ from powermail.keeper.drain import Drainer, dependence, seconds_left
 from powermail.keeper.following import LayoutFollower, told
 from powermail.keeper.rebalance import REBALANCE, Rebalancer, excess
 from powermail.storage.contract import Held, NodeState
-from powermail.storage.layout import Layout, LayoutChange, LayoutRow, Standing, format_layout
+from powermail.storage.layout import Layout, LayoutChange, LayoutRow, Standing, changed_layout, format_layout
 from tests.keeper.rig import NODES, Rig, go
 
 Body = Callable[[Rig], Coroutine[Any, Any, None]]
@@ -291,6 +291,24 @@ def test_an_index_put_back_is_told_the_layout_that_it_lost() -> None:
         layout = await rig.index.layout()
         assert layout.version > 2 and layout.row("c").priority == 7  # type: ignore[union-attr]
         assert rig.cluster.layout == layout
+
+    go(body)
+
+
+def test_a_lost_change_of_the_layout_is_not_taken_for_the_one_that_was_made_in_its_place() -> None:
+    """Both would have one number, and whoever knew of the first would empty and expel nodes by it for ever."""
+
+    async def body(rig: Rig) -> None:
+        await begin(rig)
+        before = rig.cluster.layout
+        lost = changed_layout(before, [LayoutChange("c", state=Standing.DRAINING)], before.version)
+        assert lost is not None
+        rig.cluster.apply(lost)
+        await rig.index.raise_epoch([], "a test says so")
+        await rig.index.change_layout([LayoutChange("a", priority=9)])
+        await rig.following.step()  # type: ignore[attr-defined]
+        assert rig.cluster.layout == await rig.index.layout()
+        assert rig.cluster.standing("c") is Standing.ACTIVE
 
     go(body)
 

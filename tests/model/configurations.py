@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from tests.model import copies_state, marks, numbers, rebuild
+from tests.model import copies_state, marks, members, numbers, rebuild
 from tests.model.copies import Copies
 from tests.model.explorer import Model
 
@@ -32,6 +32,8 @@ AGAIN = "a loss that was dealt with is noticed again"
 BEHIND = "a process goes on behind its own lost commit"
 MISSING = "a message is missing after rebuild"
 RETURNED = "a deleted message is back after rebuild"
+THIN = "an acknowledged message lies on too few members"
+HASTY = "a node leaves on which copies depend"
 
 
 class Configuration(NamedTuple):
@@ -70,6 +72,11 @@ def _marks(states: int = 0, wrong: str = "", passing: str = "", laws: _Laws = No
 def _rebuild(states: int = 0, wrong: str = "", passing: str = "", laws: _Laws = None, **bounds: Any) -> Configuration:
     bounds = {"other": False, **bounds}
     return _made(rebuild.Rebuild(rebuild.Laws(**laws or {}), rebuild.Bounds(**bounds)), states, wrong, passing)
+
+
+def _members(states: int = 0, wrong: str = "", passing: str = "", laws: _Laws = None, **bounds: Any) -> Configuration:
+    bounds = {"keepers": 1, "taken": 0, **bounds}
+    return _made(members.Members(members.Laws(**laws or {}), members.Bounds(**bounds)), states, wrong, passing)
 
 
 def _without(*clauses: str, **others: str) -> dict[str, Any]:
@@ -117,6 +124,13 @@ HOLDS = {
     "rebuild-deltas": _rebuild(27_000, changes=1, checkpoints=3, deltas=True, copies=False),
     "rebuild-purge": _rebuild(1_500, changes=2, checkpoints=1, other=True),
     "rebuild-as-written-one-move": _rebuild(20_000, changes=1, checkpoints=3, copies=False, laws=_without("left_word")),
+    "members": _members(3_000),
+    "members-two-keepers": _members(70_000, keepers=2, changes=2),
+    "members-changes": _members(50_000, taken=1, changes=3),
+    "members-gone": _members(40_000, taken=1, gone=1),
+    "members-restart": _members(6_000, restarts=1),
+    "members-restore": _members(100_000, standing=members.DRAINING, restores=1),
+    "members-restore-gone": _members(2_000, fronts=0, taken=1, restores=1, gone=1),
 }
 
 BREAKS = {
@@ -236,6 +250,15 @@ BREAKS = {
         other=True,
     ),
     "law-13-tombstone": _rebuild(wrong=RETURNED, laws=_without("tombstones"), changes=2, checkpoints=1, other=True),
+    "members-fences": _members(wrong=THIN, passing=HASTY, laws=_without("fences")),
+    "members-fence-lasts": _members(wrong=THIN, passing=HASTY, laws=_without("fence_lasts"), restarts=1),
+    "members-retires": _members(wrong=HASTY, laws=_without("retires"), restores=1),
+    "members-to-the-end": _members(wrong=THIN, passing=HASTY, laws=_without("to_the_end")),
+    "members-fence-first": _members(wrong=THIN, passing=HASTY, laws=_without("fence_first", "once_more")),
+    "members-counts-no-more": _members(wrong=THIN, passing=HASTY, laws=_without("counts_no_more"), fronts=0, taken=1),
+    "members-counts-there": _members(wrong=HASTY, laws=_without("counts_there"), fronts=0, taken=1, gone=1),
+    "members-compare-and-set": _members(wrong=THIN, passing=HASTY, laws=_without("compare_and_set"), changes=2),
+    "members-epochs-apart": _members(wrong=THIN, passing=HASTY, laws=_without("apart"), standing=members.DRAINING, restores=1),
 }
 
 NOT_SHOWN = {
@@ -243,6 +266,8 @@ NOT_SHOWN = {
     "copies_state.order_raises_round": "forgetting waits for the order anyway, and behind its tombstone nothing comes back",
     "copies_state.admission_anew": "a node that was opened anew refuses every stamp of before, so it is as good as scanned",
     "copies_state.walk_names_stamp": "rounds name stamps, and nothing is forgotten without a round",
+    "members.puts_back": "a change that was lost is made again, by whoever wanted it",
+    "members.puts_ahead": "the numbers of the next epoch are above all that others may know",
     "copies_state.walk_heeds_drops": "what it would enter wrongly lies before the birth mark",
 }
 
@@ -270,6 +295,10 @@ CAMPAIGN = {
     "long-marks-two-backups": _marks(restores=2, backups=2, slots=4),
     "long-marks-prune": _marks(prunes=1),
     "long-marks-sends": _marks(commits=2, sends=2, prunes=1),
+    "long-members": _members(fronts=2),
+    "long-members-taken": _members(keepers=2, taken=1, changes=2),
+    "long-members-restore": _members(restores=1, changes=2),
+    "long-members-restore-gone": _members(taken=1, restores=1, gone=1, standing=members.DRAINING),
     "long-rebuild": _rebuild(changes=3, checkpoints=3, other=True),
     "long-rebuild-deltas": _rebuild(changes=2, checkpoints=4, deltas=True),
 }

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.model import copies_state, marks, numbers, rebuild
+from tests.model import copies_state, marks, members, numbers, rebuild
 from tests.model.configurations import BREAKS, CAMPAIGN, HOLDS, NOT_SHOWN
 from tests.model.explorer import STUCK, explore
 from tests.planted.__main__ import planted
@@ -37,7 +37,7 @@ def test_without_this_clause_it_breaks(name: str) -> None:
     assert found.way
 
 
-_MODELS = {"copies": copies_state, "numbers": numbers, "marks": marks, "rebuild": rebuild}
+_MODELS = {"copies": copies_state, "numbers": numbers, "marks": marks, "members": members, "rebuild": rebuild}
 
 
 def _removed(model: ModuleType) -> set[str]:

@@ -12,7 +12,18 @@ from tests.system.seeds import simulated
 BLOCKS = int(os.environ.get("PM_TEST_SEED_BLOCKS", "3"))
 PER_BLOCK = 12
 SECONDS = 25
-ONCE_FAILED = (101, 312, 10008, 100025, 100037, 400999, 600550, 600623)  # seeds that found something; replayed for ever
+ONCE_FAILED = (
+    101,
+    312,
+    10008,
+    100025,
+    100037,
+    400999,
+    600550,
+    600623,
+    602061,
+    602741,
+)  # seeds that found something; replayed for ever
 
 # Faults, and the branches of the laws that four seeds of them must take: what never happens shows nothing.
 BRANCHES = {

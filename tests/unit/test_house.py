@@ -24,13 +24,19 @@ from powermail.storage.log import record as rec
 from powermail.storage.log.keys import SqliteKeyIndex
 from powermail.storage.log.store import Options, SegmentStore
 from powermail.storage.log.write import Operation
-from tests.model import copies_state, marks, numbers, rebuild
+from tests.model import copies_state, marks, members, numbers, rebuild
 from tests.planted.__main__ import Planted, plant, planted, tree
 
 SOURCES = sorted(Path("src").rglob("*.py"))
 DOCUMENTS = [*sorted(Path("docs").rglob("*.md")), *(Path(name) for name in ("README.md", "CHANGES.md", "CONTRIBUTING.md"))]
 
-MODELS = {"copies": copies_state.Laws, "marks": marks.Laws, "numbers": numbers.Laws, "rebuild": rebuild.Laws}
+MODELS = {
+    "copies": copies_state.Laws,
+    "marks": marks.Laws,
+    "members": members.Laws,
+    "numbers": numbers.Laws,
+    "rebuild": rebuild.Laws,
+}
 CLAUSES = {f"{model}.{clause.name}" for model, laws in MODELS.items() for clause in dataclasses.fields(laws)}
 
 

@@ -104,6 +104,7 @@ READ_HISTORY_S: Final = 60.0  # what a node took longer ago says nothing of it n
 NODE_SLOW_S: Final = 0.25  # a write or probe that takes longer makes a node the last choice (P20)
 NODE_SLOW_REMEMBERED_S: Final = 10.0  # for so long after the last sign of it
 NODE_PRESENCE_CHECK_S: Final = 0.05  # how long a node may write before it looks whether its directory is still there
+LAYOUT_EPOCH: Final = 1_000_000  # versions of the layout in one epoch of the index
 LAYOUT_JUMP: Final = 1000  # versions that a layout is put back ahead of the last that is known: others may know of later ones
 LAYOUT_LOOK_S: Final = 1.0  # how often a process asks whether the layout has changed
 MOVE_LOOK_S: Final = 2.0  # how often a keeper looks how far a drain is

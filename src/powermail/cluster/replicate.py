@@ -242,6 +242,15 @@ class Replication:
                 self._without_receipt(node, error)
             else:
                 waiting.append((node, node.group, coming))
+        try:
+            await self._hear(waiting)
+        except BaseException:  # the process ends: nobody hears what the others say
+            for _, _, coming in waiting:
+                if coming.done() and not coming.cancelled():
+                    coming.exception()
+            raise
+
+    async def _hear(self, waiting: Sequence[tuple[StorageNode, str, asyncio.Future[Receipt]]]) -> None:
         late = False
         for node, group, coming in waiting:
             try:

@@ -18,7 +18,16 @@ from powermail.cluster.cluster import Cluster
 from powermail.cluster.remote import RemoteNode
 from powermail.index.contract import Index
 from powermail.storage.contract import StorageNode
-from powermail.storage.layout import NO_LAYOUT, Layout, LayoutChange, Standing, format_layout, keep_layout, parse_layout
+from powermail.storage.layout import (
+    NO_LAYOUT,
+    Layout,
+    LayoutChange,
+    Standing,
+    format_layout,
+    keep_layout,
+    may_be_lost,
+    parse_layout,
+)
 
 TOLD_BETWEEN = "\t"  # group, priority, address and site, as the settings say them
 _TOLD = 4
@@ -94,10 +103,13 @@ class LayoutFollower:
 
     async def _take(self, known: Layout) -> None:
         layout = await self._index.layout()
-        if layout.version < known.version:
-            layout = await self._index.restore_layout(known)
-            self._world.counters.add("cluster.layouts_restored")
-            self._world.log.event(Event.TROUBLE, worker="layout", error="the index has lost changes of the layout: put back")
+        if may_be_lost(known, layout):
+            found, layout = layout, await self._index.restore_layout(known)
+            if layout != found and layout.rows == known.rows:
+                self._world.counters.add("cluster.layouts_restored")
+                self._world.log.event(
+                    Event.TROUBLE, worker="layout", error="the index has lost changes of the layout: put back"
+                )
         layout = await self._enter(layout)
         self._cluster.apply(layout)
         try:

@@ -22,6 +22,7 @@ _STREAMS = 3
 JUMP_S = 300.0  # how far a clock jumps at most
 _HEAL_S = 240.0
 _HIDING = frozenset({"disk-away", "write-error", "answers-lost", "hung-disk", "hung-disks"})
+_WALKED_S = 5.0  # within that an index that was put back has read what nodes know
 _LOOKED_S = 15.0  # after that the process has seen what lies in a node's place
 _LONG_S = 45.0  # how long an old copy of a disk is kept at most: deletions since were forgotten, and their tombstones went
 
@@ -44,6 +45,10 @@ class Installed(Protocol):
 
 class Site(Installed, Protocol):
     """What faults may do with an installation of one process."""
+
+    @property
+    def tombstone_s(self) -> float:
+        """How long tombstones stay at least."""
 
     def let_go(self) -> None:
         """Closes what a killed process had open."""
@@ -396,7 +401,7 @@ class Faults(DiskFaults[Site]):
         async with self._process:  # not while the index is being made anew
             self._machine.snapshot_index()
             backup_at = asyncio.get_running_loop().time()
-        await asyncio.sleep(self._chance.uniform(1.0, 40.0))
+        await asyncio.sleep(self._chance.uniform(1.0, min(40.0, self._site.tombstone_s - _WALKED_S)))
         async with self._process:
             await self._restore(backup_at)
 
@@ -410,7 +415,12 @@ class Faults(DiskFaults[Site]):
                 await self._restore(backup_at)
 
     async def _restore(self, backup_at: float) -> None:
-        """Not while a disk is lost and another is not read: no index that is older than both knows what these two alone had."""
+        """Not while a disk is lost and another is not read: no index that is older than both knows what these two alone had.
+
+        Nor one that is older than tombstones: what was deleted since is believed for ever, and lies nowhere (law 9).
+        """
+        if asyncio.get_running_loop().time() - backup_at > self._site.tombstone_s - _WALKED_S:
+            return
         if not self._damage.locked():
             await self._put_back(backup_at, self._chance.choice([0, 0, 1, 2, 3]))
         elif not self._hiding:

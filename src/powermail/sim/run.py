@@ -145,6 +145,10 @@ class Simulation(Played):
             self.count(dead.world)
             dead.abandon()
 
+    @property
+    def tombstone_s(self) -> float:
+        return self._kept.tombstone_days * 86_400.0
+
     def forget_unsaved(self, without: str) -> None:
         """The index is lost: only what stands in durable checkpoints, or in a tombstone on a node that is read, is known.
 

@@ -135,11 +135,33 @@ def changed_layout(layout: Layout, changes: Sequence[LayoutChange], version: int
     return layout if found == layout.rows else Layout(layout.version + 1, found)
 
 
-def restored(layout: Layout, known: Layout) -> Layout | None:
-    """What takes the place of the layout of an index that was put back, when a later one is known; None if none is. Its version
-    is far behind: who knows of changes that were lost between the two notices it all the same.
+def in_epoch(layout: Layout, epoch: int) -> Layout:
+    """A layout as it is known in an epoch: its version is above all that were given before, in a history that may be lost too.
+    So no two layouts have one number, nobody takes what others lost for the present one, and no compare-and-set (or fence) that
+    was decided before goes through (laws 9, 11).
     """
-    return None if layout.version >= known.version else Layout(known.version + limits.LAYOUT_JUMP, known.rows)
+    return layout._replace(version=max(layout.version, _floor(epoch)))
+
+
+def _floor(epoch: int) -> int:
+    return (epoch - 1) * limits.LAYOUT_EPOCH
+
+
+def may_be_lost(known: Layout, layout: Layout) -> bool:
+    """True if the index, which shows `layout`, may have lost that one: it shows an earlier one, or the epoch is another."""
+    if known.version > layout.version:
+        return True
+    return known.version > 0 and known.version // limits.LAYOUT_EPOCH < layout.version // limits.LAYOUT_EPOCH
+
+
+def restored(layout: Layout, known: Layout, epoch: int) -> Layout | None:
+    """What takes the place of the layout of an index that was put back, as it was written, when a later one is known; None if
+    none is, or the layout was changed in this epoch. Its version is far behind: who knows of changes that were lost between the
+    two notices it all the same.
+    """
+    if layout.version >= known.version:
+        return None
+    return Layout(max(known.version + limits.LAYOUT_JUMP, _floor(epoch) + 1), known.rows)
 
 
 def format_layout(layout: Layout, cluster: str) -> bytes:

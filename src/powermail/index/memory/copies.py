@@ -24,7 +24,7 @@ from powermail.index.memory.transaction import Transactions, Undo
 from powermail.index.sharing import hand_on_row
 from powermail.mail.envelope import Commit
 from powermail.storage.contract import Dropped, End, Held, Position, Receipt, Unread
-from powermail.storage.layout import LayoutChange, Standing, changed_layout
+from powermail.storage.layout import LayoutChange, Standing, changed_layout, in_epoch
 
 
 class CopyPart(Transactions):
@@ -413,10 +413,11 @@ class CopyPart(Transactions):
     async def expel(self, node: str, version: int | None = None) -> bool:
         def expelling() -> bool:
             s = self.state
-            if version is not None and version != s.layout.version:
+            layout = in_epoch(s.layout, s.epoch)
+            if version is not None and version != layout.version:
                 raise Undo(False)
             if s.layout.row(node) is not None:
-                found = changed_layout(s.layout, [LayoutChange(node, state=Standing.EXPELLED)], s.layout.version)
+                found = changed_layout(layout, [LayoutChange(node, state=Standing.EXPELLED)], layout.version)
                 assert found is not None
                 s.layout, s.layout_fence = found, found.version
             row = s.nodes.pop(node, None)

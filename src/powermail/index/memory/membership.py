@@ -6,25 +6,29 @@ from collections.abc import Sequence
 
 from powermail.index.memory.transaction import Transactions, Undo
 from powermail.index.sharing import MoveRow
-from powermail.storage.layout import Layout, LayoutChange, changed_layout, costs, restored
+from powermail.storage.layout import Layout, LayoutChange, changed_layout, costs, in_epoch, restored
 
 
 class MembershipPart(Transactions):
     """`index.contract.Membership` in memory."""
 
     async def layout_version(self) -> int:
-        return self.state.layout.version
+        return self._layout().version
 
     async def layout_fence(self) -> int:
         return self.state.layout_fence
 
     async def layout(self) -> Layout:
-        return self.state.layout
+        return self._layout()
+
+    def _layout(self) -> Layout:
+        return in_epoch(self.state.layout, self.state.epoch)
 
     async def change_layout(self, changes: Sequence[LayoutChange], version: int | None = None) -> Layout | None:
         def changing() -> Layout | None:
-            found = changed_layout(self.state.layout, changes, version)
-            if found is None or found is self.state.layout:
+            before = self._layout()
+            found = changed_layout(before, changes, version)
+            if found is None or found is before:
                 raise Undo(found)
             self._go_by(found)
             return found
@@ -42,11 +46,11 @@ class MembershipPart(Transactions):
 
     async def restore_layout(self, layout: Layout) -> Layout:
         def restoring() -> Layout:
-            found = restored(self.state.layout, layout)
+            found = restored(self.state.layout, layout, self.state.epoch)
             if found is None:
-                raise Undo(self.state.layout)
+                raise Undo(self._layout())
             self._go_by(found)
-            return self.state.layout
+            return found
 
         return self.transact(restoring)
 

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from powermail.index.sharing import MoveRow
 from powermail.index.sql.core import Core
 from powermail.index.sql.engine import Reading, Transaction, Untouched
-from powermail.storage.layout import Layout, LayoutChange, LayoutRow, Standing, changed_layout, costs, restored
+from powermail.storage.layout import Layout, LayoutChange, LayoutRow, Standing, changed_layout, costs, in_epoch, restored
 
 _COLUMNS = "id, failure_group, address, site, priority, state, told"
 _MOVES = "name, phase, total, done, began_at, after, note"
 _HOLD = "INSERT INTO counters VALUES ('layout', 0) ON CONFLICT (name) DO UPDATE SET value = counters.value RETURNING value"
+_KNOWN = "SELECT name, value FROM counters WHERE name IN ('layout', 'epoch')"
 
 
 class MembershipPart(Core):
@@ -24,8 +25,8 @@ class MembershipPart(Core):
         return await self._ask(self._layout_version)
 
     async def _layout_version(self, db: Reading) -> int:
-        row = await db.one("SELECT value FROM counters WHERE name = 'layout'")
-        return int(row[0]) if row else 0
+        known = dict(await db.rows(_KNOWN))
+        return in_epoch(Layout(known.get("layout", 0), ()), known["epoch"]).version
 
     async def layout_fence(self) -> int:
         return await self._ask(self._layout_fence)
@@ -50,21 +51,26 @@ class MembershipPart(Core):
     async def _in_change_layout(
         self, db: Transaction, changes: Sequence[LayoutChange], version: int | None
     ) -> Layout | Untouched[Layout | None] | None:
-        before = await self._in_hold_layout(db)
+        before = in_epoch(*await self._in_hold_layout(db))
         after = changed_layout(before, changes, version)
         if after is None or after is before:
             return Untouched(after)
         await self._in_write_layout(db, before, after)
         return after
 
-    async def _in_hold_layout(self, db: Transaction) -> Layout:
-        """The layout, which stays as it is until the transaction ends: rows are read behind the lock, by a later statement."""
+    async def _in_hold_layout(self, db: Transaction) -> tuple[Layout, int]:
+        """The layout as it was written, and the epoch; they stay as they are until the transaction ends.
+
+        Rows are read behind the lock, by a later statement. Who raises the epoch takes every slot away, and so this transaction
+        begins again (law 10).
+        """
         version = int((await db.one(_HOLD))[0])
-        return Layout(version, await self._layout_rows(db))
+        epoch = dict(await db.rows(_KNOWN))["epoch"]
+        return Layout(version, await self._layout_rows(db)), epoch
 
     async def _in_end_membership(self, db: Transaction, node: str, version: int | None) -> bool:
         """The row of a node says from now on that it is no member; False if the layout has another version than was given."""
-        before = await self._in_hold_layout(db)
+        before = in_epoch(*await self._in_hold_layout(db))
         if version is not None and version != before.version:
             return False
         if before.row(node) is not None:
@@ -96,10 +102,10 @@ class MembershipPart(Core):
         return await self._write(self._in_restore_layout, layout)
 
     async def _in_restore_layout(self, db: Transaction, layout: Layout) -> Layout | Untouched[Layout]:
-        before = await self._in_hold_layout(db)
-        after = restored(before, layout)
+        before, epoch = await self._in_hold_layout(db)
+        after = restored(before, layout, epoch)
         if after is None:
-            return Untouched(before)
+            return Untouched(in_epoch(before, epoch))
         await self._in_write_layout(db, before, after)
         return after
 
