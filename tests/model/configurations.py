@@ -252,7 +252,7 @@ BREAKS = {
     "law-13-tombstone": _rebuild(wrong=RETURNED, laws=_without("tombstones"), changes=2, checkpoints=1, other=True),
     "members-fences": _members(wrong=THIN, passing=HASTY, laws=_without("fences")),
     "members-fence-lasts": _members(wrong=THIN, passing=HASTY, laws=_without("fence_lasts"), restarts=1),
-    "members-retires": _members(wrong=HASTY, laws=_without("retires"), restores=1),
+    "members-retires": _members(wrong=THIN, passing=HASTY, laws=_without("retires"), restores=1),
     "members-to-the-end": _members(wrong=THIN, passing=HASTY, laws=_without("to_the_end")),
     "members-fence-first": _members(wrong=THIN, passing=HASTY, laws=_without("fence_first", "once_more")),
     "members-counts-no-more": _members(wrong=THIN, passing=HASTY, laws=_without("counts_no_more"), fronts=0, taken=1),

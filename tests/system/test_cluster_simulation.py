@@ -10,6 +10,7 @@ from tests.system.seeds import simulated
 
 SEEDS = int(os.environ.get("PM_TEST_CLUSTER_SEEDS", "4"))
 SECONDS = 10
+BRANCHES_WITHIN = 6  # seeds
 
 # Faults, and what a seed of them must bring about: what never happens shows nothing.
 FAULTS = ("database-stale", "cut", "node-killed", "front-killed")
@@ -27,6 +28,10 @@ def test_no_client_of_a_cluster_sees_what_it_must_not() -> None:
 
 @pytest.mark.timeout(900)
 def test_what_befalls_a_cluster_takes_the_branches_of_the_laws() -> None:
-    results = simulated(4, 1, SECONDS, FAULTS, "--cluster")
-    for name in BRANCHES:
-        assert sum(result["laws"].get(name, 0) for result in results), f"{name} never happened"
+    left = list(BRANCHES)
+    for seed in range(BRANCHES_WITHIN):
+        laws = simulated(seed, 1, SECONDS, FAULTS, "--cluster")[0]["laws"]
+        left = [name for name in left if not laws.get(name)]
+        if not left:
+            return
+    raise AssertionError(f"{left} never happened")
