@@ -24,6 +24,7 @@ def test_no_client_of_a_cluster_sees_what_it_must_not() -> None:
     laws = [result["laws"] for result in results]
     for name in ("law.10.marks", "law.13.wholes", "keeper.collected", "keeper.jobs_taken", "keeper.reconciled"):
         assert any(counted.get(name) for counted in laws), name
+    assert simulated(SEEDS - 1, 1, SECONDS, (), "--cluster")[0] == results[-1], "it is the same alone as behind others"
 
 
 @pytest.mark.timeout(900)

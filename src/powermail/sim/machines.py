@@ -62,8 +62,7 @@ class Machines(Machine):
 
     async def run_on(self, host: str, work: Callable[[], Awaitable[T]]) -> T:
         """Runs it as the process there does; who waits is not of it."""
-        context = contextvars.copy_context()
-        context.run(PROGRAM.set, self.programs[host])
+        context = self._context(host)
 
         async def do() -> T:
             return await work()
@@ -74,6 +73,15 @@ class Machines(Machine):
         except asyncio.CancelledError:
             task.cancel()
             raise
+
+    def _context(self, host: str) -> contextvars.Context:
+        context = contextvars.copy_context()
+        context.run(PROGRAM.set, self.programs[host])
+        return context
+
+    def let_go_on(self, host: str, work: Callable[[], object]) -> None:
+        """Lets go of what a dead process there had open: whatever ends with that, and in whatever order, does nothing more."""
+        self._context(host).run(work)
 
     def kill_on(self, host: str) -> None:
         """kill -9 of the process on that machine."""

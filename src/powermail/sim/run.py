@@ -234,6 +234,7 @@ def simulate(seed: int, seconds: float = 60.0, only: Sequence[str] = (), cluster
     """Runs one seed for so many virtual seconds of faults, of all kinds or of those in `only`; of one process that does
     everything, or of a `cluster`.
     """
+    gc.collect()  # nothing that an earlier one left must end within this one
     real = tempfile.mkdtemp(prefix="powermail-sim-", dir=_fast_directory())
     complaints: list[str] = []
     try:
