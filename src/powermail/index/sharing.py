@@ -96,6 +96,7 @@ class Membership(Protocol):
 
     async def change_layout(self, changes: Sequence[LayoutChange], version: int | None = None) -> Layout | None:
         """Makes these changes, all or none; the layout then. The version rises by one, or stays if nothing differs.
+        With the epoch it rises as well, above all that were given before (law 11).
 
         With `version` it is a compare-and-set: None, and nothing changed, if the layout has another by now. Without, only what
         any stale view may ask for (`layout.is_destructive`). Raises OperatorError for other changes, and for a node that is not
@@ -104,7 +105,8 @@ class Membership(Protocol):
 
     async def restore_layout(self, layout: Layout) -> Layout:
         """The index has lost changes of the layout: an older backup was put back, or it was made anew. What is known of a later
-        one takes its place, as a version far behind that; the layout then, which is the index's own if that is no older.
+        one takes its place, as a version far behind that; the layout then, which is the index's own if that is no older,
+        or was changed in this epoch.
         """
 
     async def moves(self) -> list[MoveRow]:
