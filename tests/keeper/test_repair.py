@@ -8,8 +8,10 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from powermail.base import limits
-from powermail.index.contract import Fate
-from powermail.storage.contract import End, Held, Origin
+from powermail.base.errors import IndexTrouble
+from powermail.index.contract import Fate, MessageFacts
+from powermail.keeper.repair import at_once
+from powermail.storage.contract import End, Held, Origin, Receipt, StorageNode
 from tests.keeper.rig import Rig, go
 
 
@@ -137,8 +139,26 @@ def test_a_copy_of_a_message_that_died_meanwhile_is_ordered_away() -> None:
     go(body)
 
 
+def behind_the_copy(rig: Rig, meanwhile: Callable[[str], Awaitable[None]]) -> list[str]:
+    """The same, right behind the next copy."""
+    copy, names = rig.fetcher.copy, list[str]()
+
+    async def late(key: bytes, source: StorageNode, target: StorageNode) -> Receipt:
+        rig.fetcher.copy = copy  # type: ignore[method-assign]
+        receipt = await copy(key, source, target)
+        names.append(target.id)
+        await meanwhile(target.id)
+        return receipt
+
+    rig.fetcher.copy = late  # type: ignore[method-assign]
+    return names
+
+
+@pytest.mark.parametrize("when", [before_the_note, behind_the_copy], ids=["before the note", "behind the copy"])
 @pytest.mark.parametrize("replaced", [True, False], ids=["its disk was replaced", "it was dropped"])
-def test_a_repaired_copy_that_went_before_its_note_is_not_believed(replaced: bool) -> None:
+def test_a_repaired_copy_that_went_before_its_note_is_not_believed(
+    replaced: bool, when: Callable[[Rig, Callable[[str], Awaitable[None]]], list[str]]
+) -> None:
     """Law 8: the note is of a disk that is gone, or older than the drop that was confirmed while the keeper slept."""
 
     async def body(rig: Rig) -> None:
@@ -153,7 +173,7 @@ def test_a_repaired_copy_that_went_before_its_note_is_not_believed(replaced: boo
             done = await rig.nodes[node].drop([(key, await rig.nodes[node].verify(key))], rig.index.mark())
             await rig.index.confirm_drops(node, [], done)
 
-        names = before_the_note(rig, goes)
+        names = when(rig, goes)
         await rig.repairer.step()
         assert await rig.held(names[0], key) is Held.ABSENT
         assert await rig.believed(key) == ("a",)
@@ -172,6 +192,62 @@ def test_a_node_that_hangs_delays_repair_once() -> None:
             await rig.repairer.step()
         assert rig.world.clock.monotonic() - began < 3 * limits.NODE_CALL_TIMEOUT_S
         rig.nodes["b"].release()
+
+    go(body)
+
+
+def test_what_waits_for_the_index_or_a_node_waits_together() -> None:
+    """P13: 10,000 messages in a minute, where each takes some milliseconds of waiting."""
+
+    async def body(rig: Rig) -> None:
+        keys = [await rig.deliver("a") for _ in range(limits.REPAIR_BATCH)]
+        believe, under_way, most = rig.index.believe, 0, 0
+
+        async def slow(key: bytes, node: str, end: End) -> bool:
+            nonlocal under_way, most
+            under_way += 1
+            most = max(most, under_way)
+            await asyncio.sleep(0.1)
+            under_way -= 1
+            return await believe(key, node, end)
+
+        rig.index.believe = slow  # type: ignore[method-assign]
+        began = rig.world.clock.monotonic()
+        assert await rig.repairer.step() == 0.0
+        assert [len(await rig.believed(key)) for key in keys] == [2] * len(keys)
+        assert rig.world.clock.monotonic() - began < 0.1 * len(keys) / limits.REPAIR_AT_ONCE + 0.1
+        assert most == limits.REPAIR_AT_ONCE
+
+    go(body)
+
+
+def test_large_messages_are_repaired_alone() -> None:
+    """So much is in memory and on its way at the same time, whatever the size of messages."""
+    large, small = limits.REPAIR_AT_ONCE_OCTETS, 1000
+    sizes = [small] * 20 + [large, small, large // 2, large // 2, large + 1, small]
+    facts = [MessageFacts(b"%02d" % number, size, b"", ("a",), 1) for number, size in enumerate(sizes)]
+    some = list(at_once(facts))
+    assert [message for batch in some for message in batch] == facts
+    assert [len(batch) for batch in some] == [16, 4, 1, 2, 1, 1, 1]
+
+
+def test_an_index_in_trouble_ends_a_batch_and_nothing_of_it_goes_on_unheard() -> None:
+    async def body(rig: Rig) -> None:
+        keys = [await rig.deliver("a") for _ in range(20)]
+        believe, failing = rig.index.believe, {keys[3], keys[7]}
+
+        async def fails(key: bytes, node: str, end: End) -> bool:
+            if key in failing:
+                failing.remove(key)
+                raise IndexTrouble("locked")
+            return await believe(key, node, end)
+
+        rig.index.believe = fails  # type: ignore[method-assign]
+        with pytest.raises(IndexTrouble):
+            await rig.repairer.step()
+        assert not failing
+        await rig.repairer.step()
+        assert [len(await rig.believed(key)) for key in keys] == [2] * len(keys)
 
     go(body)
 

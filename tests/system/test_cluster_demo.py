@@ -18,7 +18,7 @@ import pytest
 from powermail.admin.control import ask_any
 from powermail.base import limits
 from powermail.base.errors import OperatorError
-from powermail.cli import tutorial
+from powermail.cli import databases, servers, tutorial
 from tests.cli.support import powermail
 from tests.system.process import START_S
 from tests.system.several import lives
@@ -38,7 +38,7 @@ async def shell(line: str, root: str) -> str:
     """What a newcomer pastes: what it printed. Tried again while the answer is that it cannot be done now."""
     async with asyncio.timeout(START_S):
         while True:
-            status, said = await tutorial.run(["sh", "-c", line], root)
+            status, said = await servers.run(["sh", "-c", line], root)
             if not status:
                 return said
             await asyncio.sleep(0.1)
@@ -78,7 +78,7 @@ async def test_mail_goes_in_at_one_front_end_and_out_at_the_other_also_when_a_no
         assert "\r\nIt works.\r\n" in await shell(read, root)
         assert {one["state"] for one in (await status_of(root))["nodes"]} == {"read-write"}
         await shell(killing.lines[0], root)
-        await cluster.served["node-b"].process.wait()
+        await cluster.servers.served["node-b"].process.wait()
         await shell(send.replace("works", "goes on"), root)  # P4: receiving goes on
         assert "\r\nIt works.\r\n" in await shell(read, root)
         assert "\r\nIt goes on.\r\n" in await shell(read.removesuffix("/1") + "/2", root)
@@ -98,8 +98,8 @@ async def test_mail_goes_in_at_one_front_end_and_out_at_the_other_also_when_a_no
     finally:
         await cluster.end()
     assert not cluster.still_served()
-    assert not [name for name, served in cluster.served.items() if lives(served.process.pid)]
-    said = {name: Path(f"{root}/{name}.log").read_text(encoding="utf-8") for name in cluster.served}
+    assert not [name for name, served in cluster.servers.served.items() if lives(served.process.pid)]
+    said = {name: Path(f"{root}/{name}.log").read_text(encoding="utf-8") for name in cluster.servers.served}
     assert not [name for name, text in said.items() if " bug " in text or "Traceback" in text], said
 
 
@@ -120,12 +120,12 @@ def test_ctrl_c_ends_what_was_started_so_far_and_leaves_nothing(root: str) -> No
 
 
 def test_without_postgresql_the_package_to_install_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tutorial, "_PLACES", (str(tmp_path),))
+    monkeypatch.setattr(databases, "_PLACES", (str(tmp_path),))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(OperatorError, match=r"no PostgreSQL is installed.*package `postgresql`"):
-        tutorial.postgres_programs()
+        databases.postgres_programs()
     (tmp_path / "13" / "bin").mkdir(parents=True)
     (tmp_path / "13" / "bin" / "initdb").touch()
-    monkeypatch.setattr(tutorial, "_PLACES", (f"{tmp_path}/*/bin",))
+    monkeypatch.setattr(databases, "_PLACES", (f"{tmp_path}/*/bin",))
     with pytest.raises(OperatorError, match="only PostgreSQL 13 is installed, and the cluster needs 15"):
-        tutorial.postgres_programs()
+        databases.postgres_programs()

@@ -16,7 +16,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from powermail.cli import torture
+from powermail.base.errors import OperatorError
+from powermail.cli import ground, torture
+from powermail.cli.databases import Single
 from powermail.torture.checker import KINDS
 from powermail.torture.plan import BEATS, SCENES, Kind
 from tests.system.process import START_S
@@ -60,6 +62,30 @@ async def test_nothing_acknowledged_is_lost_doubled_back_or_hidden_while_machine
     if os.geteuid() == 0:
         assert report["ground"] == "in network namespaces" and not report["not_tried"], report
     assert not list(place.iterdir()) and not torture.at_work_in(place)
+
+
+@pytest.mark.timeout(WITHIN_S + 60.0)
+async def test_while_one_of_two_databases_takes_the_place_of_the_other_mail_is_received(place: Path) -> None:
+    """P14, P20: Patroni gives a dead leader 20 s; a gap of half of that shows that nobody waited for it."""
+    bounds = ["--gap", "10", "--healed", f"{WITHIN_S:.0f}"]
+    status, report = await run("--pair", "--seconds", "35", "--faults", "kill-database", "--preload", "60", *bounds)
+    assert not report["violations"], report
+    assert status == 0 and report["held"] and report["faults"][Kind.KILL_DATABASE.value] == 1
+    assert report["ground"] == "in network namespaces, on two databases under Patroni"
+    assert report["acked"] > 200 and report["retrieved"] and report["looks"]
+    assert not list(place.iterdir()) and not torture.at_work_in(place)
+
+
+def test_two_databases_need_namespaces_and_their_programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ground, "is_enclosed", lambda: False)
+    monkeypatch.setattr(ground, "why_not_enclosed", lambda: "they are forbidden here")
+    with pytest.raises(OperatorError, match="--pair: two databases need namespaces of their own, and they are forbidden here"):
+        torture.found(pair=True)
+    assert isinstance(torture.found(pair=False)[1], Single)
+    monkeypatch.setattr(ground, "why_not_enclosed", lambda: "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(OperatorError, match="no patroni is installed; Debian's packages: patroni, "):
+        torture.found(pair=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)

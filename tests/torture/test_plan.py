@@ -33,7 +33,13 @@ def test_the_database_is_killed_at_most_once_a_minute_and_as_soon_as_it_may_be()
     assert pl.choose(beat, UP, None, 60.0) == DATABASE
     assert pl.choose(beat, UP, None, 59.9) == beat.order[1]
     assert pl.choose(beat, UP, Scene(Kind.CUT_DATABASE, "front-1", DATABASE), 1e9) not in (DATABASE, *FRONTS)
-    assert pl.choose(beat, {**UP, DATABASE: False}, None, 1e9) == beat.order[1]
+
+
+def test_while_the_database_is_away_no_front_end_is_killed() -> None:
+    """P14: a failover takes 20 s, in which who starts anew knows no recipients."""
+    away = {**UP, DATABASE: False}
+    assert pl.choose(Beat(1.0, (DATABASE, *FRONTS)), away, None, 1e9) == ""
+    assert pl.choose(Beat(1.0, (DATABASE, *FRONTS, "node-b", HEAD)), away, None, 1e9) == "node-b"
 
 
 @pytest.mark.parametrize("seconds", [20.0, 90.0, 600.0])

@@ -457,6 +457,7 @@ class Torture(Request):
     preload: Annotated[int, option("messages that are there before the first fault")] = 1000
     gap: Annotated[float, option("seconds without a message received that are one violation")] = 5.0
     healed: Annotated[float, option("seconds from the admission of an empty disk to full redundancy that are too many")] = 60.0
+    pair: Annotated[bool, option("two PostgreSQLs under Patroni, instead of one that comes back")] = False
     keep: Annotated[bool, option("keep logs, stores and the story, also if all held")] = False
 
 

@@ -78,10 +78,9 @@ class Namespaces:
 
     net = _NET
 
-    def __init__(self, numbers: Mapping[str, int], database: int) -> None:
-        """`numbers`: the last number of the address of each machine with a namespace; one is that of `database`."""
+    def __init__(self, numbers: Mapping[str, int]) -> None:
+        """`numbers`: the last number of the address of each machine with a namespace."""
         self._numbers = dict(numbers)
-        self._database = database
         self._holders: dict[str, subprocess.Popen[bytes]] = {}
         self._cut: list[tuple[str, str]] = []
 
@@ -127,15 +126,16 @@ class Namespaces:
 
     def database(self, place: str) -> str:
         """At an address, so that it can be cut off."""
-        return f"{_NET}.{self._database}"
+        return self.at("postgresql")
 
-    def _at(self, machine: str) -> str:
+    def at(self, machine: str) -> str:
+        """Its address."""
         return f"{_NET}.{self._numbers.get(machine, 1)}"
 
     async def cut(self, machine: str, other: str) -> None:
         """What `machine` sends to `other` is lost."""
         device = "eth0" if machine in self._holders else _BRIDGE
-        await self._ip(machine, "neigh", "replace", self._at(other), "lladdr", _NOBODY, "nud", "permanent", "dev", device)
+        await self._ip(machine, "neigh", "replace", self.at(other), "lladdr", _NOBODY, "nud", "permanent", "dev", device)
         self._cut.append((machine, other))
 
     async def mend(self) -> None:
@@ -143,7 +143,7 @@ class Namespaces:
         while self._cut:
             machine, other = self._cut.pop()
             device = "eth0" if machine in self._holders else _BRIDGE
-            await self._ip(machine, "neigh", "del", self._at(other), "dev", device)
+            await self._ip(machine, "neigh", "del", self.at(other), "dev", device)
 
     def close(self) -> None:
         """Lets go of them: a namespace ends with the last process in it."""

@@ -15,11 +15,10 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
 import msgspec
 
@@ -28,6 +27,8 @@ from powermail.admin.table import unseen
 from powermail.base import limits
 from powermail.base.errors import OperatorError, Trouble
 from powermail.cli import ground, show, tutorial
+from powermail.cli.databases import Database, Pair, Single, postgres_programs
+from powermail.cli.servers import run_ours
 from powermail.torture import plan as planning
 from powermail.torture.checker import Checker
 from powermail.torture.conductor import Conductor
@@ -47,7 +48,7 @@ _LOOK_S = 0.02
 _TICK_S = 0.25
 _GONE_S = 30.0
 _SECONDS_MAX, _CLIENTS_MAX, _RATE_MAX, _PRELOAD_MAX = 86_400.0, 64, 2000.0, 50_000
-_POSTGRES_PORT = 5432
+_DATABASES = (31, 32)  # the last numbers of their addresses
 _SETTINGS = {
     "POWERMAIL_CLUSTER__SEGMENT_OCTETS": str(4 * limits.MIB),
     "POWERMAIL_CLUSTER__RESERVE_OCTETS": str(16 * limits.MIB),
@@ -59,13 +60,16 @@ _NEEDS_GROUND = (Kind.CUT, Kind.ONE_WAY, Kind.CUT_DATABASE, Kind.FULL)
 class Cluster:
     """The machines on this one (`torture.machines.Machines`)."""
 
-    def __init__(self, root: Path, spaces: ground.Namespaces | None, kinds: Sequence[Kind]) -> None:
+    def __init__(self, root: Path, spaces: ground.Namespaces | None, kinds: Sequence[Kind], database: Database) -> None:
         self._root = root
         self._spaces = spaces
         self._story = (root / "story.log").open("a", encoding="utf-8")
-        self._tutorial = tutorial.Tutorial(str(root), tutorial.run_ours, spaces, self.tell, "KILL")
+        self._database = database
+        self._led = database.machines[0]  # that of the database which was hit last
+        self._tutorial = tutorial.Tutorial(str(root), run_ours, spaces, self.tell, "KILL", database)
+        self._servers = self._tutorial.servers
         self.kinds = kinds
-        net = (spaces or self._tutorial.ground).net
+        net = self._servers.ground.net
         self.doors = [Door(name, f"{net}.{last}", tutorial.SMTP, tutorial.POPS) for name, last in tutorial.FRONTS.items()]
 
     def tell(self, text: str) -> None:
@@ -83,15 +87,31 @@ class Cluster:
         await self._tutorial.build()
         rows = "".join(f'{{"address":"{name}","password":"{{plain}}{_PASSWORD}"}}\n' for name in _ACCOUNTS)
         (self._root / "accounts").write_text(rows)
-        status, said = await tutorial.run_ours(["account", "import", "accounts", "--data", "head"], str(self._root))
+        status, said = await run_ours(["account", "import", "accounts", "--data", "head"], str(self._root))
         if status:
             raise OperatorError(f"account import: {said}")
 
     # -- processes ----------------------------------------------------------------------------------------------------
 
+    async def _struck(self, name: str) -> str:
+        """Whom it hits: of the database the machine that is written to."""
+        if name == DATABASE:
+            self._led = await self._database.leader() or self._led
+            self.tell(f"the database is {self._led}")
+        return self._machine(name)
+
+    def _machine(self, name: str) -> str:
+        return self._led if name == DATABASE else name
+
+    def _all(self, name: str) -> Callable[[], list[int]]:
+        """What finds its processes: Patroni's PostgreSQL is nobody's child, and known by where it works."""
+        parent, place = self._servers.served[name].process.pid, self._root / name
+        return lambda: list(dict.fromkeys([*_tree(parent), *at_work_in(place)]))
+
     async def kill(self, name: str, whole: bool = True) -> None:
-        parent = self._tutorial.served[name].process
-        told = _signal(parent.pid, signal.SIGSTOP)[0 if whole else 1 :]  # that none is made meanwhile
+        struck = await self._struck(name)
+        parent = self._servers.served[struck].process
+        told = _signal(self._all(struck), signal.SIGSTOP)[0 if whole else 1 :]  # that none is made meanwhile
         for pid in told:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -104,19 +124,23 @@ class Cluster:
                 await asyncio.sleep(_LOOK_S)
 
     async def start(self, name: str) -> None:
-        await self._tutorial.again(name)
+        if name == DATABASE:  # Patroni gives who is back in time his place again
+            await self._database.follow(self._led)
+            self.tell(f"{self._led} has a successor")
+        await self._servers.again(self._machine(name))
 
-    def pause(self, name: str) -> None:
-        _signal(self._tutorial.served[name].process.pid, signal.SIGSTOP)
+    async def pause(self, name: str) -> None:
+        _signal(self._all(await self._struck(name)), signal.SIGSTOP)
 
     def resume(self, name: str) -> None:
-        _signal(self._tutorial.served[name].process.pid, signal.SIGCONT)
+        _signal(self._all(self._machine(name)), signal.SIGCONT)
 
     async def end(self) -> None:
         """Ends all of it."""
-        for name, served in self._tutorial.served.items():
+        for name, served in self._servers.served.items():
             if served.process.returncode is None:
                 await self.kill(name)
+        _end_all_in(self._root)  # PostgreSQLs that have lost their Patroni
         self._tutorial.close()
         if self._spaces is not None:
             self._spaces.close()
@@ -126,32 +150,17 @@ class Cluster:
 
     async def cut(self, name: str, other: str, both: bool) -> None:
         assert self._spaces is not None, "nothing else can cut"
-        await self._spaces.cut(name, other)
-        if both:
-            await self._spaces.cut(other, name)
+        for far in self._database.machines if other == DATABASE else (other,):
+            await self._spaces.cut(name, far)
+            if both:
+                await self._spaces.cut(far, name)
 
     async def mend(self) -> None:
         if self._spaces is not None:
             await self._spaces.mend()
 
-    async def answers(self, name: str) -> bool:
-        """A start-up message of protocol 3.0 is answered with R (authentication), or with E while it is not ready."""
-        host = self._tutorial.database.partition("@")[2].partition("/")[0]
-        body = (3 << 16).to_bytes(4, "big") + b"user\0powermail\0database\0powermail\0\0"
-        try:
-            async with asyncio.timeout(limits.INDEX_CONNECT_S):
-                if host.startswith("%2F"):
-                    path = f"{unquote(host)}/.s.PGSQL.{_POSTGRES_PORT}"
-                    reader, writer = await asyncio.open_unix_connection(path)
-                else:
-                    reader, writer = await asyncio.open_connection(host, _POSTGRES_PORT)
-                try:
-                    writer.write((len(body) + 4).to_bytes(4, "big") + body)
-                    return await reader.read(1) == b"R"
-                finally:
-                    writer.close()
-        except (OSError, TimeoutError):
-            return False
+    async def database_is_whole(self) -> bool:
+        return await self._database.is_whole()
 
     # -- what they say ------------------------------------------------------------------------------------------------
 
@@ -208,10 +217,10 @@ def _tree(pid: int) -> list[int]:
     return found
 
 
-def _signal(pid: int, number: signal.Signals) -> list[int]:
-    """To a process and all below it, again until no child is new; whom it was sent to."""
+def _signal(processes: Callable[[], list[int]], number: signal.Signals) -> list[int]:
+    """To all of these, again until none is new; whom it was sent to."""
     told: list[int] = []
-    while fresh := [each for each in _tree(pid) if each not in told]:
+    while fresh := [each for each in processes() if each not in told]:
         for each in fresh:
             with suppress(ProcessLookupError):
                 os.kill(each, number)
@@ -293,12 +302,25 @@ def _check(request: Torture) -> None:
 # -- the whole --------------------------------------------------------------------------------------------------------
 
 
+def found(pair: bool) -> tuple[ground.Namespaces | None, Database, str]:
+    """The ground, the database on it, and why there are no namespaces. Raises OperatorError."""
+    why = "" if ground.is_enclosed() else ground.why_not_enclosed()
+    if why and pair:
+        raise OperatorError(f"--pair: two databases need namespaces of their own, and {why}")
+    if why:
+        return None, Single(), why
+    machines = {f"node-{name}": last for name, last in tutorial.NODES.items()} | tutorial.FRONTS
+    machines |= dict(zip((Pair if pair else Single).machines, _DATABASES, strict=False))
+    spaces = ground.Namespaces(machines)
+    return spaces, Pair(spaces) if pair else Single(), ""
+
+
 async def torture(request: Torture, json: bool) -> int:
     """Builds, tortures, reports; 0 if all held. Raises OperatorError."""
     _check(request)
     kinds = _kinds(request)
-    tutorial.postgres_programs()
-    why = "" if ground.is_enclosed() else ground.why_not_enclosed()
+    postgres_programs()
+    spaces, database, why = found(request.pair)
     if not ground.is_enclosed() and not why:
         ground.enclose()
     os.environ.update(_SETTINGS)
@@ -309,16 +331,15 @@ async def torture(request: Torture, json: bool) -> int:
     lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
     _interruptible()
-    numbers = {**{f"node-{name}": last for name, last in tutorial.NODES.items()}, **tutorial.FRONTS, DATABASE: 31}
-    spaces = None if why else ground.Namespaces(numbers, numbers[DATABASE])
     possible, not_tried = divide(kinds, why)
-    cluster = Cluster(root, spaces, possible)
+    cluster = Cluster(root, spaces, possible, database)
     report: Report | None = None
     keep = request.keep
     try:
         report = await _run(request, cluster, root, json)
         report.not_tried = not_tried
         report.ground = "on the loopback" if spaces is None else "in network namespaces"
+        report.ground += ", on two databases under Patroni" if request.pair else ""
     except asyncio.CancelledError:
         show.note("interrupted")
         return 130

@@ -9,37 +9,29 @@ PR_SET_PDEATHSIG, where there is setpriv).
 from __future__ import annotations
 
 import asyncio
-import glob
 import os
-import pwd
-import re
 import shlex
 import shutil
 import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
-from urllib.parse import quote
 
-from powermail.base import limits
 from powermail.base.errors import OperatorError
 from powermail.base.log import NullLog
 from powermail.base.world import system_world
+from powermail.cli.databases import Database, Single, postgres_programs
 from powermail.cli.ground import Ground, Loopback
+from powermail.cli.servers import TAIL, Run, Say, Served, Servers, run_ours, system_user
 
 NODES, FRONTS = {"a": 11, "b": 12, "c": 13}, {"front-1": 21, "front-2": 22}  # name to the last number of the address
 SMTP, POPS = 2525, 2995
 _DOORS = (2700, 2701, SMTP, POPS)
 _REPAIR_S = 20  # instead of minutes: who looks on does not wait so long
-_TAIL = 2000  # characters of what one says that failed
 _SHOWN = 4  # lines of what a command says; the tables that `index move` compares are more
-_POSTGRES_LEAST = 15
-_PLACES = ("/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin")
 _START_S = 90.0
-_SYSTEM_USER = "postgres"  # PostgreSQL refuses to run as root
 
 
 class Trial(NamedTuple):
@@ -49,86 +41,31 @@ class Trial(NamedTuple):
     lines: list[str]
 
 
-Run = Callable[[Sequence[str], str], Awaitable[tuple[int, str]]]  # words and where: the exit status, and what was said
-Say = Callable[[str], None]
-
-
 def _say(text: str) -> None:
     print(text, flush=True)
-
-
-class Served:
-    """One process of the cluster that serves until it is ended."""
-
-    def __init__(self, process: asyncio.subprocess.Process, words: Sequence[str], end_by: signal.Signals) -> None:
-        self.process = process
-        self.words = words
-        self.end_by = end_by
-
-    async def end(self) -> None:
-        """As an operator would; SIGKILL to one that does not end."""
-        if self.process.returncode is not None:
-            return
-        self.process.send_signal(self.end_by)
-        try:
-            async with asyncio.timeout(limits.WORKER_LEAVE_S + 2 * limits.DRAIN_TIMEOUT_S):
-                await self.process.wait()
-        except TimeoutError:
-            self.process.kill()
-            await self.process.wait()
-
-
-async def run(words: Sequence[str], where: str) -> tuple[int, str]:
-    """Runs a program to its end, which is also ours."""
-    process = await asyncio.create_subprocess_exec(
-        *words,
-        cwd=where,
-        start_new_session=True,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    try:
-        said = (await process.communicate())[0].decode("utf-8", "replace")
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    assert process.returncode is not None
-    return process.returncode, said
-
-
-async def run_ours(words: Sequence[str], where: str) -> tuple[int, str]:
-    """Runs a command of this program."""
-    return await run([sys.executable, "-m", "powermail", *words], where)
 
 
 class Tutorial:
     """The cluster, step by step."""
 
-    def __init__(self, root: str, run_ours: Run, ground: Ground | None = None, say: Say = _say, leash: str = "TERM") -> None:
+    def __init__(
+        self, root: str, run_ours: Run, ground: Ground | None = None, say: Say = _say, leash: str = "TERM",
+        database: Database | None = None,
+    ) -> None:  # fmt: skip
         """`root` is an empty directory through which everybody may pass; `run_ours` runs a `powermail` command; `say` hears
-        the story; `leash` is what machines get when we die.
+        the story; `leash` is what machines get when we die; `database`: a single PostgreSQL unless said.
         """
         self._root = root
         self._run_ours = run_ours
-        self.ground = ground or Loopback(_DOORS, (1, *NODES.values(), *FRONTS.values()))
         self._say = say
-        self._leash = leash
-        self.served: dict[str, Served] = {}  # by the name of the machine
+        ground = ground or Loopback(_DOORS, (1, *NODES.values(), *FRONTS.values()))
+        self.servers = Servers(root, ground, say, leash)
         self._ears: dict[str, tuple[socket.socket, asyncio.Event]] = {}  # those that are not ready yet
-        self._net = self.ground.net
+        self._net = ground.net
         self._address = self._password = ""
-        self.database = ""  # the address of the central database
+        self._database = database or Single()
 
     # -- tools ----------------------------------------------------------------------------------------------------
-
-    async def _command(self, shown: str, *words: str) -> None:
-        """Runs a command of PostgreSQL to its end. Raises OperatorError."""
-        self._say(f"$ {shown}")
-        status, said = await run(words, self._root)
-        if status:
-            raise OperatorError(f"{shown}: {said.strip()[-_TAIL:]}")
 
     async def _powermail(self, *words: str, quiet: bool = False) -> str:
         """The same for a command of ours, which shows what it says: that is returned."""
@@ -136,42 +73,13 @@ class Tutorial:
         self._say(f"$ {shown}")
         status, said = await self._run_ours(words, self._root)
         if status:
-            raise OperatorError(f"{shown}: {said.strip()[-_TAIL:]}")
+            raise OperatorError(f"{shown}: {said.strip()[-TAIL:]}")
         lines = [] if quiet else said.rstrip().splitlines()
         for line in lines[:_SHOWN]:
             self._say(f"    {line}".rstrip())
         if len(lines) > _SHOWN:
             self._say(f"    ... {len(lines) - _SHOWN} more lines")
         return said
-
-    async def _start(self, name: str, words: Sequence[str], end_by: signal.Signals, shown: str, ready: str = "") -> Served:
-        """Starts what serves, in a session of its own: Ctrl-C is for us alone. `ready`: a socket that hears when it is."""
-        served = await self._spawn(name, [*self.ground.enter(name), *words], end_by, ready)
-        self._say(f"$ {shown} &    # process {served.process.pid}, log in {name}.log")
-        return served
-
-    async def _spawn(self, name: str, words: Sequence[str], end_by: signal.Signals, ready: str = "") -> Served:
-        environment = dict(os.environ, NOTIFY_SOCKET=ready) if ready else dict(os.environ)
-        with open(f"{self._root}/{name}.log", "ab") as log:
-            process = await asyncio.create_subprocess_exec(
-                *words,
-                cwd=self._root,
-                env=environment,
-                start_new_session=True,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
-        self.served[name] = served = Served(process, words, end_by)
-        return served
-
-    async def again(self, name: str) -> None:
-        """Starts a machine that has ended, as it was started before; it is not waited for."""
-        before = self.served[name]
-        await self._spawn(name, before.words, before.end_by)
-
-    def _log_of(self, name: str) -> str:
-        return Path(f"{self._root}/{name}.log").read_text(encoding="utf-8", errors="replace")[-_TAIL:]
 
     async def _serve(self, name: str, *words: str) -> None:
         """Starts `powermail serve`; `_ready` waits for it."""
@@ -181,19 +89,19 @@ class Tutorial:
         asyncio.get_running_loop().add_reader(ear, heard.set)
         self._ears[name] = ear, heard
         command = ["serve", *words, "--data", name]
-        ours = [*_leash(self._leash), sys.executable, "-m", "powermail", *command]
-        await self._start(name, ours, signal.SIGTERM, shlex.join(["powermail", *command]), path)
+        ours = [sys.executable, "-m", "powermail", *command]
+        await self.servers.start(name, ours, shlex.join(["powermail", *command]), ready=path)
 
     async def _ready(self) -> None:
         """Waits until all that was started has said that it is ready (sd_notify(3)). Raises OperatorError."""
         try:
             for name, (_, heard) in self._ears.items():
-                waits = [asyncio.ensure_future(heard.wait()), asyncio.ensure_future(self.served[name].process.wait())]
+                waits = [asyncio.ensure_future(heard.wait()), asyncio.ensure_future(self.servers.served[name].process.wait())]
                 await asyncio.wait(waits, timeout=_START_S, return_when=asyncio.FIRST_COMPLETED)
                 for wait in waits:
                     wait.cancel()
                 if not heard.is_set():
-                    raise OperatorError(f"powermail serve --data {name} did not get ready:\n{self._log_of(name)}")
+                    raise OperatorError(f"powermail serve --data {name} did not get ready:\n{self.servers.log_of(name)}")
         finally:
             self.close()
 
@@ -212,8 +120,8 @@ class Tutorial:
     async def build(self) -> list[Trial]:
         """From nothing to a cluster; what to try then. Raises OperatorError."""
         self._say(f"# all of it lies in {self._root}; on machines of your own each directory is one of them")
-        database = await self._make_database()
-        await self._make_head(database)
+        self._say("\n# the central database. In earnest: one that is replicated, postgresql://powermail@db1,db2/powermail")
+        await self._make_head(await self._database.make(self.servers))
         self._say("\n# storage nodes: three machines, each with a disk, in three failure domains. A token is good once")
         for name in NODES:
             await self._join_node(name)
@@ -227,35 +135,6 @@ class Tutorial:
         self._say("")
         await self._powermail("node", "list", "--data", "head")
         return self._trials()
-
-    async def _make_database(self) -> str:
-        """A PostgreSQL of its own; the address of its database."""
-        self._say("\n# the central database. In earnest: one that is replicated, postgresql://powermail@db1,db2/powermail")
-        programs, user = postgres_programs(), _user()
-        place = f"{self._root}/postgresql"
-        os.mkdir(place, 0o700)
-        if user:
-            found = pwd.getpwnam(user)
-            os.chown(place, found.pw_uid, found.pw_gid)
-        made = ["-D", "postgresql/data", "-U", "powermail", "--auth=trust", "--encoding=UTF8", "--locale=C"]
-        await self._command(shlex.join(["initdb", *made]), *_as(user), f"{programs}/initdb", *made)
-        host = self.ground.database(place)
-        if host:
-            with open(f"{place}/data/pg_hba.conf", "a", encoding="ascii") as file:
-                file.write(f"host all powermail {self._net}.0/24 trust\n")
-        options = ["-D", "postgresql/data", "-c", f"listen_addresses={host}", "-k", place]
-        words = [*_leash("INT" if self._leash == "TERM" else self._leash, user), f"{programs}/postgres", *options]
-        server = await self._start("postgresql", words, signal.SIGINT, shlex.join(["postgres", *options]))
-        async with asyncio.timeout(_START_S):
-            while (await run([f"{programs}/pg_isready", "-q", "-h", place], self._root))[0]:
-                if server.process.returncode is not None:
-                    raise OperatorError(f"PostgreSQL ended:\n{self._log_of('postgresql')}")
-                await asyncio.sleep(0.05)
-        create = "CREATE DATABASE powermail ENCODING 'UTF8' TEMPLATE template0"
-        whose = ["-q", "-h", place, "-U", "powermail", "-d", "postgres", "-c"]
-        await self._command(f'psql {shlex.join(whose)} "{create}"', f"{programs}/psql", *whose, create)
-        self.database = f"postgresql://powermail@{host or quote(place, safe='')}/powermail"
-        return self.database
 
     async def _make_head(self, database: str) -> None:
         """The first machine: it has the authority, and a keeper."""
@@ -294,7 +173,7 @@ class Tutorial:
         one, other = (self._at(number, port) for number, port in zip(FRONTS.values(), (SMTP, POPS), strict=True))
         mail = "From: me@example.org\\r\\nSubject: hello\\r\\n\\r\\nIt works.\\r\\n"
         send = f"printf '{mail}' | curl -sS smtp://{one} --mail-from me@example.org --mail-rcpt {self._address} -T -"
-        killed, serve = self.served["node-b"].process.pid, "powermail serve --roles node --data node-b"
+        killed, serve = self.servers.served["node-b"].process.pid, "powermail serve --roles node --data node-b"
         return [
             Trial(
                 "send a message to one front end, and read it from the other",
@@ -327,18 +206,18 @@ class Tutorial:
             status = await served.process.wait()
             self._say(f"{name} ended: {signal.Signals(-status).name if status < 0 else f'exit status {status}'}")
 
-        await asyncio.gather(*(one(name, served) for name, served in self.served.items()))
+        await asyncio.gather(*(one(name, served) for name, served in self.servers.served.items()))
 
     async def end(self) -> None:
         """Ends all. Who needs others goes before them: front ends, the first machine, nodes, the database."""
         self.close()
-        for kind in ("front", "head", "node", "postgresql"):
-            await asyncio.gather(*(served.end() for name, served in self.served.items() if name.startswith(kind)))
+        for kind in ("front", "head", "node", "postgresql", "etcd"):
+            await asyncio.gather(*(served.end() for name, served in self.servers.served.items() if name.startswith(kind)))
 
     def still_served(self) -> list[str]:
         """Machines that somebody else serves by now: started again in another terminal."""
         disk, found = system_world(NullLog()).disk, []
-        for name in self.served:
+        for name in self.servers.served:
             if os.path.exists(f"{self._root}/{name}/lock"):
                 try:
                     disk.lock(f"{self._root}/{name}/lock").release()
@@ -348,41 +227,6 @@ class Tutorial:
 
 
 # -- this machine -----------------------------------------------------------------------------------------------------
-
-
-def postgres_programs() -> str:
-    """The directory with PostgreSQL's programs: distributions keep them apart by version. Raises OperatorError."""
-    found = [os.path.dirname(path) for place in _PLACES for path in glob.glob(f"{place}/initdb")]
-    known = {int(re.findall(r"\d+", place)[-1]): place for place in found}
-    if known and max(known) >= _POSTGRES_LEAST:
-        return known[max(known)]
-    if not known and (path := shutil.which("initdb")):
-        return os.path.dirname(path)
-    what = f"only PostgreSQL {max(known)} is" if known else "no PostgreSQL is"
-    raise OperatorError(
-        f"{what} installed, and the cluster needs {_POSTGRES_LEAST} or later for its central database: install the package "
-        "`postgresql` (Debian, Ubuntu) or `postgresql-server` (Fedora), for its programs alone; no server of it has to run"
-    )
-
-
-def _as(user: str) -> list[str]:
-    """The head of a command that another user runs, if any. Raises OperatorError."""
-    if not user:
-        return []
-    try:
-        group = pwd.getpwnam(user).pw_gid
-    except KeyError as error:
-        raise OperatorError(
-            f"PostgreSQL does not run as root, and there is no user {user}: run this as somebody else"
-        ) from error
-    return ["setpriv", "--reuid", user, "--regid", str(group), "--clear-groups"]
-
-
-def _leash(by: str, user: str = "") -> list[str]:
-    """The same; the kernel sends it this signal when we die, however that happens."""
-    if not user and not shutil.which("setpriv"):
-        return []
-    return [*(_as(user) or ["setpriv"]), "--pdeathsig", by, "--"]
 
 
 def _fact(said: str, name: str) -> str:
@@ -399,11 +243,6 @@ def _own_command() -> str:
     return f"alias powermail={shlex.quote(f'{sys.executable} -m powermail')}"
 
 
-def _user() -> str:
-    """Who runs PostgreSQL, if not we."""
-    return _SYSTEM_USER if os.geteuid() == 0 else ""
-
-
 def _tell(root: str, trials: Sequence[Trial]) -> None:
     print("\nThe cluster is ready. Go on in another terminal:")
     print(f"  cd {shlex.quote(root)}; {_own_command()}")
@@ -417,9 +256,8 @@ def _tell(root: str, trials: Sequence[Trial]) -> None:
 async def cluster_demo() -> int:
     """Makes the cluster, waits for Ctrl-C and ends it; 0 if it was ready. Raises OperatorError."""
     postgres_programs()
-    _as(_user())
     root = tempfile.mkdtemp(prefix="powermail-cluster-")
-    if _user():
+    if system_user():
         os.chmod(root, 0o711)  # noqa: S103  PostgreSQL passes through
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

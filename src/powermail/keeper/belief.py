@@ -5,6 +5,7 @@ Danger: a copy that is believed and is not there counts as redundancy that does 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -33,6 +34,21 @@ async def end_of(node: StorageNode) -> End:
     """
     facts = await node.facts()
     return End(facts.incarnation, facts.end)
+
+
+class Ends:
+    """Where logs ended before anything of a batch was looked at: one end for all its notes, so that none is late (law 8)."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, End] = {}
+        self._asking = asyncio.Lock()
+
+    async def of(self, node: StorageNode) -> End:
+        """Asked once, by the first who wants to know. Raises NodeTrouble."""
+        async with self._asking:
+            if node.id not in self._known:
+                self._known[node.id] = await end_of(node)
+        return self._known[node.id]
 
 
 class Records(NamedTuple):

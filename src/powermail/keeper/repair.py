@@ -7,7 +7,7 @@ that was made but could not be noted is reconcile's: believed if the message liv
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from powermail.base import limits
 from powermail.base.errors import CopyDamaged, CopyMissing, NodeTrouble, NotRedundant
@@ -16,7 +16,7 @@ from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
 from powermail.cluster.fetch import Fetcher
 from powermail.index.contract import Index, MessageFacts
-from powermail.keeper.belief import compare_belief, end_of
+from powermail.keeper.belief import Ends, compare_belief
 from powermail.storage.contract import Held, NodeState, StorageNode
 
 _REST_S = 5.0  # when nothing is thin
@@ -80,14 +80,20 @@ class Repairer:
         await self._count(counted, required)
         takers = await self.takers()
         repaired = 0
-        for message in thin:
-            why = await self.mend(message, counted, takers)
-            self._after = message.key
-            if not why:
-                repaired += 1
-                self._note_progress()
-            elif why != _OVER:
-                self._note_failure(message.key, why)
+        for some in at_once(thin):
+            ends = Ends()
+            whys = await asyncio.gather(
+                *(self.mend(message, counted, takers, ends=ends) for message in some), return_exceptions=True
+            )
+            for message, why in zip(some, whys, strict=True):
+                if isinstance(why, BaseException):
+                    raise why
+                if not why:
+                    repaired += 1
+                    self._note_progress()
+                elif why != _OVER:
+                    self._note_failure(message.key, why)
+            self._after = some[-1].key
         return 0.0 if repaired else 1.0
 
     def _end_turn(self) -> float:
@@ -145,11 +151,17 @@ class Repairer:
     # -- one message ------------------------------------------------------------------------------------------------
 
     async def mend(
-        self, message: MessageFacts, counted: dict[str, str], takers: frozenset[str], source: StorageNode | None = None
+        self,
+        message: MessageFacts,
+        counted: dict[str, str],
+        takers: frozenset[str],
+        source: StorageNode | None = None,
+        ends: Ends | None = None,
     ) -> str:
         """Makes one more copy, on one of `takers`; why it could not, "" if it did, _OVER if there is nothing to do any more.
-        `source` is a disk that is no member, from which it is to be copied. Raises IndexTrouble.
+        `source` is a disk that is no member, from which it is to be copied; `ends` is shared by a batch. Raises IndexTrouble.
         """
+        ends = ends or Ends()
         have = {counted[name] for name in message.nodes if name in counted}
         targets = [node for node in self._order(takers) if node.group not in have and not self._is_avoided(node)]
         if self._cluster.apart:  # into a site that has none first
@@ -160,7 +172,7 @@ class Repairer:
         why = "no node with a copy is there"
         for each in [source] if source is not None else self._sources(message):
             for target in targets:
-                done, reason, next_source = await self._copy(message, each, target)
+                done, reason, next_source = await self._copy(message, each, target, ends)
                 if done:
                     return ""
                 why = reason
@@ -170,13 +182,15 @@ class Repairer:
                     break
         return why
 
-    async def _copy(self, message: MessageFacts, source: StorageNode, target: StorageNode) -> tuple[bool, str, bool]:
+    async def _copy(
+        self, message: MessageFacts, source: StorageNode, target: StorageNode, ends: Ends
+    ) -> tuple[bool, str, bool]:
         """(made, why not, whether another source must be tried first)."""
         key = message.key
         patience = limits.NODE_CALL_TIMEOUT_S + message.octets / _OCTETS_PER_S_MIN
         try:
             async with asyncio.timeout(patience):
-                end = await end_of(target)
+                end = await ends.of(target)
                 held = (await target.has([key]))[0]
                 if held is Held.DEAD:
                     return False, f"{target.id} has a tombstone of it", False
@@ -238,6 +252,20 @@ class Repairer:
         slow, far = self._cluster.is_slow, self._cluster.far
         readable.sort(key=lambda node: (node.id not in message.nodes, self._is_avoided(node), slow(node.id), node.id in far))
         return readable
+
+
+def at_once(thin: Sequence[MessageFacts]) -> Iterator[list[MessageFacts]]:
+    """In their order, as many together as the limits allow."""
+    some: list[MessageFacts] = []
+    octets = 0
+    for message in thin:
+        if some and (len(some) == limits.REPAIR_AT_ONCE or octets + message.octets > limits.REPAIR_AT_ONCE_OCTETS):
+            yield some
+            some, octets = [], 0
+        some.append(message)
+        octets += message.octets
+    if some:
+        yield some
 
 
 _OVER = "over"

@@ -137,7 +137,7 @@ class Conductor:
             if scene.machine in NODES:
                 await self._back(scene.machine)
         elif scene.kind is Kind.PAUSE:
-            self._machines.pause(scene.machine)
+            await self._machines.pause(scene.machine)
             self._up[scene.machine] = False
             await asyncio.sleep(scene.lasts_s)
             self._machines.resume(scene.machine)
@@ -222,7 +222,7 @@ class Conductor:
 
     async def _serves(self, name: str) -> bool:
         if name == DATABASE:
-            return await self._machines.answers(name)
+            return await self._machines.database_is_whole()
         if name in FRONTS:
             return await self._greets(name)
         if name == HEAD:

@@ -11,7 +11,9 @@ from powermail.torture.plan import Kind
 
 
 class Machines(Protocol):
-    """Machines by the names of `torture.plan`: each is a process with its children, a directory and an address."""
+    """Machines by the names of `torture.plan`: each is a process with its children, a directory and an address. The database
+    may be several: then its name means the one that is written to, and behind a fault the one that it hit.
+    """
 
     @property
     def doors(self) -> Sequence[Door]:
@@ -27,7 +29,7 @@ class Machines(Protocol):
     async def start(self, name: str) -> None:
         """Starts it again as it was started first; it is not waited for."""
 
-    def pause(self, name: str) -> None:
+    async def pause(self, name: str) -> None:
         """SIGSTOP to all its processes."""
 
     def resume(self, name: str) -> None:
@@ -39,8 +41,8 @@ class Machines(Protocol):
     async def mend(self) -> None:
         """No link is cut any more."""
 
-    async def answers(self, name: str) -> bool:
-        """True if the database takes connections."""
+    async def database_is_whole(self) -> bool:
+        """True if it takes connections, and nothing that takes its place is missing."""
 
     async def ask(self, name: str, call: str, **arguments: object) -> Any:
         """Calls an operation of the server of a machine. Raises Trouble if it does not run or cannot."""

@@ -159,7 +159,7 @@ def spared(scene: Scene | None) -> frozenset[str]:
         return frozenset(FRONTS) - {scene.other}  # whom it does not touch: nodes are killed one at a time
     found = {*alike(scene.machine)}
     if scene.kind in LOSING:
-        found.add(HEAD)  # repair is measured
+        found |= {HEAD, DATABASE}  # repair is measured
     if scene.kind is Kind.CUT_DATABASE or DATABASE in found:
         found |= {*FRONTS, DATABASE}
     return frozenset(found)
@@ -167,9 +167,11 @@ def spared(scene: Scene | None) -> frozenset[str]:
 
 def choose(beat: Beat, up: Mapping[str, bool], scene: Scene | None, database_s: float) -> str:
     """Whom a beat kills; "" for nobody: all that it might are down, beside one that is, or spared by the scene. `database_s`:
-    how long ago the database was killed.
+    how long ago the database was killed. While it is away no front end is: who starts then knows no recipients.
     """
     keep = spared(scene) | (frozenset() if database_s >= DATABASE_EVERY_S else {DATABASE})
+    if not up[DATABASE]:
+        keep |= {*FRONTS}
     return next((name for name in beat.order if name not in keep and all(up[each] for each in alike(name))), "")
 
 
