@@ -190,7 +190,7 @@ async def test_a_node_whose_copies_were_damaged_and_repaired_keeps_the_count_and
     assert message is not None
     name = message.nodes[0]
     await running.index.note_bad(entry.key, name, "checksum")
-    await running.index.believe(entry.key, name, await end_of(running.powermail.core.cluster.nodes[name]))
+    await running.index.believe([entry.key], name, await end_of(running.powermail.core.cluster.nodes[name]))
     rows = {row["id"]: row for row in (await running.status())["nodes"]}
     assert rows[name]["bad_copies"] == 1 and rows[name]["bad_copy_at"].endswith("Z")
     assert [row["bad_copies"] for other, row in rows.items() if other != name] == [0, 0]

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
+import uvloop
 
 from powermail.admin.control import ControlServer, ask_raw
 from powermail.admin.operations import ROWS, TABLE
-from powermail.admin.table import Operation, Request, fields_of, unseen
+from powermail.admin.table import Operation, Progress, Request, fields_of, unseen
 from powermail.base import limits
 from powermail.base.errors import NoSuch, OperatorError, Trouble
-from powermail.base.log import Event
+from powermail.base.log import Event, MemoryLog
 from tests.system.conftest import Running
 
 IDS = [row.name for row in ROWS]
@@ -122,6 +126,57 @@ async def test_a_server_that_dies_in_its_answer_is_trouble(tmp_path: Path, said:
     async with await asyncio.start_unix_server(serve, path):
         with pytest.raises(Trouble, match="closed the connection without an answer"):
             await ask_raw(path, "queue_list", {}, unseen)
+
+
+class Slow:
+    """Operations of which one takes until it is let go on, with progress or without; no more of them is needed here."""
+
+    def __init__(self) -> None:
+        self.desk = SimpleNamespace(world=SimpleNamespace(log=MemoryLog()))
+        self.asked, self.go_on, self.ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def call(self, name: str, arguments: Mapping[str, object], progress: Progress, who: str) -> object:
+        self.asked.set()
+        try:
+            await self.go_on.wait()
+            if name == "with progress":
+                for done in range(5):
+                    await progress(done, 5)
+            return "x" * 1000
+        finally:
+            self.ended.set()
+
+
+@pytest.mark.parametrize("name", ["without", "with progress"])
+@pytest.mark.parametrize("loop", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def test_who_hangs_up_before_the_answer_is_no_fault_of_this_program(
+    tmp_path: Path, loop: Callable[[Coroutine[None, None, None]], None], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """uvloop refuses octets for a connection that is gone by a RuntimeError, asyncio by none or by an OSError."""
+    complaints: list[str] = []
+    monkeypatch.setattr(limits, "OPERATOR_BEAT_S", 0.01)
+
+    async def body() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(str(context)))
+        slow, path = Slow(), str(tmp_path / "control.sock")
+        server = ControlServer(path, slow)  # type: ignore[arg-type]
+        await server.start()
+        before = asyncio.all_tasks()
+        _, writer = await asyncio.open_unix_connection(path)
+        writer.write(msgspec.json.encode({"call": name, "arguments": {}}) + b"\n")
+        await slow.asked.wait()
+        writer.transport.abort()
+        await asyncio.sleep(0.1)  # beats find nobody there
+        slow.go_on.set()
+        await slow.ended.wait()
+        while asyncio.all_tasks() - before:
+            await asyncio.sleep(0.01)
+        await server.stop()
+        assert not [line for line in slow.desk.world.log.lines if "bug" in line]
+
+    loop(body())
+    gc.collect()
+    assert not complaints, complaints
 
 
 @pytest.mark.parametrize("number", [2**63, -(2**63), 10**30])

@@ -70,8 +70,8 @@ async def test_dead_messages_are_not_under_copied(index: Index) -> None:
 
 async def test_belief_grows_and_goes(index: Index) -> None:
     await deliver(index, 1, 2)
-    assert await index.believe(key(1), "c", end_of("c"))
-    assert await index.believe(key(1), "c", end_of("c")), "said twice is fine"
+    assert await index.believe([key(1)], "c", end_of("c"))
+    assert await index.believe([key(1)], "c", end_of("c")), "said twice is fine"
     assert await nodes_of(index, 1) == ("a", "b", "c")
     assert await index.copies_on("c", b"", 9) == [key(1)]
     assert await index.disbelieve("a", [key(1), key(2), key(7)], end_of("a"))
@@ -81,15 +81,30 @@ async def test_belief_grows_and_goes(index: Index) -> None:
     assert await index.copies_on("b", b"", 1) == [key(1)]
 
 
+async def test_of_several_copies_those_are_believed_whose_messages_live(index: Index) -> None:
+    """One note for a batch of repairs: what died meanwhile keeps the others from nothing (law 8)."""
+    await deliver(index, 1, 2)
+    await index.abort(key(4), ["a"])
+    assert await index.believe([key(4), key(2), key(9), key(1), key(2)], "c", end_of("c")) == [key(1), key(2)]
+    assert await index.copies_on("c", b"", 9) == [key(1), key(2)]
+    assert await index.orders("c", 9) == [key(4)]
+    await index.confirm_orders("c", [key(9)], end_of("c", Position(5, 0)))
+    await index.abort(key(5), ["a"])
+    await deliver(index, 3)
+    assert await index.believe([key(5), key(3)], "c", end_of("c", Position(4, 0))) == []
+    assert key(5) in await index.orders("c", 9) and await nodes_of(index, 3) == ("a", "b")
+    assert await index.believe([], "c", end_of("c", Position(5, 0))) == []
+
+
 async def test_a_copy_of_what_died_meanwhile_is_not_believed_but_ordered_away(index: Index) -> None:
     """Repair against deletion: whoever adds belief requires live (law 8)."""
     await deliver(index, 1)
     await delete_all(index)
     await index.abort(key(2), ["a"])
-    assert not await index.believe(key(1), "c", end_of("c"))
-    assert not await index.believe(key(2), "c", end_of("c"))
+    assert not await index.believe([key(1)], "c", end_of("c"))
+    assert not await index.believe([key(2)], "c", end_of("c"))
     assert await index.orders("c", 9) == [key(1), key(2)]
-    assert not await index.believe(key(3), "c", end_of("c"))
+    assert not await index.believe([key(3)], "c", end_of("c"))
     assert await index.orders("c", 9) == [key(1), key(2)], "without a row reconcile will order a drop"
 
 
@@ -97,9 +112,9 @@ async def test_a_note_of_another_disk_adds_no_belief(index: Index) -> None:
     """Law 8: the copy was made on a disk that is gone."""
     await deliver(index, 1)
     await index.admit_node("c", "west", "c-2", "boot", START, START)
-    assert not await index.believe(key(1), "c", end_of("c"))
+    assert not await index.believe([key(1)], "c", end_of("c"))
     assert await nodes_of(index, 1) == ("a", "b")
-    assert await index.believe(key(1), "c", End("c-2", START))
+    assert await index.believe([key(1)], "c", End("c-2", START))
     assert await nodes_of(index, 1) == ("a", "b", "c")
 
 
@@ -107,16 +122,16 @@ async def test_a_note_that_comes_after_later_news_of_the_node_adds_no_belief(ind
     """Law 8: what was found may have gone since, by an order or a drop, or on a walk."""
     await deliver(index, 1)
     await reconcile(index, "c", Position(4, 0))
-    assert not await index.believe(key(1), "c", end_of("c", Position(3, 9)))
+    assert not await index.believe([key(1)], "c", end_of("c", Position(3, 9)))
     assert await nodes_of(index, 1) == ("a", "b")
-    assert await index.believe(key(1), "c", end_of("c", Position(4, 0)))
+    assert await index.believe([key(1)], "c", end_of("c", Position(4, 0)))
     await index.confirm_orders("c", [key(9)], end_of("c", Position(5, 0)))
-    assert not await index.believe(key(1), "c", end_of("c", Position(4, 9)))
+    assert not await index.believe([key(1)], "c", end_of("c", Position(4, 9)))
     await begin_again(index)
     assert await index.walked("c", incarnation("c"), Position(6, 0), Position(6, 0), await index.raise_round(), index.epoch)
-    assert not await index.believe(key(1), "c", end_of("c", Position(5, 0)))
+    assert not await index.believe([key(1)], "c", end_of("c", Position(5, 0)))
     await delete_all(index)
-    assert not await index.believe(key(1), "c", end_of("c", Position(5, 0)))
+    assert not await index.believe([key(1)], "c", end_of("c", Position(5, 0)))
     assert key(1) in await index.orders("c", 9), "of what is dead no copy may stay, however old the news of it"
 
 
@@ -132,7 +147,7 @@ async def test_a_bad_copy_counts_no_more_until_the_keeper_has_looked(index: Inde
     assert await nodes_of(index, 1) == ("b",), "that its record is there does not make it good"
     await index.clear_suspect(key(1), "a", end_of("a"))
     assert await index.suspects("a", b"", 9) == []
-    assert await index.believe(key(1), "a", end_of("a"))
+    assert await index.believe([key(1)], "a", end_of("a"))
     assert await nodes_of(index, 1) == ("a", "b")
 
 
@@ -142,7 +157,7 @@ async def test_a_disk_that_damages_copies_leaves_a_trace_also_when_they_were_rep
     await index.note_bad(key(1), "a", "checksum")
     await index.note_bad(key(1), "a", "the same, seen again")
     await index.note_bad(key(9), "a", "of no message")
-    await index.believe(key(1), "a", end_of("a"))
+    await index.believe([key(1)], "a", end_of("a"))
     await index.note_bad(key(2), "a", "checksum")
     found = await index.damages()
     assert list(found) == ["a"]
@@ -220,7 +235,7 @@ async def test_confirming_a_drop_removes_the_belief(index: Index) -> None:
     await reconcile(index, "c", END, [(1, place(1), Origin.REPAIR), (2, place(2), Origin.MOVED)])
     assert await index.orders_total("c") == (0, 2)
     await deliver(index, 1)
-    await index.believe(key(1), "c", end_of("c"))
+    await index.believe([key(1)], "c", end_of("c"))
     await index.confirm_drops("c", await index.drops("c", 1), Dropped((), end_of("c")))
     assert await nodes_of(index, 1) == ("a", "b")
     assert await index.drops("c", 9) == [DropOrder(key(2), place(2))]
@@ -232,7 +247,7 @@ async def test_a_drop_leaves_the_belief_in_another_copy_that_is_live_there(index
     await reconcile(index, "c", END, [(3, place(3), Origin.REPAIR), (4, place(4), Origin.REPAIR)])
     await deliver(index, 3, 4)
     for number in (3, 4):
-        assert await index.believe(key(number), "c", end_of("c"))
+        assert await index.believe([key(number)], "c", end_of("c"))
     await index.confirm_drops("c", await index.drops("c", 9), Dropped((key(4),), end_of("c")))
     assert await nodes_of(index, 3) == ("a", "b")
     assert await nodes_of(index, 4) == ("a", "b", "c")

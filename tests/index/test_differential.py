@@ -184,7 +184,7 @@ class Operations:
     async def do_believe(self) -> None:
         number, node = self.number(), self.chance.choice("abcd")
         end = End(f"{node}-{self.chance.choice([1, 1, 1, 2])}", self.position())
-        await self.twins.ask(f"believe {number} {node} {end}", lambda index: index.believe(key(number), node, end))
+        await self.twins.ask(f"believe {number} {node} {end}", lambda index: index.believe([key(number)], node, end))
 
     async def do_disbelieve(self) -> None:
         keys, (node, end) = [key(number) for number in self.some()], await self.end()

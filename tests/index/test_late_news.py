@@ -140,7 +140,7 @@ async def test_who_confirms_a_drop_late_ends_no_belief_in_a_copy_made_since(inde
     await reconcile(index, "c", place(2), [(1, place(1), Origin.REPAIR)])
     await deliver(index, 1)
     drops = await index.drops("c", 9)
-    assert await index.believe(key(1), "c", end_of("c", BEFORE))
+    assert await index.believe([key(1)], "c", end_of("c", BEFORE))
     await reconcile(index, "c", SEEN)
     await index.confirm_drops("c", drops, Dropped((), end_of("c", BEFORE)))
     assert await nodes_of(index, 1) == ("a", "b", "c")

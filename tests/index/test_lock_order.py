@@ -112,7 +112,7 @@ class Writing:
 
     async def believe(self) -> None:
         node, at = self.node(), key(self.key())
-        await self.index.believe(at, node, end_of(node, FAR))
+        await self.index.believe([at], node, end_of(node, FAR))
         await self.index.note_bad(at, self.node(), "bad")
         await self.index.let_go(at, Receipt(node, incarnation(node), FAR), FAR, NODES, 1)
 
@@ -460,7 +460,7 @@ async def test_a_set_of_nodes_is_made_before_any_key_is_locked(shared_rig: Postg
     batch = Batch("c", incarnation("c"), START, FAR, FAR, [(key(2), FAR, Origin.DELIVERY)], [], {key(2): commit(2)})
     calls: dict[str, tuple[str, Callable[[], Awaitable[Any]], tuple[Any, ...]]] = {
         "deliver": ("a c", lambda: index.deliver(delivery(2, nodes=("a", "c"))), (NEW_KEY, key(2))),
-        "believe": ("a b c", lambda: index.believe(key(1), "c", end_of("c", FAR)), (LOCK_KEY, key(1))),
+        "believe": ("a b c", lambda: index.believe([key(1)], "c", end_of("c", FAR)), (LOCK_KEY, key(1))),
         "reconcile": ("c", lambda: index.reconcile(batch), (NEW_KEY, key(2))),
     }
     nodes, call, later = calls[what]

@@ -162,7 +162,7 @@ async def test_a_repair_beside_an_expulsion_does_not_bring_the_node_back_in(
     await deliver(shared_rig.index, 1)
     async with another(shared_rig) as other:
         acted = between(monkeypatch, SharedPlacements, "need", lambda: other.expel("b"))
-        assert await shared_rig.index.believe(key(1), "c", end_of("c"))
+        assert await shared_rig.index.believe([key(1)], "c", end_of("c"))
     assert acted
     assert [facts.nodes for facts in await shared_rig.index.messages([key(1)])] == [("a", "c")]
 

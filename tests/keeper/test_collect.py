@@ -111,7 +111,7 @@ def test_a_dropped_copy_leaves_the_belief_in_another_that_is_live_there() -> Non
         await node.drop([(orphan, first.position)], rig.index.mark())  # and that was not noted
         await rig.deliver("ab", orphan)
         await rig.put("c", orphan, Origin.REPAIR)
-        assert await rig.index.believe(orphan, "c", await end_of(node))
+        assert await rig.index.believe([orphan], "c", await end_of(node))
         await rig.collector.step(node)
         assert await rig.index.drops("c", 10) == []
         assert await rig.held("c", orphan) is Held.LIVE
@@ -128,7 +128,7 @@ def test_a_bad_copy_goes_only_when_there_are_enough_good_ones_elsewhere() -> Non
         await rig.each(rig.collector.step)
         assert await rig.held("a", key) is Held.LIVE, "it may be the best there is"
         await rig.put("c", key, Origin.REPAIR)
-        await rig.index.believe(key, "c", await end_of(rig.nodes["c"]))
+        await rig.index.believe([key], "c", await end_of(rig.nodes["c"]))
         await rig.each(rig.collector.step)
         assert await rig.held("a", key) is Held.ABSENT
         assert await rig.index.suspects("a", b"", 10) == []

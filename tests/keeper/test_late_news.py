@@ -41,7 +41,7 @@ def test_a_copy_that_was_made_while_a_node_was_asked_stays_believed() -> None:
 
         async def repaired() -> None:
             await rig.put("a", key, Origin.REPAIR)
-            assert await rig.index.believe(key, "a", await end_of(node))
+            assert await rig.index.believe([key], "a", await end_of(node))
             assert await rig.reconciler.advance(node, 0.0)
 
         before_its_answer(node, "has", repaired)

@@ -118,11 +118,13 @@ class ControlServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async def say(answer: Answer) -> None:
-            writer.write(msgspec.json.encode(answer) + b"\n")
-            await writer.drain()
+            await _write(writer, msgspec.json.encode(answer) + b"\n")
 
         async def progress(done: int, total: int) -> None:
-            await say(Answer(progress=(done, total)))
+            try:
+                await say(Answer(progress=(done, total)))
+            except OSError as error:
+                raise Trouble(f"who asked is gone: {error}") from error
 
         async def beat() -> None:
             while True:
@@ -181,8 +183,7 @@ async def ask_raw(path: str, call: str, arguments: Mapping[str, object], progres
     except OSError as error:
         raise OperatorError(f"cannot reach the server by {path}: {error.strerror or error}") from error
     try:
-        writer.write(msgspec.json.encode(Ask(call, dict(arguments))) + b"\n")
-        await writer.drain()
+        await _write(writer, msgspec.json.encode(Ask(call, dict(arguments))) + b"\n")
         while (line := await _line(reader, writer)).endswith(b"\n"):  # else it died in the middle of it
             answer = msgspec.json.decode(line, type=Answer)
             if answer.progress is not None:
@@ -198,6 +199,14 @@ async def ask_raw(path: str, call: str, arguments: Mapping[str, object], progres
         writer.close()
         with contextlib.suppress(OSError):
             await writer.wait_closed()
+
+
+async def _write(writer: asyncio.StreamWriter, octets: bytes) -> None:
+    """Raises ConnectionError also where the other end has gone before: uvloop would raise a RuntimeError, asyncio nothing."""
+    if writer.is_closing():
+        raise ConnectionResetError("the connection is closed")
+    writer.write(octets)
+    await writer.drain()
 
 
 async def _line(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:

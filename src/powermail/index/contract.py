@@ -313,11 +313,11 @@ class Copies(Protocol):
     async def copies_on(self, node: str, after: bytes, limit: int) -> list[bytes]:
         """Keys believed to be on a node, in order."""
 
-    async def believe(self, key: bytes, node: str, end: End) -> bool:
-        """A good copy is durable there, as was found when the log ended at `end` or later. Locks the row and requires live:
-        False, and a tombstone is ordered there if the row is dead or aborted, nothing if there is none: reconcile will order a
-        drop (laws 6, 8). False also if the node is of another incarnation by now, or if the index has seen a later end of its
-        log: what was found may have gone since, and who still wants to know looks again.
+    async def believe(self, keys: Sequence[bytes], node: str, end: End) -> list[bytes]:
+        """Good copies are durable there, as was found when the log ended at `end` or later; those that are believed now. Locks
+        the rows and requires live: not if one is dead or aborted, and a tombstone is ordered there, nor if there is none:
+        reconcile will order a drop (laws 6, 8). None is if the node is of another incarnation by now, or if the index has seen
+        a later end of its log: what was found may have gone since, and who still wants to know looks again.
         """
 
     async def let_go(self, key: bytes, copy: Receipt, end: Position, groups: Mapping[str, str], required: int) -> bool:

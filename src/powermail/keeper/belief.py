@@ -36,18 +36,27 @@ async def end_of(node: StorageNode) -> End:
     return End(facts.incarnation, facts.end)
 
 
-class Ends:
-    """Where logs ended before anything of a batch was looked at: one end for all its notes, so that none is late (law 8)."""
+class Looked(NamedTuple):
+    """What a node said of some keys: where its log ended before (law 8), and what it holds."""
 
-    def __init__(self) -> None:
-        self._known: dict[str, End] = {}
+    end: End
+    held: dict[bytes, Held]
+
+
+class Looks:
+    """What nodes say of a batch of keys before anything of it is done: one end for all its notes, so that none is late."""
+
+    def __init__(self, keys: Sequence[bytes]) -> None:
+        self._keys = keys
+        self._known: dict[str, Looked] = {}
         self._asking = asyncio.Lock()
 
-    async def of(self, node: StorageNode) -> End:
+    async def at(self, node: StorageNode) -> Looked:
         """Asked once, by the first who wants to know. Raises NodeTrouble."""
         async with self._asking:
             if node.id not in self._known:
-                self._known[node.id] = await end_of(node)
+                end = await end_of(node)
+                self._known[node.id] = Looked(end, dict(zip(self._keys, await node.has(self._keys), strict=True)))
         return self._known[node.id]
 
 

@@ -86,6 +86,6 @@ class Collector:
                 held = Held.LIVE
             # Law 8: if it died, or the node has gone on meanwhile, nothing changes, and it is looked at again.
             if held is Held.LIVE:
-                await self._index.believe(key, node.id, end)
+                await self._index.believe([key], node.id, end)
             else:
                 await self._index.clear_suspect(key, node.id, end)

@@ -131,7 +131,7 @@ class Rebalancer:
         except (CopyMissing, CopyDamaged, NodeTrouble) as error:  # scrub and repair find what is bad
             self._world.log.event(Event.TROUBLE, worker=REBALANCE, key=key, node=target.id, error=str(error))
             return False
-        if not await self._index.believe(key, target.id, end):
+        if not await self._index.believe([key], target.id, end):
             return False
         copy = Receipt(source.id, there.incarnation, position)
         counted, required = self._cluster.counted_there(), self._cluster.copies_required

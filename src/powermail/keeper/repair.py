@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from powermail.base import limits
 from powermail.base.errors import CopyDamaged, CopyMissing, NodeTrouble, NotRedundant
@@ -16,14 +17,22 @@ from powermail.base.world import World
 from powermail.cluster.cluster import Cluster
 from powermail.cluster.fetch import Fetcher
 from powermail.index.contract import Index, MessageFacts
-from powermail.keeper.belief import Ends, compare_belief
-from powermail.storage.contract import Held, NodeState, StorageNode
+from powermail.keeper.belief import Looks, compare_belief
+from powermail.storage.contract import End, Held, NodeState, StorageNode
 
 _REST_S = 5.0  # when nothing is thin
 _COUNT_INTERVAL_S = 30.0
 _AVOID_S = 30.0  # a node that was in trouble
 _LISTED_MAX = 100  # unrepairable messages that are named
 _OCTETS_PER_S_MIN = limits.MIB  # slower copying is trouble
+
+
+class _Copy(NamedTuple):
+    """A copy on a node, found or made when its log ended at `end` or later (law 8); None: there is none, and `why`."""
+
+    node: str
+    end: End | None
+    why: str
 
 
 class Repairer:
@@ -81,14 +90,9 @@ class Repairer:
         takers = await self.takers()
         repaired = 0
         for some in at_once(thin):
-            ends = Ends()
-            whys = await asyncio.gather(
-                *(self.mend(message, counted, takers, ends=ends) for message in some), return_exceptions=True
-            )
-            for message, why in zip(some, whys, strict=True):
-                if isinstance(why, BaseException):
-                    raise why
-                if not why:
+            whys = await self._mend_all(some, counted, takers)
+            for message in some:
+                if not (why := whys[message.key]):
                     repaired += 1
                     self._note_progress()
                 elif why != _OVER:
@@ -151,64 +155,90 @@ class Repairer:
     # -- one message ------------------------------------------------------------------------------------------------
 
     async def mend(
+        self, message: MessageFacts, counted: dict[str, str], takers: frozenset[str], source: StorageNode | None = None
+    ) -> str:
+        """Makes one more copy, on one of `takers`; why it could not, "" if it did, _OVER if there is nothing to do any more.
+        `source` is a disk that is no member, from which it is to be copied. Raises IndexTrouble.
+        """
+        return (await self._mend_all([message], counted, takers, source))[message.key]
+
+    async def _mend_all(
+        self,
+        messages: Sequence[MessageFacts],
+        counted: dict[str, str],
+        takers: frozenset[str],
+        source: StorageNode | None = None,
+    ) -> dict[bytes, str]:
+        """The same for several: what waits for disks waits together, and their notes are one for each node."""
+        looks = Looks([message.key for message in messages])
+        copies = await asyncio.gather(
+            *(self._make(message, counted, takers, source, looks) for message in messages), return_exceptions=True
+        )
+        whys, made = dict[bytes, str](), dict[str, tuple[End, list[bytes]]]()
+        for message, copy in zip(messages, copies, strict=True):
+            if isinstance(copy, BaseException):
+                raise copy
+            whys[message.key] = copy.why
+            if copy.end is not None:
+                made.setdefault(copy.node, (copy.end, []))[1].append(message.key)
+        for node, (end, keys) in made.items():
+            believed = await self._index.believe(keys, node, end)
+            for key in keys:
+                if key in believed:
+                    self._world.log.event(Event.COPY_REPAIRED, key=key, node=node)
+                else:
+                    whys[key] = _OVER  # law 8: it died meanwhile, or the node has gone on: once more
+        return whys
+
+    async def _make(
         self,
         message: MessageFacts,
         counted: dict[str, str],
         takers: frozenset[str],
-        source: StorageNode | None = None,
-        ends: Ends | None = None,
-    ) -> str:
-        """Makes one more copy, on one of `takers`; why it could not, "" if it did, _OVER if there is nothing to do any more.
-        `source` is a disk that is no member, from which it is to be copied; `ends` is shared by a batch. Raises IndexTrouble.
-        """
-        ends = ends or Ends()
+        source: StorageNode | None,
+        looks: Looks,
+    ) -> _Copy:
+        """Makes the copy, and notes nothing yet."""
         have = {counted[name] for name in message.nodes if name in counted}
         targets = [node for node in self._order(takers) if node.group not in have and not self._is_avoided(node)]
         if self._cluster.apart:  # into a site that has none first
             sites = {self._cluster.site_of(name) for name in message.nodes if name in counted}
             targets.sort(key=lambda node: self._cluster.site_of(node.id) in sites)
         if not targets:
-            return "no node of another group takes it"
+            return _Copy("", None, "no node of another group takes it")
         why = "no node with a copy is there"
         for each in [source] if source is not None else self._sources(message):
             for target in targets:
-                done, reason, next_source = await self._copy(message, each, target, ends)
-                if done:
-                    return ""
-                why = reason
-                if reason == _OVER:
-                    return _OVER
+                copy, next_source = await self._copy(message, each, target, looks)
+                if copy.end is not None:
+                    return copy
+                why = copy.why
                 if next_source:
                     break
-        return why
+        return _Copy("", None, why)
 
-    async def _copy(
-        self, message: MessageFacts, source: StorageNode, target: StorageNode, ends: Ends
-    ) -> tuple[bool, str, bool]:
-        """(made, why not, whether another source must be tried first)."""
+    async def _copy(self, message: MessageFacts, source: StorageNode, target: StorageNode, looks: Looks) -> tuple[_Copy, bool]:
+        """And whether another source must be tried first."""
         key = message.key
         patience = limits.NODE_CALL_TIMEOUT_S + message.octets / _OCTETS_PER_S_MIN
         try:
             async with asyncio.timeout(patience):
-                end = await ends.of(target)
-                held = (await target.has([key]))[0]
+                look = await looks.at(target)
+                held = look.held[key]
                 if held is Held.DEAD:
-                    return False, f"{target.id} has a tombstone of it", False
+                    return _Copy(target.id, None, f"{target.id} has a tombstone of it"), False
                 if held is not Held.LIVE or not await self._is_good_there(key, source, target):
                     await self._fetcher.copy(key, source, target)
         except (CopyMissing, CopyDamaged) as error:
             self._world.log.event(Event.COPY_BAD, key=key, node=source.id, error=str(error))
             await self._note_bad(message, source, error)
-            return False, f"{source.id}: {error}", True
+            return _Copy(target.id, None, f"{source.id}: {error}"), True
         except (NodeTrouble, TimeoutError) as error:
             why = str(error) or "no answer in time"
             self._avoided[target.id] = self._world.clock.monotonic() + _AVOID_S
             self._world.log.event(Event.TROUBLE, worker="repair", key=key, node=target.id, error=why)
-            return False, f"{source.id} to {target.id}: {why}", False
-        if not await self._index.believe(key, target.id, end):  # law 8: it died meanwhile, or the node has gone on: once more
-            return False, _OVER, False
-        self._world.log.event(Event.COPY_REPAIRED, key=key, node=target.id)
-        return True, "", False
+            return _Copy(target.id, None, f"{source.id} to {target.id}: {why}"), False
+        return _Copy(target.id, look.end, ""), False
 
     async def _is_good_there(self, key: bytes, source: StorageNode, target: StorageNode) -> bool:
         """Whether the target has a good copy already. A bad one makes room only when the source is known to be good."""

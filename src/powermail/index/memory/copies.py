@@ -241,19 +241,21 @@ class CopyPart(Transactions):
             raise Undo(None)
         self._set_node(node, end_seen=max(row.end_seen, end.position))
 
-    async def believe(self, key: bytes, node: str, end: End) -> bool:
-        def believing() -> bool:
-            fate = self._fate(key)
-            if fate is None or node not in self.state.nodes:
-                raise Undo(False)  # reconcile will order a drop (law 6)
-            if fate is not Fate.LIVE:
+    async def believe(self, keys: Sequence[bytes], node: str, end: End) -> list[bytes]:
+        def believing() -> list[bytes]:
+            fates = {key: fate for key in sorted(set(keys)) if (fate := self._fate(key)) is not None}
+            if node not in self.state.nodes:
+                raise Undo([])
+            died = [key for key, fate in fates.items() if fate is not Fate.LIVE]
+            for key in died:
                 self.order(node, key)  # law 8
-                return False
-            if self._is_late(node, end):
-                raise Undo(False)
-            self.state.copies[key, node] = None
-            self.state.suspects.pop((key, node), None)
-            return True
+            live = [] if self._is_late(node, end) else [key for key in fates if key not in died]
+            for key in live:
+                self.state.copies[key, node] = None
+                self.state.suspects.pop((key, node), None)
+            if not live and not died:
+                raise Undo(live)
+            return live
 
         return self.transact(believing)
 

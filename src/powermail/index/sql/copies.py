@@ -112,22 +112,23 @@ class CopyPart(References):
             octets += row[1]
         return messages, octets
 
-    async def believe(self, key: bytes, node: str, end: End) -> bool:
-        return await self._write(self._in_believe_repaired, key, node, end)
+    async def believe(self, keys: Sequence[bytes], node: str, end: End) -> list[bytes]:
+        return await self._write(self._in_believe_repaired, keys, node, end)
 
-    async def _in_believe_repaired(self, db: Transaction, key: bytes, node: str, end: End) -> bool | Untouched[bool]:
+    async def _in_believe_repaired(
+        self, db: Transaction, keys: Sequence[bytes], node: str, end: End
+    ) -> list[bytes] | Untouched[list[bytes]]:
         row = await db.member(node)
-        fate = (await self._in_fates(db, [key])).get(key)
-        if fate is None or row is None:
-            return Untouched(False)  # reconcile will order a drop (law 6)
-        if fate is not Fate.LIVE:
-            await self._in_order(db, [(node, key)])  # law 8
-            return False
-        if is_late(row, end):
-            return Untouched(False)
-        await self._in_believe(db, node, [key], True)
-        await db.change("DELETE FROM suspects WHERE node = ? AND key = ?", (node, key))
-        return True
+        fates = await self._in_fates(db, keys)  # for a key without one reconcile will order a drop (law 6)
+        if row is None:
+            return Untouched([])
+        died = sorted(key for key, fate in fates.items() if fate is not Fate.LIVE)
+        await self._in_order(db, [(node, key) for key in died])  # law 8
+        live = [] if is_late(row, end) else sorted(key for key, fate in fates.items() if fate is Fate.LIVE)
+        if live:
+            await self._in_believe(db, node, live, True)
+            await db.change_in("DELETE FROM suspects WHERE node = ? AND key IN", live, before=(node,))
+        return live if live or died else Untouched(live)
 
     async def let_go(self, key: bytes, copy: Receipt, end: Position, groups: Mapping[str, str], required: int) -> bool:
         return await self._write(self._in_let_go, key, copy, end, groups, required)
