@@ -285,11 +285,11 @@ class Repairer:
 
 
 def at_once(thin: Sequence[MessageFacts]) -> Iterator[list[MessageFacts]]:
-    """In their order, as many together as the limits allow."""
+    """In their order, as many together as have no more octets than may be on their way."""
     some: list[MessageFacts] = []
     octets = 0
     for message in thin:
-        if some and (len(some) == limits.REPAIR_AT_ONCE or octets + message.octets > limits.REPAIR_AT_ONCE_OCTETS):
+        if some and octets + message.octets > limits.REPAIR_AT_ONCE_OCTETS:
             yield some
             some, octets = [], 0
         some.append(message)
