@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from powermail.base import limits
 from powermail.base.errors import IndexTrouble, MarkRefused, NodeTrouble
 from powermail.index.memory import MemoryIndex
 from powermail.keeper.belief import end_of
@@ -69,6 +70,36 @@ def test_a_suspected_copy_that_is_good_counts_again() -> None:
         await rig.each(rig.collector.step)
         assert await rig.believed(key) == ("a", "b")
         assert await rig.index.suspects("a", b"", 10) == []
+
+    go(body)
+
+
+def test_a_suspicion_of_what_is_not_there_ends() -> None:
+    async def body(rig: Rig) -> None:
+        key = await rig.deliver("ab")
+        await rig.index.note_bad(key, "c", "somebody saw one")
+        assert await rig.index.suspects("c", b"", 10) == [key]
+        await rig.collector.step(rig.nodes["c"])
+        assert await rig.index.suspects("c", b"", 10) == [] and await rig.believed(key) == ("a", "b")
+
+    go(body)
+
+
+@pytest.mark.parametrize("ordered", ["tombstones", "drops"])
+def test_a_whole_batch_is_followed_by_the_next_at_once(ordered: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "COLLECT_BATCH", 3)
+
+    async def body(rig: Rig) -> None:
+        for _ in range(5):
+            if ordered == "tombstones":
+                await rig.delete(await rig.deliver("ab"))
+            else:
+                await rig.put("a", rig.key(), Origin.REPAIR)
+        if ordered == "drops":
+            await rig.reconciler.advance(rig.nodes["a"], 0.0)
+        assert await rig.collector.step(rig.nodes["a"]) == 0.0
+        assert await rig.collector.step(rig.nodes["a"]) > 0.0
+        assert not await rig.index.orders("a", 10) and not await rig.index.drops("a", 10)
 
     go(body)
 

@@ -11,7 +11,7 @@ from powermail.base.errors import CommitRefused, NodeTrouble
 from powermail.index.contract import Fate
 from powermail.keeper.walk import Walker
 from powermail.sim.memory import MemoryNode
-from powermail.storage.contract import Chunk, Held, Origin, Position, Stamp
+from powermail.storage.contract import Chunk, Held, Mark, Origin, Position, Stamp
 from tests.keeper.rig import DAY_S, Rig, go
 
 
@@ -160,6 +160,54 @@ def test_a_round_and_a_walk_name_a_stamp_that_is_younger_than_the_round() -> Non
 async def _named(fenced: dict[str, Stamp], fence: Callable[[Stamp], Awaitable[Position]], name: str, stamp: Stamp) -> Position:
     fenced[name] = stamp
     return await fence(stamp)
+
+
+def test_a_node_knows_the_mark_before_it_is_fenced_for_a_round() -> None:
+    """Law 10: a round says which writer slots are no more, so the scan brings the mark that says which there are."""
+
+    async def body(rig: Rig) -> None:
+        await rig.delete(await rig.deliver("ab"))
+        await rig.forgetter.step()
+        await asyncio.sleep(100)
+        node, done = rig.nodes["a"], list[str]()
+        put_mark, fence = node.put_mark, node.fence
+
+        async def marked(mark: Mark) -> None:
+            done.append("mark")
+            assert mark == await rig.index.proof(rig.index.connection)
+            await put_mark(mark)
+
+        async def fenced(stamp: Stamp) -> Position:
+            done.append("fence")
+            return await fence(stamp)
+
+        node.put_mark, node.fence = marked, fenced  # type: ignore[method-assign]
+        await rig.forgetter.scan(node)
+        assert done == ["mark", "fence"]
+
+    go(body)
+
+
+def test_a_node_that_is_away_is_an_alarm_once_it_holds_deletions_back_for_longer_than_a_scan_takes() -> None:
+    async def body(rig: Rig) -> None:
+        patience = 2 * limits.COMMIT_WINDOW_S + limits.RECONCILE_GRACE_S
+        rig.away("c")
+        await rig.watch()
+        await asyncio.sleep(10 * patience)
+        await rig.forgetter.step()
+        assert rig.forgetter.alarms == [], "nothing is held back"
+        await rig.delete(await rig.deliver("ab"))
+        await rig.each(rig.collector.step)
+        await rig.forgetter.step()  # raises the round
+        await asyncio.sleep(patience - 1)
+        await rig.forgetter.step()
+        assert rig.forgetter.alarms == [], "it may be about to come"
+        await asyncio.sleep(2)
+        await rig.forgetter.step()
+        (alarm,) = rig.forgetter.alarms
+        assert "node c is away and holds back forgetting 1 deletions" in alarm
+
+    go(body)
 
 
 def test_the_comfort_of_a_round_begins_when_it_is_raised() -> None:

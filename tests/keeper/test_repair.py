@@ -268,3 +268,38 @@ def test_short_absences_are_not_repaired_around() -> None:
         assert await rig.believed(key) == ("a", "b", "c")
 
     go(body)
+
+
+def test_two_short_absences_are_no_long_one() -> None:
+    async def body(rig: Rig) -> None:
+        key = await rig.deliver("ab")
+        for _ in range(3):
+            rig.away("b")
+            await rig.keep(200)
+            await rig.back("b")
+            await rig.keep(20)
+        assert await rig.believed(key) == ("a", "b")
+
+    go(body)
+
+
+def test_what_repair_says_for_status_rises_falls_and_goes_with_the_job() -> None:
+    async def body(rig: Rig) -> None:
+        for _ in range(2 * limits.REPAIR_BATCH):
+            await rig.deliver("a")
+        rig.nodes["a"].damage(lost := await rig.deliver("a"))
+        await rig.repairer.step()
+        assert rig.repairer.left == limits.REPAIR_BATCH + 1 and rig.repairer.rate > 0
+        assert rig.repairer.seconds_left() == round(rig.repairer.left / rig.repairer.rate, 1)
+        for _ in range(3):
+            await rig.repairer.step()
+        assert rig.repairer.unrepairable.keys() == {lost} and rig.repairer.unrepairable_total == 1
+        rig.repairer.let_go()
+        assert (rig.repairer.left, rig.repairer.rate, rig.repairer.seconds_left()) == (0, 0.0, None)
+        assert (rig.repairer.unrepairable, rig.repairer.unrepairable_total) == ({}, 0)
+        key = await rig.deliver("a")  # by another keeper meanwhile; then it is ours again, from the beginning
+        while len(await rig.believed(key)) < 2:
+            await rig.repairer.step()
+        assert await rig.repairer.step() > 0.0 and rig.repairer.unrepairable.keys() == {lost}
+
+    go(body)

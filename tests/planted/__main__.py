@@ -22,6 +22,7 @@ from typing import NamedTuple
 HERE = Path(__file__).parent
 COPIED = ("src", "tests", "docs", "requirements", "pyproject.toml", "README.md", "CHANGES.md", "CONTRIBUTING.md")
 SIMULATOR = "sim:"
+_SETTINGS = {"PYTHONHASHSEED": "0", "PM_TEST_SEED_BLOCKS": "2", "COLUMNS": "400"}  # a line has room for what failed and why
 
 
 class Planted(NamedTuple):
@@ -91,7 +92,7 @@ def _python(target: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=target,
-        env={**os.environ, "PYTHONPATH": str(target / "src"), "PYTHONHASHSEED": "0", "PM_TEST_SEED_BLOCKS": "2"},
+        env={**os.environ, **_SETTINGS, "PYTHONPATH": str(target / "src")},
         capture_output=True,
         text=True,
         check=False,
