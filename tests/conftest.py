@@ -90,6 +90,8 @@ def nothing_blocks_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 
     monkeypatch.setattr(asyncio.Handle, "_run", timed)
     gc.callbacks.append(collects)
+    thresholds = gc.get_threshold()
     yield
+    gc.set_threshold(*thresholds)  # a command that serves has set those of a server
     gc.callbacks.remove(collects)
     assert not slow, "the event loop was blocked: " + "; ".join(slow[:3])

@@ -7,7 +7,6 @@ another takes its place. When the channel ends, the parent is gone, and so it st
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import platform
 import socket
@@ -22,7 +21,7 @@ from powermail import __version__
 from powermail.admin.control import ControlServer
 from powermail.app.compose import PowerMail
 from powermail.app.roles import Duties, Role, as_client, listening, share_of
-from powermail.base import limits
+from powermail.base import garbage, limits
 from powermail.base.errors import OperatorError, PowerMailError
 from powermail.base.log import Event, NullLog, StreamLog
 from powermail.base.net import parse_host_port
@@ -191,9 +190,7 @@ async def _other(told: Assignment) -> int:
 
 
 async def _serve(told: Assignment) -> int:
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 50, 100)
+    garbage.settle()
     ownership.become_owner(told.data)
     if Role(told.role) in (Role.NODE, Role.AUTHORITY):
         return await _other(told)

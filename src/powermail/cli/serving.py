@@ -6,7 +6,6 @@ SIGTERM and SIGINT drain, SIGHUP reads settings and certificates again, every ot
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import shutil
 import signal
@@ -21,7 +20,7 @@ from powermail.admin.control import NAME as CONTROL_NAME
 from powermail.admin.control import ControlServer, check_place
 from powermail.app.compose import PowerMail
 from powermail.app.setup import FirstMailbox, discard, initialise, shared_disks
-from powermail.base import limits
+from powermail.base import garbage, limits
 from powermail.base.errors import OperatorError
 from powermail.base.log import Event, Log, NullLog, StreamLog
 from powermail.base.net import parse_host_port
@@ -190,9 +189,7 @@ def notify(state: str) -> None:
 
 async def serve(common: Common, init: bool) -> int:
     """Serves until interrupted."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 50, 100)
+    garbage.settle()
     first: FirstMailbox | None = None
     check_place(common.data)
     if init and not os.path.exists(f"{common.data}/{SETTINGS_NAME}"):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import signal
 from collections.abc import Callable
 
 from powermail.app.authority import AuthorityProcess
 from powermail.app.noding import NodeProcess
 from powermail.app.roles import Role
-from powermail.base import limits
+from powermail.base import garbage, limits
 from powermail.base.log import Event, NullLog, StreamLog
 from powermail.base.world import system_world
 from powermail.cli import ownership
@@ -26,9 +25,7 @@ async def serve_role(
 
     As one of several processes: until `stop`, and says when it is `ready`; its parent has the lock of the data directory.
     """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 50, 100)
+    garbage.settle()
     ownership.become_owner(common.data)
     settings = settings_of(common)
     world = system_world(NullLog())
