@@ -33,6 +33,7 @@ from tests.index.support import (
     incarnation,
     key,
     mailbox,
+    uids,
 )
 
 PROCESSES = 3
@@ -392,6 +393,21 @@ async def test_mailboxes_that_lose_their_checkpoints_are_locked_by_id(shared_rig
         shared_rig, lambda: shared_rig.index.checkpoints_lost("a"), (LOCK_BOX, boxes[0]), (LOCK_BOX, boxes[2])
     )
     assert lost == 3
+
+
+@pytest.mark.parametrize("what", ["copy", "move", "expunge"])
+async def test_keys_of_entries_are_locked_before_their_mailboxes(shared_rig: PostgresRig, what: str) -> None:
+    """Law 8: else who delivers there, or deletes elsewhere, waits in a ring with it."""
+    index, (first, second, _) = shared_rig.index, await three_boxes(shared_rig)
+    owners = {facts.id: facts.account for facts in await index.mailboxes(0, 9)}
+    await deliver(index, 1, 2, to=[inbox(owners[first])])
+    calls: dict[str, Callable[[], Awaitable[Any]]] = {
+        "copy": lambda: index.copy(first, [1, 2], second),
+        "move": lambda: index.move(first, [1, 2], second),
+        "expunge": lambda: index.expunge(first, [1, 2]),
+    }
+    await waits_first(shared_rig, calls[what], (LOCK_KEY, key(2)), (LOCK_BOX, first))
+    assert await uids(index, first) == ([1, 2] if what == "copy" else [])
 
 
 async def three_rows(rig: PostgresRig) -> list[int]:
