@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 
 from powermail.base import limits
-from powermail.storage.contract import Held, Position
+from powermail.index.sharing import MoveRow
+from powermail.keeper.rebalance import REBALANCE, Rebalancer
+from powermail.storage.contract import Held, Item, Position
 from tests.keeper.rig import DAY_S, Rig, go
+from tests.keeper.test_drain import begin, drain
 
 MISSING = pytest.mark.parametrize("missing", ["numbers", "entries"])
 
@@ -73,5 +76,53 @@ def test_nothing_is_copied_before_numbers_are_given() -> None:
         miss(rig, "numbers", there=True)
         await rig.repairer.step()
         assert len(await rig.believed(key)) == 2
+
+    go(body)
+
+
+def test_no_copy_is_judged_before_all_was_entered() -> None:
+    """A copy without a row may be of a message whose row is what was lost."""
+
+    async def body(rig: Rig) -> None:
+        await rig.deliver("ab")
+        asked: list[bytes] = []
+        inventory = rig.nodes["a"].inventory
+
+        async def seen(after: bytes, limit: int) -> list[Item]:
+            asked.append(after)
+            return await inventory(after, limit)
+
+        rig.nodes["a"].inventory = seen  # type: ignore[method-assign]
+        miss(rig, "entries", there=False)
+        await rig.scrubber.step(rig.nodes["a"])
+        assert not asked
+        miss(rig, "entries", there=True)
+        await rig.scrubber.step(rig.nodes["a"])
+        assert asked
+
+    go(body)
+
+
+@MISSING
+def test_no_node_is_emptied_and_nothing_is_moved(missing: str) -> None:
+    """What lies elsewhere is not known: a node that goes, and a copy that is let go of, may be the last."""
+
+    async def body(rig: Rig) -> None:
+        drainer = await begin(rig)
+        keys = [await rig.deliver("ab") for _ in range(20)]
+        for node in rig.nodes.values():
+            node.free_octets = 2000
+        await drain(rig, "c")
+        await rig.index.note_move(MoveRow(REBALANCE, "moving", 10, 0, rig.world.clock.now()))
+        rebalancer = Rebalancer(rig.world, rig.cluster, rig.index, rig.fetcher)
+        before = await rig.index.moves()
+        miss(rig, missing, there=False)
+        await drainer.step()
+        await rebalancer.step()
+        assert await rig.index.moves() == before
+        assert [await rig.held("c", key) for key in keys] == [Held.ABSENT] * len(keys)
+        miss(rig, missing, there=True)
+        await drainer.step()
+        assert await rig.index.moves() != before
 
     go(body)

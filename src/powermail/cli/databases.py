@@ -14,7 +14,7 @@ import re
 import shlex
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 from urllib.parse import quote
 
@@ -76,15 +76,15 @@ class Single:
                 file.write(f"host all powermail {servers.ground.net}.0/24 trust\n")
         options = ["-D", "postgresql/data", "-c", f"listen_addresses={host}", "-k", place]
         leash = "INT" if servers.leash == "TERM" else ""
-        server = await servers.start(
+        await servers.start(
             "postgresql", [f"{programs}/postgres", *options], shlex.join(["postgres", *options]),
             end_by=signal.SIGINT, leash=leash, user=user,
         )  # fmt: skip
-        async with asyncio.timeout(_START_S):
-            while (await run([f"{programs}/pg_isready", "-q", "-h", place], servers.root))[0]:
-                if server.process.returncode is not None:
-                    raise OperatorError(f"PostgreSQL ended:\n{servers.log_of('postgresql')}")
-                await asyncio.sleep(_LOOK_S)
+
+        async def is_ready() -> bool:
+            return (await run([f"{programs}/pg_isready", "-q", "-h", place], servers.root))[0] == 0
+
+        await _until(is_ready, servers, self.machines)
         await _create(servers, place)
         self._host = host or place
         return f"postgresql://powermail@{host or quote(place, safe='')}/powermail"
@@ -122,12 +122,7 @@ class Pair:
                 file.write(msgspec.json.encode(self._configuration(name, place)))
             _give(file.name, user)
             await servers.start(name, [self._programs["patroni"], file.name], f"patroni {name}.yml", user=user, where=name)
-        async with asyncio.timeout(_START_S):
-            while not await self.is_whole():
-                for name in ("etcd", *self.machines):
-                    if servers.served[name].process.returncode is not None:
-                        raise OperatorError(f"{name} ended:\n{servers.log_of(name)}")
-                await asyncio.sleep(_LOOK_S)
+        await _until(self.is_whole, servers, ("etcd", *self.machines))
         await _create(servers, self._at[await self.leader()])
         return f"postgresql://powermail@{','.join(self._at.values())}/powermail"
 
@@ -167,6 +162,20 @@ class Pair:
     async def is_whole(self) -> bool:
         asked = "SELECT NOT pg_is_in_recovery() AND EXISTS (SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync')"
         return any(await asyncio.gather(*(_asked(host, asked, "postgres") for host in self._at.values())))
+
+
+async def _until(holds: Callable[[], Awaitable[bool]], servers: Servers, names: Sequence[str]) -> None:
+    """Waits until it holds. Raises OperatorError when one of these has ended, or it takes too long: with what was said last."""
+    try:
+        async with asyncio.timeout(_START_S):
+            while not await holds():
+                for name in names:
+                    if servers.served[name].process.returncode is not None:
+                        raise OperatorError(f"{name} ended:\n{servers.log_of(name)}")
+                await asyncio.sleep(_LOOK_S)
+    except TimeoutError as error:
+        said = "\n".join(f"{name}: {servers.log_of(name)}" for name in names)
+        raise OperatorError(f"the database is not ready after {_START_S:.0f} s:\n{said}") from error
 
 
 async def _create(servers: Servers, host: str) -> None:

@@ -2,7 +2,8 @@
 
 The cluster is that of `powermail cluster demo`, made by the same commands, in network namespaces where this process may have
 them, else on addresses of the loopback. All of it is ended by process ids, also on SIGINT and SIGTERM; when this process is
-killed itself, the kernel kills what it started, and the next run takes the directory away.
+killed itself, the kernel kills what it started, and the next run what those had started (Patroni its PostgreSQL), and takes the
+directory away.
 """
 
 from __future__ import annotations
