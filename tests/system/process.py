@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -21,6 +22,7 @@ from tests.system.conftest import DOORS, Client, Place
 FREE = [word for name in DOORS for word in ("--set", f'{name}=["127.0.0.1:0"]')]
 SMALL = ["--set", f"cluster.segment_octets={limits.MIB}", "--set", "cluster.reserve_octets=0"]
 START_S = 60.0
+_LISTENING = re.compile(rb'"event":"listening","door":"([^"]+)","address":"[^"]*:(\d+)"')
 
 
 class Listed(NamedTuple):
@@ -59,9 +61,8 @@ class Served(Place):
             assert time.monotonic() < ends_at and self._process.returncode is None, log.read_text()
             await asyncio.sleep(0.02)
             for line in log.read_bytes().splitlines():
-                if b'"event":"listening"' in line:
-                    event = msgspec.json.decode(line)
-                    self._ports[event["door"]] = int(event["address"].rpartition(":")[2])
+                if (found := _LISTENING.search(line)) is not None:  # notes of a start may stand in the same line
+                    self._ports[found[1].decode()] = int(found[2])
 
     def port(self, door: str) -> int:
         return self._ports[door]

@@ -158,10 +158,10 @@ def spared(scene: Scene | None) -> frozenset[str]:
     if scene.kind in (Kind.CUT, Kind.ONE_WAY):
         return frozenset(FRONTS) - {scene.other}  # whom it does not touch: nodes are killed one at a time
     found = {*alike(scene.machine)}
-    if scene.kind in LOSING:
-        found |= {HEAD, DATABASE}  # repair is measured
     if scene.kind is Kind.CUT_DATABASE or DATABASE in found:
         found |= {*FRONTS, DATABASE}
+    if scene.kind in LOSING:
+        found |= {HEAD, DATABASE}  # repair is measured
     return frozenset(found)
 
 
