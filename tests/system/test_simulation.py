@@ -20,7 +20,7 @@ ONCE_FAILED = {
 
 # What keepers do between the faults; a block of seeds without it shows nothing.
 KEPT = ("law.13.wholes", "keeper.collected", "keeper.compacted_octets", "keeper.forgotten", "law.10.marks")
-MORE = 900_000  # seeds that are asked beside a block
+MORE = 700_000  # seeds that are asked beside a block
 
 # Faults, and the branches of the laws that four seeds of them must take: what never happens shows nothing.
 BRANCHES = {
@@ -38,7 +38,7 @@ def test_no_client_sees_what_it_must_not(block: int) -> None:
     results = simulated(block * PER_BLOCK, PER_BLOCK, SECONDS)
     assert all(result["acked"] and result["listings"] and result["looks"] and result["faults"] for result in results)
     missing = {name for name in KEPT if not any(result["laws"].get(name) for result in results)}
-    for seed in range(MORE + 10 * block, MORE + 10 * block + 6):  # what comes rarely may have come in none of them
+    for seed in range(MORE + 20 * block, MORE + 20 * block + 12):  # what comes rarely may have come in none of them
         if not missing:
             break
         (more,) = simulated(seed, 1, SECONDS)
