@@ -123,7 +123,9 @@ class Pair:
             _give(file.name, user)
             await servers.start(name, [self._programs["patroni"], file.name], f"patroni {name}.yml", user=user, where=name)
         await _until(self.is_whole, servers, ("etcd", *self.machines))
-        await _create(servers, self._at[await self.leader()])
+        if not (leader := await self.leader()):
+            raise OperatorError(f"none of {', '.join(self.machines)} leads any more:\n{servers.log_of(self.machines[0])}")
+        await _create(servers, self._at[leader])
         return f"postgresql://powermail@{','.join(self._at.values())}/powermail"
 
     def _configuration(self, name: str, place: str) -> dict[str, object]:

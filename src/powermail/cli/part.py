@@ -190,10 +190,10 @@ async def _other(told: Assignment) -> int:
 
 
 async def _serve(told: Assignment) -> int:
-    garbage.settle()
     ownership.become_owner(told.data)
     if Role(told.role) in (Role.NODE, Role.AUTHORITY):
         return await _other(told)
+    garbage.settle()
     await Part(told).run()
     return 0
 

@@ -235,8 +235,9 @@ class Repairer:
             return _Copy(target.id, None, f"{source.id}: {error}"), True
         except (NodeTrouble, TimeoutError) as error:
             why = str(error) or "no answer in time"
+            if not self._is_avoided(target):  # said once, not for each of a batch
+                self._world.log.event(Event.TROUBLE, worker="repair", key=key, node=target.id, error=why)
             self._avoided[target.id] = self._world.clock.monotonic() + _AVOID_S
-            self._world.log.event(Event.TROUBLE, worker="repair", key=key, node=target.id, error=why)
             return _Copy(target.id, None, f"{source.id} to {target.id}: {why}"), False
         return _Copy(target.id, look.end, ""), False
 

@@ -147,9 +147,8 @@ class Served(ABC):
             self.counted(self.world)
             self.world = None
             self._machines.let_go_on(self.host, self._process.abandon)
-            self._machines.let_go_on(
-                self.host, gc.collect
-            )  # what was half open: a file that a dead process has open must not be seen by the next one
+            # what was half open: a file that a dead process has open must not be seen by the next one
+            self._machines.let_go_on(self.host, gc.collect)
 
     async def restart(self, pause_s: float, cut_power: bool = False) -> None:
         """It is killed, and starts anew after a while."""
