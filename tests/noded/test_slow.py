@@ -11,11 +11,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
+
 from powermail.base import limits
 from powermail.base.log import MemoryLog
 from powermail.base.world import World, system_world
 from powermail.cluster.cluster import Cluster
 from powermail.cluster.fetch import Fetcher
+from powermail.cluster.node_connection import Disconnected
 from powermail.cluster.node_link import Where
 from powermail.cluster.remote import RemoteNode
 from powermail.storage.contract import NodeState, Receipt
@@ -158,7 +161,9 @@ async def test_a_node_that_is_stopped_is_slow_then_dead_then_back(tmp_path: Path
         for _ in range(20):
             assert "c" not in {receipt.node for receipt in await here.deliver()}, "it is used last"
         await until(lambda: node.state is NodeState.MISSING)
-        assert waiting.done() and node.stamp() is None
+        with pytest.raises(Disconnected):
+            await asyncio.wait_for(waiting, 1)
+        assert node.stamp() is None
         await here.deliver()
         here.signal("c", signal.SIGCONT)
         await until(lambda: node.state is NodeState.READ_WRITE)

@@ -98,16 +98,15 @@ class Place(Protocol):
         await self.operation("account_add", address=address, password=password, **values)
 
     async def send(self, recipients: list[str], octets: bytes, sender: str = "sender@example.org") -> str:
-        """One message over SMTP (octets already stuffed); the final reply."""
+        """One message over SMTP (octets already stuffed); the final reply, or the first that refuses a command."""
         client = await self.connect()
         await client.ask("EHLO test.example")
-        await client.ask(f"MAIL FROM:<{sender}>")
-        for recipient in recipients:
-            reply = await client.ask(f"RCPT TO:<{recipient}>")
-            if not reply.startswith("250"):
+        rest = [(f"RCPT TO:<{recipient}>", "250") for recipient in recipients]
+        for command, wanted in ((f"MAIL FROM:<{sender}>", "250"), *rest, ("DATA", "354")):
+            reply = await client.ask(command)
+            if not reply.startswith(wanted):
                 client.close()
                 return reply
-        await client.ask("DATA")
         reply = await client.ask(octets + b"\r\n.\r\n")
         client.send("QUIT")
         client.close()

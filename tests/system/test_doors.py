@@ -28,6 +28,14 @@ async def half_closed(port: int, octets: bytes) -> bytes:
     return greeting + rest
 
 
+async def test_what_the_tests_hear_is_the_first_refusal_of_a_message(running: Running) -> None:
+    await running.mailbox("ann@local.example")
+    assert (await running.send(["ann@local.example"], b"x", "a b@c.example")).startswith("501 5.1.7"), "to MAIL"
+    assert (await running.send(["ann@local.example", "no@local.example"], b"x")).startswith("550 5.1.1"), "to RCPT"
+    assert (await running.send([], b"x")).startswith("503 5.5.1"), "to DATA"
+    assert (await running.send(["ann@local.example"], b"S: x\r\n\r\nx")).startswith("250"), "to none"
+
+
 async def test_a_half_closed_client_gets_its_replies(running: Running) -> None:
     await running.mailbox("ann@local.example")
     said = await half_closed(
