@@ -6,7 +6,7 @@ import asyncio
 import gc
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pytest_asyncio
 
 from powermail.base import limits
 from powermail.base.errors import IndexLost, IndexTrouble, OperatorError
+from powermail.base.lane import Lane
 from powermail.base.log import MemoryLog
 from powermail.base.world import system_world
 from powermail.index.contract import Fate, FlagChange, Outcome
@@ -444,3 +445,58 @@ async def test_an_error_that_nobody_waits_for_any_more_is_no_complaint(room: Pat
     gc.collect()
     assert complaints == []
     await index.close()
+
+
+class Failing:
+    """A lane whose call number `at` fails as on a file that is away, wherever that is."""
+
+    def __init__(self, lane: Lane) -> None:
+        self.at = self.calls = 0
+        self._lane = lane
+
+    def run(self, call: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+        self.calls += 1
+        return self._lane.run(self._fail) if self.calls == self.at else self._lane.run(call, *args)
+
+    def _fail(self) -> None:
+        raise sqlite3.OperationalError("database is locked")
+
+    def waiting(self) -> int:
+        return self._lane.waiting()
+
+    def close(self) -> None:
+        self._lane.close()
+
+
+@pytest.mark.parametrize("which", ["_read_lane", "_write_lane"])
+async def test_whichever_call_of_a_lane_fails_it_is_trouble_of_the_index(rig: SqliteRig, which: str) -> None:
+    """What only computes runs there too."""
+    index = rig.index
+    assert isinstance(index, SqliteIndex)
+    await deliver(index, *range(1, 9))
+    box = await mailbox(index)
+    lane = Failing(getattr(index, which))
+    setattr(index, which, lane)
+    calls: dict[str, Callable[[], Awaitable[Any]]] = {
+        "merge": lambda: index.merge(box),
+        "view": lambda: index.view(box),
+        "entries": lambda: index.entries(box, 0, 99, 99),
+        "plan": lambda: index.checkpoint_due(NOW + 1e6, 9),
+        "deliver": lambda: index.deliver(delivery(20)),
+        "expunge": lambda: index.expunge(box, [1]),
+        "copy": lambda: index.copy(box, [2], box),
+        "lease": lambda: index.lease("scrub a", "one", 9.0),
+    }
+    failed = 0
+    for name, call in calls.items():
+        for at in range(1, 9):
+            lane.at, lane.calls = at, 0
+            try:
+                await call()
+            except IndexTrouble as error:
+                assert "locked" in str(error), name
+                failed += 1
+            if lane.calls < at:
+                break
+    assert failed >= 5
+    lane.at = 0

@@ -278,7 +278,7 @@ class SqliteCore(Gathering):
         return self._world.clock.now()
 
     async def _aside(self, call: Callable[..., T], *args: Any) -> T:
-        return await self._read_lane.run(call, *args)
+        return await self._guard(self._read_lane.run(call, *args))
 
     @staticmethod
     async def _guard(future: Awaitable[T]) -> T:
