@@ -15,12 +15,15 @@ import zstandard
 from powermail.base import limits
 from powermail.base.errors import NotRedundant
 from powermail.index.contract import CheckpointPlan, Fate, FlagChange, Outcome, QueuePlan
+from powermail.index.rebuilding import Found
 from powermail.index.sqlite import SqliteIndex
 from powermail.index.view import View
 from powermail.keeper.checkpoint import heads, pages_of, write_purged
 from powermail.keeper.checkpoint_form import Kind, RecordHead, decode_head, encode_queue, encode_whole, record_name
+from powermail.keeper.rebuild import decide
+from powermail.mail.envelope import Target
 from powermail.storage.contract import NO_RANK, Held, Mark, Origin, Rank
-from tests.index.support import elsewhere, inbox, key
+from tests.index.support import commit, elsewhere, inbox, key
 from tests.keeper.installation import Installation, entries, held, numbers, shown
 
 
@@ -715,3 +718,19 @@ async def test_whatever_was_done_nothing_acknowledged_is_lost_and_nothing_confir
     if final:
         assert {box: sorted(found) for box, found in after.items()} == {box: sorted(found) for box, found in before.items()}
     await place.stop()
+
+
+def test_of_what_only_an_older_disk_has_one_target_says_nothing_of_the_others() -> None:
+    """Law 12: its commit is no new mail, and no reason for a tombstone: a node that was left out may have the message."""
+    ann, bob, away = inbox("ann"), inbox("bob"), elsewhere()
+    gone = ("ann", "INBOX", True)
+
+    def fate(*targets: Target, old: bool, settled: int = 0, purged: Sequence[str] = ()) -> Fate | None:
+        found = Found(key(1), ("c",), False, old, settled, (), (gone,), frozenset())
+        return decide(found, commit(1, *targets), purged).fate
+
+    assert fate(ann, bob, old=True) is None and fate(ann, bob, old=False) is Fate.LIVE
+    assert fate(bob, away, old=True, settled=1) is None, "it was sent, and bob may have it"
+    assert fate(ann, away, old=True) is None, "it may wait to be sent"
+    assert fate(ann, old=True) is Fate.DEAD and fate(ann, away, old=True, settled=1) is Fate.DEAD, "nothing of it is left"
+    assert fate(ann, bob, old=True, purged=["bob"]) is Fate.DEAD

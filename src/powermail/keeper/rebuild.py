@@ -121,9 +121,15 @@ def decide(found: Found, commit: Commit, purged: Collection[str]) -> Verdict:
     hold = tuple(target for target in forwards if not found.old and not is_done(found, target.destination))
     if shown or enter or hold:
         return Verdict(found.key, Fate.LIVE, found.nodes, commit, tuple(enter.values()), hold)
-    decided = gone or any(is_done(found, target.destination) for target in forwards)
-    decided = decided or any(target.account in purged for target in commit.targets)
-    return Verdict(found.key, Fate.DEAD if decided else None, found.nodes)
+    # Of what only an older disk has, one target says nothing of the others: a node that was left out may have them (law 12).
+    decided = [
+        is_done(found, target.destination)
+        if target.destination
+        else target.account in purged or (target.account, target.mailbox) in gone
+        for target in commit.targets
+    ]
+    dead = bool(decided) and all(decided)
+    return Verdict(found.key, Fate.DEAD if dead else None, found.nodes)
 
 
 class Rebuilder:
