@@ -723,10 +723,9 @@ async def test_whatever_was_done_nothing_acknowledged_is_lost_and_nothing_confir
 def test_of_what_only_an_older_disk_has_one_target_says_nothing_of_the_others() -> None:
     """Law 12: its commit is no new mail, and no reason for a tombstone: a node that was left out may have the message."""
     ann, bob, away = inbox("ann"), inbox("bob"), elsewhere()
-    gone = ("ann", "INBOX", True)
 
-    def fate(*targets: Target, old: bool, settled: int = 0, purged: Sequence[str] = ()) -> Fate | None:
-        found = Found(key(1), ("c",), False, old, settled, (), (gone,), frozenset())
+    def fate(*targets: Target, old: bool, settled: int = 0, purged: Sequence[str] = (), gone: str = "INBOX") -> Fate | None:
+        found = Found(key(1), ("c",), False, old, settled, (), (("ann", gone, True),), frozenset())
         return decide(found, commit(1, *targets), purged).fate
 
     assert fate(ann, bob, old=True) is None and fate(ann, bob, old=False) is Fate.LIVE
@@ -734,3 +733,4 @@ def test_of_what_only_an_older_disk_has_one_target_says_nothing_of_the_others() 
     assert fate(ann, away, old=True) is None, "it may wait to be sent"
     assert fate(ann, old=True) is Fate.DEAD and fate(ann, away, old=True, settled=1) is Fate.DEAD, "nothing of it is left"
     assert fate(ann, bob, old=True, purged=["bob"]) is Fate.DEAD
+    assert fate(ann, old=True, gone="Archive") is Fate.DEAD, "it was moved there, and then the account had it nowhere any more"

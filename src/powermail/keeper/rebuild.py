@@ -122,13 +122,9 @@ def decide(found: Found, commit: Commit, purged: Collection[str]) -> Verdict:
     if shown or enter or hold:
         return Verdict(found.key, Fate.LIVE, found.nodes, commit, tuple(enter.values()), hold)
     # Of what only an older disk has, one target says nothing of the others: a node that was left out may have them (law 12).
-    decided = [
-        is_done(found, target.destination)
-        if target.destination
-        else target.account in purged or (target.account, target.mailbox) in gone
-        for target in commit.targets
-    ]
-    dead = bool(decided) and all(decided)
+    over = left.union(purged)
+    done = (is_done(found, target.destination) if target.destination else target.account in over for target in commit.targets)
+    dead = bool(commit.targets) and all(done)
     return Verdict(found.key, Fate.DEAD if dead else None, found.nodes)
 
 
