@@ -9,8 +9,10 @@ import pytest
 
 from powermail.base import limits
 from powermail.base.errors import IndexTrouble
+from powermail.base.tasks import Tasks
 from powermail.base.tls import make_self_signed
 from powermail.index.contract import Attempt
+from powermail.index.sharing import hand_on_row
 from powermail.keeper.belief import end_of
 from powermail.keeper.leases import Leases, Process
 from tests.system.conftest import Running
@@ -61,6 +63,30 @@ async def test_a_process_that_never_came_up_is_said_and_so_is_one_whose_last_wor
     (said,) = await degraded(running)
     assert said == "process front2 of this machine is not there: the log says why"
     await made("front2", "here").show()
+    assert await degraded(running) == []
+
+
+def broke(error: BaseException) -> None:
+    """A background job ended in a bug."""
+    pytest.fail(str(error))
+
+
+async def test_what_the_nodes_hold_of_the_index_on_too_few_of_them_is_said_until_it_is_written_anew(running: Running) -> None:
+    """A disk that was put back, and the next one that goes: the index cannot be made anew without it before."""
+    await running.operation("account_add", address="a@local.example", password="long enough 1")
+    assert (await running.send(["a@local.example"], b"S: x\r\n\r\nx")).startswith("250")
+    core, keeping = running.powermail.core, running.powermail.keeping
+    await keeping.checkpoint_all()
+    assert await degraded(running) == []
+    keeping.start(Tasks(core.world.log, broke), broke, {})  # from here on nothing is done in the background
+    (holder, *_) = [name for name in core.cluster.nodes if await core.index.checkpoints_lost(name)]
+    await core.index.note_move(hand_on_row(holder, core.world.clock.now()))
+    assert sorted(await degraded(running)) == [
+        f"hand-on {holder}: what lay there is written to others",
+        "the checkpoints of 1 mailboxes are written anew: too few nodes are known to hold the last ones",
+    ]
+    await keeping.drainer.step()
+    await keeping.checkpoint_all()
     assert await degraded(running) == []
 
 

@@ -51,7 +51,8 @@ def unpack_before(to: Path) -> Before:
         return Before(_environment(ROOT / "src"), "this tree itself, because its history is not in this clone")
     packed = subprocess.run(["git", "-C", str(ROOT), "archive", "--format=tar", commit, "src"], capture_output=True, check=True)
     with tarfile.open(fileobj=io.BytesIO(packed.stdout)) as archive:
-        archive.extractall(to, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.2 has none
+        archive.extractall(to)
     return Before(_environment(to / "src"), f"commit {_git('log', '-1', '--format=%h of %cs (%s)', commit)}")
 
 

@@ -15,7 +15,7 @@ SECONDS = 25
 # Seeds that found something, and for how many seconds of faults; replayed for ever.
 ONCE_FAILED = {
     **dict.fromkeys((101, 312, 10008, 100025, 100037, 400999), SECONDS),
-    **dict.fromkeys((600550, 600623, 602061, 602741, 802974), 10),
+    **dict.fromkeys((600550, 600623, 602061, 602741, 802974, 803379), 10),
 }
 
 # What keepers do between the faults; a block of seeds without it shows nothing.

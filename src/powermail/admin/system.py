@@ -16,6 +16,7 @@ from powermail.admin.table import Operation, Progress, Request, place
 from powermail.base import limits
 from powermail.base.clock import utc
 from powermail.base.errors import OperatorError, Trouble
+from powermail.index.sharing import HAND_ON
 from powermail.keeper.disperse import sites_of_copies, wanted_sites
 from powermail.keeper.leases import seen
 from powermail.storage.layout import Standing
@@ -129,6 +130,8 @@ async def status(desk: Desk, request: Request, progress: Progress) -> Status:
     if thin[0]:
         degraded.append(f"{thin[0]} messages are not redundant")
         degraded += _beyond_repair(desk.repairer.unrepairable)
+    moving = [] if silent else await look(moves(desk, request), [])
+    degraded += _handed_on(totals, moving)
     if desk.index.catching_up:
         degraded.append("the index is catching up with the nodes")
     degraded += [f"node {n}: {c} copies wait to be dropped: `node confirm {n}`" for n, c in desk.admission.held.items()]
@@ -159,7 +162,7 @@ async def status(desk: Desk, request: Request, progress: Progress) -> Status:
         processes=processes,
         jobs=jobs,
         members=members,
-        moves=[] if silent else await look(moves(desk, request), []),
+        moves=moving,
         site=desk.cluster.site,
         in_too_few_sites=Thin(few[0], few[1]),
     )
@@ -221,6 +224,18 @@ def _beyond_repair(unrepairable: Mapping[bytes, str]) -> list[str]:
         f"{len(keys)} of them cannot be repaired: {why}; for one, `powermail where {keys[0].hex()}`"
         for why, keys in list(by_reason.items())[:_REASONS_SHOWN]
     ]
+
+
+def _handed_on(totals: Mapping[str, int], moving: Sequence[MoveFacts]) -> list[str]:
+    """What of the index's own state lies on too few nodes: an index that is made anew without one of these lacks it (P15)."""
+    said = [
+        f"{move.name}: {move.note or 'what lay there is written to others'}"
+        for move in moving
+        if move.name.startswith(f"{HAND_ON} ")
+    ]
+    if count := totals.get("thin_checkpoints"):
+        said.append(f"the checkpoints of {count} mailboxes are written anew: too few nodes are known to hold the last ones")
+    return said
 
 
 def _without_route(desk: Desk, totals: dict[str, int]) -> list[str]:

@@ -601,7 +601,7 @@ class Checkpoints(Protocol):
     """What goes to the nodes, so that mailboxes can be made anew from them (P15)."""
 
     async def checkpoint_due(self, now: float, limit: int) -> list[int]:
-        """Mailboxes whose checkpoint is due, the longest due first."""
+        """Mailboxes whose checkpoint is due: those that lost the one they had, then the longest due first."""
 
     async def checkpoint_plan(self, mailbox: int, whole: bool = False) -> CheckpointPlan | None:
         """What must be written; a whole one is merged first. None if nothing changed or the mailbox is gone.
@@ -617,7 +617,7 @@ class Checkpoints(Protocol):
         """
 
     async def checkpoints_lost(self, node: str) -> int:
-        """A node is gone or was made anew: what had its checkpoint there gets a whole one soon; how many."""
+        """A node is gone or was made anew: what had its checkpoint there gets a whole one before others; how many."""
 
     async def queue_plan(self, limit: int) -> QueuePlan:
         """Begins a checkpoint of the queue, with the first `limit` open rows."""
@@ -770,7 +770,7 @@ class Index(Mailboxes, Copies, Queue, Leases, Tallies, Membership, Identities, C
         """Name of the cluster it belongs to."""
 
     async def totals(self) -> dict[str, int]:
-        """Sizes for status."""
+        """Sizes for status. `thin_checkpoints`: mailboxes of which it is not known that R nodes hold a checkpoint."""
 
     async def audit(self) -> list[str]:
         """Recounts what can be recounted; returns what does not agree."""

@@ -6,11 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from powermail.base import limits
 from powermail.index.contract import Fate, Head
 from powermail.storage.contract import Mark, Origin
+
+# When the checkpoint of a mailbox is due whose last one lay on a disk that went, or lies nobody knows where: before all others
+# (law 13). Only in this state does a mailbox have so early a time.
+LOST_DUE: Final = 1.0
 
 
 class Numbers(NamedTuple):

@@ -357,16 +357,13 @@ class SqliteRebuilding:
         return self._uidvalidity
 
     def _mailbox_row(self, db: sqlite3.Connection, account: str, name: str, n: Numbers) -> int:
+        # Nobody knows who holds the checkpoints that it was made from.
         row = db.execute(
             "INSERT INTO mailboxes (account, name, uidvalidity, uid_next, modseq, epoch, start, base_uid, base_modseq,"
             " messages, octets, due_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0, 0, ?) RETURNING id",
-            (account, name, n.uidvalidity, n.uid_next, n.modseq, n.epoch, n.start, n.base_uid, n.base_modseq, self._due()),
+            (account, name, n.uidvalidity, n.uid_next, n.modseq, n.epoch, n.start, n.base_uid, n.base_modseq, laws.LOST_DUE),
         ).fetchone()
         return int(row[0])
-
-    def _due(self) -> float:
-        """Everything is checkpointed anew: nobody knows who holds what."""
-        return max(1.0, self._world.clock.now())
 
     def _take_uids(self, db: sqlite3.Connection, target: Target, count: int) -> tuple[int, int, int]:
         """(mailbox, first UID, first MODSEQ) of `count` new entries; the mailbox is made if there was no checkpoint of it."""

@@ -85,11 +85,12 @@ class CheckpointPart(MailboxPart):
             at, numbers = plan.mailbox, row.numbers
             if row.written > at.modseq:
                 return  # law 13: another keeper was quicker
+            sooner = now if row.due is None else min(row.due, now)
             if not self._stay(nodes, incarnations or {}):  # law 13: a holder went, or its disk did, while it was written
-                self.state.mailboxes[row.id] = row._replace(due=now)
+                self.state.mailboxes[row.id] = row._replace(due=sooner)
                 return
             if plan.side == (row.whole_side if plan.whole else row.tail_side):  # with the same: both may lie there in pieces
-                self.state.mailboxes[row.id] = row._replace(skipped=True, due=now)
+                self.state.mailboxes[row.id] = row._replace(skipped=True, due=sooner)
                 return
             numbers = numbers._replace(  # law 11: JUMP numbers more
                 base_uid=max(numbers.base_uid, at.uid_next), base_modseq=max(numbers.base_modseq, at.modseq)

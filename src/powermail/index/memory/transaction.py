@@ -455,6 +455,5 @@ class Transactions:
         """What had its checkpoint there gets a whole one at once (law 13); how many mailboxes."""
         rows = [row for row in self.state.mailboxes.values() if node in row.holders]
         for row in rows:
-            now = self._world.clock.now()
-            self.state.mailboxes[row.id] = row._replace(base=0, written=0, holders=(), due=now)
+            self.state.mailboxes[row.id] = row._replace(base=0, written=0, holders=(), due=laws.LOST_DUE)
         return len(rows)

@@ -178,13 +178,14 @@ class CheckpointPart(MailboxPart, NodePart):
         if row[5] > at.modseq:
             return Untouched(None)
         if not stay:  # law 13: a holder went, or its disk did, while it was written
-            await db.change("UPDATE mailboxes SET due_at = ? WHERE id = ?", (now, at.id))
+            await self._in_due_by(db, at.id, now)
             db.boxes.pop((at.account, at.name), None)
             return None
         if plan.side == (row[3] if plan.whole else row[4]):
             # Another keeper was quicker with the same: the records of both may lie there in pieces. A whole one on the other
             # side is due at once, and the one before it counts until then.
-            await db.change("UPDATE mailboxes SET skipped = 1, due_at = ? WHERE id = ?", (now, at.id))
+            await db.change("UPDATE mailboxes SET skipped = 1 WHERE id = ?", (at.id,))
+            await self._in_due_by(db, at.id, now)
             db.boxes.pop((at.account, at.name), None)
             return None
         behind = row[0] > at.modseq or plan.skipped
@@ -224,7 +225,7 @@ class CheckpointPart(MailboxPart, NodePart):
             "SELECT id FROM mailboxes WHERE holders IN", held, "ORDER BY id LIMIT ? FOR UPDATE", (), (_LOST_ROWS,)
         )
         lost = "UPDATE mailboxes SET holders = 0, whole_modseq = 0, checkpoint_modseq = 0, due_at = ? WHERE id IN"
-        await db.change_in(lost, [row[0] for row in locked], (self._world.clock.now(),))
+        await db.change_in(lost, [row[0] for row in locked], (laws.LOST_DUE,))
         db.boxes.clear()
         return len(locked) or Untouched(0)
 

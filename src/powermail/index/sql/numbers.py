@@ -177,10 +177,16 @@ class Numbering(Core):
         """A checkpoint falls due at the first change behind the last one (law 13), at once when numbers run out (law 11)."""
         now = self._world.clock.now()
         if laws.needs_checkpoint(numbers):
-            await db.change("UPDATE mailboxes SET due_at = ? WHERE id = ? AND (due_at = 0 OR due_at > ?)", (now, mailbox, now))
+            await self._in_due_by(db, mailbox, now)
             return True
         due = now + limits.CHECKPOINT_INTERVAL_S
         return await db.change("UPDATE mailboxes SET due_at = ? WHERE id = ? AND due_at = 0", (due, mailbox)) > 0
+
+    async def _in_due_by(self, db: Transaction, mailbox: int, moment: float) -> None:
+        """A checkpoint is due by then; what was due before stays so."""
+        await db.change(
+            "UPDATE mailboxes SET due_at = ? WHERE id = ? AND (due_at = 0 OR due_at > ?)", (moment, mailbox, moment)
+        )
 
     # -- mailboxes by name ---------------------------------------------------------------------------------------------
 
