@@ -201,6 +201,59 @@ async def test_a_node_that_was_opened_again_is_compared_again() -> None:
 
 
 @virtual
+async def test_every_node_is_compared_anew_in_each_epoch_of_the_index_and_takes_mail_meanwhile() -> None:
+    """Law 12: an index that lost commits may know another disk there. Nothing says so before it was asked."""
+    world = make_world()
+    a, b, c = three()
+    epoch, admitted, seen = 1, dict[str, list[int]](), list[set[str]]()
+    verdicts: dict[str, Exception] = {}
+
+    async def admit(node: StorageNode) -> None:
+        admitted.setdefault(node.id, []).append(epoch)
+        if epoch > 1:
+            seen.append(placed(cluster))
+        if node.id in verdicts:
+            raise verdicts[node.id]
+
+    cluster = Cluster(world, [a, b, c], 2, "random")
+    await cluster.start(admit, epoch=lambda: epoch)
+    await cluster.watch(a)
+    assert admitted == {"a": [1], "b": [1], "c": [1]}
+    epoch, everybody = 2, {"a", "b", "c"}
+    verdicts.update(b=IndexTrouble("no numbers before the new epoch has begun"), c=NodeTrouble("a keeper takes it in first"))
+    for node in (a, b, c):
+        await cluster.watch(node)
+    assert seen == [everybody] * 3, "mail is taken while they are compared"
+    assert placed(cluster) == {"a", "b"} and cluster.admitted() == [a, b]
+    epoch = 3
+    verdicts["c"] = IndexTrouble("it is away")
+    await cluster.watch(c)
+    assert placed(cluster) == {"a", "b"}, "who was refused in the epoch before is not fit because nobody can be asked"
+    verdicts.clear()
+    for node in (a, b, c, a, b, c):
+        await cluster.watch(node)
+    assert admitted == {"a": [1, 2, 3], "b": [1, 2, 3], "c": [1, 2, 3, 3]} and placed(cluster) == everybody
+
+
+@virtual
+async def test_an_epoch_that_is_raised_while_a_node_is_compared_asks_for_another_look() -> None:
+    world = make_world()
+    a, _, _ = three()
+    epoch, admitted = 1, 0
+
+    async def admit(node: StorageNode) -> None:
+        nonlocal epoch, admitted
+        admitted += 1
+        epoch = 2
+
+    cluster = Cluster(world, [a], 1, "random")
+    await cluster.start(admit, epoch=lambda: epoch)
+    for _ in range(3):
+        await cluster.watch(a)
+    assert admitted == 2
+
+
+@virtual
 async def test_a_node_without_a_young_stamp_takes_no_mail() -> None:
     """Law 2: it does not count as writable (P6)."""
     world = make_world()

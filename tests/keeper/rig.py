@@ -102,7 +102,7 @@ class Rig:
         self.repairer = Repairer(self.world, self.cluster, self.index, self.fetcher, 300.0)
         self.scrubber = Scrubber(self.world, self.cluster, self.index, self.epochs, "/scrub.json")
         self.compactor = Compactor(self.world, self.cluster, self.index, 30)
-        await self.cluster.start(self.admission.admit)
+        await self.cluster.start(self.admission.admit, epoch=lambda: self.index.epoch)
 
     async def beside(self) -> Rig:
         """A second process on the same nodes and the same index."""

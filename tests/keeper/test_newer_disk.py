@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from powermail.storage.contract import START, Held, Mark
+from powermail.base.errors import IndexTrouble
+from powermail.keeper import admission
+from powermail.storage.contract import START, Held, Mark, StorageNode
 from tests.keeper.rig import Rig, go
 
 
@@ -107,6 +111,84 @@ def test_a_birth_mark_lasts_until_all_that_was_ordered_before_it_is_done() -> No
         assert (await rig.row("a")).boot
         await rig.restart()
         await rig.keep(300)
+        assert await rig.listed() == []
+
+    go(body)
+
+
+async def _rest(node: StorageNode) -> float:
+    return 60.0
+
+
+@pytest.mark.parametrize("how", ["new disk", "older state"])
+def test_an_index_that_goes_back_under_a_running_process_hears_of_the_disk_that_took_the_place_of_another(how: str) -> None:
+    """A stale standby: it knows the disk that there was, and what lay on it; nobody opens the node anew (law 12)."""
+
+    async def body(rig: Rig) -> None:
+        keys = [await rig.deliver("ab"), await rig.deliver("ac")]
+        await rig.keep(60)
+        node, old = rig.nodes["a"], rig.store.snapshot()
+        if how == "new disk":
+            node.miss()
+            await node.initialise()
+        else:
+            await node.rebirth()
+        await rig.watch()
+        await rig.keep(60)
+        assert (await rig.row("a")).incarnation == node.incarnation
+        rig.store.restore(old)
+        assert (await rig.row("a")).incarnation != node.incarnation
+        await rig.keep(120)
+        row = await rig.row("a")
+        assert rig.index.epoch == 2 and (row.incarnation, bool(row.boot), row.owes_walk) == (node.incarnation, True, False)
+        for key in keys:
+            believed = await rig.believed(key)
+            assert len(believed) >= 2 and {await rig.held(name, key) for name in believed} == {Held.LIVE}
+        late = await rig.deliver("ab")
+        assert set(await rig.believed(late)) == {"a", "b"}
+
+    go(body)
+
+
+def test_what_an_older_disk_was_compared_with_in_an_epoch_that_is_over_is_compared_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Drops that were ordered in commits that are lost are not ordered any more: else what was deleted stays there for ever."""
+    monkeypatch.setattr(admission, "_VERIFIED_AT_ONCE", 1)
+
+    async def body(rig: Rig) -> None:
+        gone = [await rig.deliver("ab") for _ in range(3)]
+        await rig.keep(200)
+        node = rig.nodes["a"]
+        disk = node.snapshot()
+        for key in gone:
+            await rig.delete(key)
+        await rig.keep(3000)  # until nobody knows of them any more
+        assert [await rig.fate(key) for key in gone] == [None] * 3
+        settle, calls = rig.index.settle_inventory, 0
+
+        async def interrupted(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 3:
+                raise IndexTrouble("it went")
+            return await settle(*args)
+
+        monkeypatch.setattr(rig.index, "settle_inventory", interrupted)
+        await node.close()
+        node.put_back(disk)
+        await rig.watch()
+        old = rig.store.snapshot()
+        with pytest.raises(IndexTrouble, match="it went"):
+            await rig.admission.step(node)
+        assert await rig.index.orders_total("a") != (0, 0)
+        rig.store.restore(old)
+        monkeypatch.undo()
+        monkeypatch.setattr(
+            rig.scrubber, "step", _rest
+        )  # it comes to them too, but days later, and the birth mark may be gone by then
+        await rig.keep(600)
+        assert rig.index.epoch == 2 and Held.LIVE not in [await rig.held("a", key) for key in gone]
         assert await rig.listed() == []
 
     go(body)

@@ -104,7 +104,7 @@ class PowerMail:
             self.leases = Leases(self.world, core.index, self._process())
             if not core.reads_logs:
                 self._awaiting = Awaiting(self.world, core.cluster, core.index, core.epochs, self.leases)
-        await core.cluster.start(self._admit, wait_s)
+        await core.cluster.start(self._admit, wait_s, lambda: core.index.epoch)
         self.keeping = make_keeping(self._stack, core)
         self.front = make_front(self._stack, core, self._promises, self._sessions, self._outgoing, self.leases)
         self.operations = await self._operations(doors)

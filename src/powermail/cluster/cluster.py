@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
 
 from powermail.base import limits
 from powermail.base.deadline import Patience
@@ -27,14 +28,22 @@ _READ_WRITE, _ACTIVE = NodeState.READ_WRITE, Standing.ACTIVE  # looked up once: 
 _AWAY = (NodeState.MISSING, NodeState.CLOSED, NodeState.OPENING)
 
 
+class _Opened(NamedTuple):
+    """An opening of a node, as it is compared with an index: one that lost commits may know another disk there."""
+
+    incarnation: str
+    boot: str
+    epoch: int
+
+
 class _Watched:
     """What is known of one node beside its own state."""
 
     def __init__(self) -> None:
         self.looking = asyncio.Lock()  # one look at a time: two would admit a node by turns
-        self.admitted: tuple[str, str] | None = None  # (incarnation, boot) that was compared with the index
+        self.admitted: _Opened | None = None  # what was compared with the index
         self.provisional = False  # the index could not be asked: it takes mail all the same (P14)
-        self.refused: tuple[str, str] | None = None  # (incarnation, boot) that may not take part
+        self.refused: _Opened | None = None  # what may not take part
         self.trouble = ""  # why the last look failed
 
 
@@ -72,6 +81,7 @@ class Cluster:
         self._rows: dict[str, LayoutRow] = {}
         self._leaving: dict[asyncio.Task[None], str] = {}  # nodes that went, while they are closed
         self._admit: Admit | None = None
+        self._epoch: Callable[[], int] = lambda: 0
         self._watched = {node.id: _Watched() for node in nodes}
         self._opening: list[asyncio.Task[float]] = []
         self._closed = False
@@ -301,13 +311,13 @@ class Cluster:
 
     # -- health ---------------------------------------------------------------------------------------------------
 
-    async def start(self, admit: Admit, wait_s: float = limits.NODE_OPEN_WAIT_S) -> None:
+    async def start(self, admit: Admit, wait_s: float = limits.NODE_OPEN_WAIT_S, epoch: Callable[[], int] = lambda: 0) -> None:
         """Opens all nodes, each by itself, and waits a while for the slow ones: they go on opening while the others serve.
 
         `admit` compares a node that was opened with the index. It raises IndexTrouble if that cannot be known now, anything
-        else if the node may not take part.
+        else if the node may not take part. `epoch` is the index's: in each that begins, every node is compared anew (law 12).
         """
-        self._admit = admit
+        self._admit, self._epoch = admit, epoch
         if not self.nodes:
             return
         create = asyncio.get_running_loop().create_task
@@ -363,28 +373,33 @@ class Cluster:
         if self._admit is not None and node.state not in _AWAY and watched.admitted != self._opened_as(node, watched):
             await self._admission(node, watched, self._admit)
 
-    def _opened_as(self, node: StorageNode, watched: _Watched) -> tuple[str, str]:
+    def _opened_as(self, node: StorageNode, watched: _Watched) -> _Opened:
         """Which opening of which incarnation this is; a node that has no stamp now is still the one it was."""
         stamp = node.stamp()
         known = watched.admitted or watched.refused
-        return node.incarnation, stamp.boot if stamp is not None else known[1] if known else ""
+        boot = stamp.boot if stamp is not None else known.boot if known else ""
+        return _Opened(node.incarnation, boot, self._epoch())
 
     async def _admission(self, node: StorageNode, watched: _Watched, admit: Admit) -> None:
-        watched.admitted = None
+        """One that was admitted in an epoch that is over stays so until it is known whether it still may."""
+        epoch, before = self._epoch(), watched.admitted
+        if before is not None and before._replace(epoch=epoch) != self._opened_as(node, watched):
+            watched.admitted = None
         try:
             await admit(node)
         except IndexTrouble as error:
-            if watched.refused == self._opened_as(node, watched):
+            if watched.refused is not None and watched.refused._replace(epoch=self._epoch()) == self._opened_as(node, watched):
                 raise  # it was found out before why it may not take part
-            if not watched.provisional:
+            if watched.admitted is None and not watched.provisional:
                 watched.provisional = True  # P14: it may take mail; admitted when the index answers
                 self._world.log.event(Event.TROUBLE, node=node.id, error=f"not compared with the index yet: {error}")
         except Exception:
-            watched.provisional = False
+            watched.admitted, watched.provisional = None, False
             watched.refused = self._opened_as(node, watched)
             raise
         else:
-            watched.admitted, watched.provisional, watched.refused = self._opened_as(node, watched), False, None
+            watched.admitted = self._opened_as(node, watched)._replace(epoch=epoch)  # what it was compared in
+            watched.provisional, watched.refused = False, None
         finally:
             self._looked_at = float("-inf")
 

@@ -41,9 +41,10 @@ def is_older(row: NodeRow, facts: NodeFacts) -> bool:
 
 @dataclass
 class _Past:
-    """How far the comparison of one incarnation came; a call that was interrupted goes on from here."""
+    """How far the comparison of one incarnation came in one epoch; a call that was interrupted goes on from here."""
 
     incarnation: str
+    epoch: int
     belief_after: bytes = b""
     belief_done: bool = False
     missing: int = 0
@@ -144,9 +145,9 @@ class Admission:
         self.confirmed.pop(node.id, None)
 
     def _progress(self, node: StorageNode, facts: NodeFacts) -> _Past:
-        past = self._past.get(node.id)
-        if past is None or past.incarnation != facts.incarnation:
-            past = self._past[node.id] = _Past(facts.incarnation)
+        past, epoch = self._past.get(node.id), self._index.epoch
+        if past is None or (past.incarnation, past.epoch) != (facts.incarnation, epoch):
+            past = self._past[node.id] = _Past(facts.incarnation, epoch)
         return past
 
     async def _check_belief(self, node: StorageNode, facts: NodeFacts) -> None:
