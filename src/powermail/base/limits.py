@@ -215,12 +215,13 @@ ENROLMENT_TRACKED_MAX: Final = 10_000  # addresses, the latest
 
 # -- index and directory ------------------------------------------------------------------------------------------
 INDEX_GATHER_S: Final = 0.003  # how long a transaction waits for deliveries that are on their way
+INDEX_OVERLAP_S: Final = 0.05  # a transaction that takes longer holds up nobody: the next begins beside it
 INDEX_BUSY_TIMEOUT_S: Final = 5.0  # how long a statement waits for another process that has the database locked
 INDEX_BATCH_MAX: Final = 256  # deliveries entered in one transaction
 INDEX_SHARED_BATCH_MAX: Final = 128  # the same where others write too: 15,000/s, and a lock is held for 8 ms
 INDEX_SHARED_ENOUGH: Final = 32  # so many do not wait for more there
 SLOT_SILENT_S: Final = 86_400.0  # law 10: a writer slot that was not used for so long belongs to nobody
-INDEX_WRITERS: Final = 2  # connections of one process that write: one batch is on its way while the next is gathered
+INDEX_WRITERS: Final = 2  # connections of one process that write: a batch, and beside it another one, or whatever else
 INDEX_READERS_MAX: Final = 8  # connections of one process that read
 INDEX_CONNECT_S: Final = 2.0  # for each address of the database by itself; P20 with the wait below
 INDEX_COMMAND_S: Final = 5.0  # for each statement, at both ends; a connection that was cut would hang for ever
@@ -391,6 +392,7 @@ assert INDEX_WAIT_S_DEFAULT < 5.0, "P20: an index that does not answer is a blip
 assert QUEUE_SETTLE_WAIT_S + NODE_CALL_TIMEOUT_S < STOP_REST_S and INDEX_CLOSE_S + NODE_CLOSE_WAIT_S < STOP_CLOSE_S, (
     "a stop has time for what it waits for"
 )
+assert INDEX_GATHER_S < INDEX_OVERLAP_S < INDEX_WAIT_S_DEFAULT / 10, "who waits for another's transaction has time for his own"
 assert COMMIT_WINDOW_S + INDEX_WAIT_S_DEFAULT < DRAIN_TIMEOUT_S, "what was asked of nodes is decided before the process stops"
 assert 2 * NODE_RECEIPT_TIMEOUT_S < COMMIT_WINDOW_S - SPARE_MARGIN_S, "a spare can be fed within the window"
 _SLOWEST_S: Final = SMTP_DATA_RATE_GRACE_S + 2 * CHUNK_OCTETS / SMTP_DATA_RATE_OCTETS_PER_S_MIN
