@@ -12,6 +12,7 @@ import pytest
 
 from powermail.base import limits
 from powermail.base.errors import IndexTrouble
+from powermail.index import laws
 from powermail.index.contract import FlagChange, Index, Outcome
 from powermail.index.view import View
 from tests.index.sharing import another, between, counted_statements
@@ -234,6 +235,42 @@ async def test_a_batch_into_mailboxes_that_are_there_is_six_round_trips(shared_r
         assert await index.deliver(delivery(21, *to)) is Outcome.ENTERED
     assert len(statements) == 6, statements
     assert statements[0] == "BEGIN" and statements[-1] == "COMMIT" and statements[-2].startswith("UPDATE writers")
+
+
+async def test_a_batch_into_new_mailboxes_is_twelve_round_trips_however_many_they_are(shared_rig: PostgresRig) -> None:
+    """Six more: which are there; make; lock; the counter, once for all (law 13); their numbers; who was purged meanwhile."""
+    index = shared_rig.running
+    await deliver(index, 1, 2, to=[inbox("ann")])
+    for first, count in ((10, 2), (30, 19)):
+        given = {facts.uidvalidity for facts in await index.mailboxes(0, 99)}
+        async with counted_statements(index) as statements:
+            await asyncio.gather(*[index.deliver(delivery(first + each, inbox(f"new{first + each}"))) for each in range(count)])
+        assert len(statements) == 12, statements
+        fresh = sorted({facts.uidvalidity for facts in await index.mailboxes(0, 99)} - given)
+        assert fresh == list(range(max(given) + 1, max(given) + 1 + count)), "each one of its own, behind all before"
+        assert index.mark().uidvalidity == fresh[-1]
+
+
+async def test_the_first_uidvalidity_of_all_comes_from_the_clock(shared_rig: PostgresRig) -> None:
+    async with shared_rig.beside() as beside:
+        await beside.execute("UPDATE counters SET value = 0 WHERE name = 'uidvalidity'")
+    await shared_rig.index.deliver(delivery(1, *[inbox(f"u{number}") for number in range(3)]))
+    boxes = await shared_rig.index.mailboxes(0, 99)
+    first = laws.fresh_uidvalidity(0, shared_rig.clock.now())
+    assert sorted(facts.uidvalidity for facts in boxes) == [first, first + 1, first + 2]
+
+
+async def test_a_batch_gets_the_last_uidvalidities_and_none_behind_them(shared_rig: PostgresRig) -> None:
+    index = shared_rig.index
+    async with shared_rig.beside() as beside:
+        await beside.execute("UPDATE counters SET value = $1 WHERE name = 'uidvalidity'", limits.UID_MAX - 2)
+        with pytest.raises(IndexTrouble, match="no UIDVALIDITY left"):
+            await index.deliver(delivery(1, *[inbox(f"u{number}") for number in range(3)]))
+        assert await index.mailboxes(0, 99) == []
+        await index.deliver(delivery(2, inbox("u1"), inbox("u2")))
+        given = await beside.fetchval("SELECT value FROM counters WHERE name = 'uidvalidity'")
+    assert sorted(facts.uidvalidity for facts in await index.mailboxes(0, 99)) == [limits.UID_MAX - 1, limits.UID_MAX]
+    assert given == limits.UID_MAX
 
 
 async def test_the_change_notice_names_what_changed_or_went(shared_rig: PostgresRig) -> None:

@@ -22,6 +22,9 @@ _FRESH = 0  # stands for a UIDVALIDITY that is still to be given
 ENTRY = "uid, key, flags, modseq, octets, received_at"
 _FACTS = f"SELECT {MAILBOX} FROM mailboxes WHERE id = ?"
 _LOCKED_FACTS = f"{_FACTS} FOR UPDATE"
+_TAKE_UIDVALIDITIES = (
+    "UPDATE counters SET value = CASE value WHEN 0 THEN ? ELSE value + 1 END + ? WHERE name = 'uidvalidity' RETURNING value"
+)
 _NUMBERS = "uid_next, modseq, uidvalidity, epoch, start, base_uid, base_modseq"
 
 
@@ -150,13 +153,18 @@ class Numbering(Core):
 
     async def _in_fresh_uidvalidity(self, db: Transaction) -> int:
         """The next UIDVALIDITY, noted as given: a name that comes again never repeats a pair."""
-        row = await db.one("SELECT value FROM counters WHERE name = 'uidvalidity' FOR UPDATE")
-        fresh = laws.fresh_uidvalidity(row[0], self._world.clock.now())
-        if fresh > limits.UID_MAX:
+        return (await self._in_fresh_uidvalidities(db, 1))[0]
+
+    async def _in_fresh_uidvalidities(self, db: Transaction, count: int) -> range:
+        """The next `count` of them: the first as `laws.fresh_uidvalidity` says, each other behind the one before. One
+        statement takes them all, and holds the counter: all who make mailboxes wait for it.
+        """
+        without = laws.fresh_uidvalidity(0, self._world.clock.now())
+        last = int((await db.one(_TAKE_UIDVALIDITIES, (without, count - 1)))[0])
+        if last > limits.UID_MAX:
             raise IndexTrouble("there is no UIDVALIDITY left")
-        await db.change("UPDATE counters SET value = ? WHERE name = 'uidvalidity'", (fresh,))
-        db.fresh = fresh
-        return fresh
+        db.fresh = last
+        return range(last - count + 1, last + 1)
 
     async def _in_take(self, db: Transaction, mailbox: int, uids: int) -> tuple[int, int]:
         """The next `uids` UIDs and one MODSEQ: (first UID, MODSEQ)."""
@@ -230,8 +238,7 @@ class Numbering(Core):
         """Gives new mailboxes their UIDVALIDITYs. Whoever notes that an account was purged takes the same counter, so that a
         mailbox is made before that, and seen by who purges, or not at all (law 13).
         """
-        for mailbox in made:
-            fresh = await self._in_fresh_uidvalidity(db)
-            await db.change("UPDATE mailboxes SET uidvalidity = ? WHERE id = ?", (fresh, mailbox))
+        fresh = await self._in_fresh_uidvalidities(db, len(made))
+        await db.many("UPDATE mailboxes SET uidvalidity = ? WHERE id = ?", list(zip(fresh, made, strict=True)))
         if await db.rows_in("SELECT account FROM purged WHERE account IN", sorted(set(accounts))):
             raise Again("an account was purged meanwhile")
