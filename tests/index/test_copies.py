@@ -60,6 +60,27 @@ async def test_messages_in_too_few_groups_are_found_by_key(index: Index) -> None
     assert [facts.key for facts in await index.under_copied({"c": "west"}, 1, b"", 9)] == [key(1), key(2), key(3)]
 
 
+async def test_of_messages_in_too_few_groups_those_in_so_many_can_be_asked_for(index: Index) -> None:
+    await deliver(index, 1, 5, nodes=("c",))
+    await deliver(index, 2, 4, nodes=("a", "b"))
+    await deliver(index, 3, 6, nodes=("b", "c"))
+    await deliver(index, 7, nodes=("a", "b", "c"))
+    groups = {"a": "north", "b": "south"}  # c does not count
+
+    async def found(required: int, least: int, after: int = 0, limit: int = 9) -> list[bytes]:
+        behind = key(after) if after else b""
+        return [facts.key for facts in await index.under_copied(groups, required, behind, limit, least)]
+
+    assert await found(1, 0) == [key(1), key(5)]
+    assert await found(2, 1) == [key(3), key(6)]
+    assert await found(3, 2) == [key(2), key(4), key(7)], "c is one more copy, and no group"
+    assert await found(3, 1) == [key(2), key(3), key(4), key(6), key(7)]
+    assert await found(3, 1, 2, 2) == [key(3), key(4)]
+    assert await found(9, 3) == []
+    await index.note_bad(key(2), "a", "checksum")
+    assert await found(2, 1) == [key(2), key(3), key(6)]
+
+
 async def test_dead_messages_are_not_under_copied(index: Index) -> None:
     await deliver(index, 1)
     await delete_all(index)

@@ -71,7 +71,7 @@ async def shown(index: Index) -> dict[str, Any]:
         "suspects": {node: await index.suspects(node, b"", 999) for node in names},
         "unread": {node: await index.unread(node, 99) for node in names},
         "copies": {node: await index.copies_on(node, b"", 999) for node in names},
-        "under": await index.under_copied(NODES, 2, b"", 999),
+        "under": [await index.under_copied(NODES, required, b"", 999, least) for required, least in ((2, 0), (2, 1), (3, 2))],
         "queue": (await index.queue_rows(0, 999), await index.queue_open(0, 999), await index.held_domains()),
         "attempts": [await index.queue_attempts(row.id) for row in await index.queue_rows(0, 999)],
         "boxes": boxes,

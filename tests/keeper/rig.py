@@ -39,11 +39,12 @@ HOUR_S = 3600.0
 DAY_S = 86_400.0
 
 
-def go(work: Callable[[Rig], Coroutine[Any, Any, None]], nodes: dict[str, str] | None = None) -> None:
+def go(work: Callable[[Rig], Coroutine[Any, Any, None]], nodes: dict[str, str] | None = None, copies: int = 2) -> None:
     """Runs a test in virtual time on a rig that has started."""
 
     async def body() -> None:
         rig = Rig(nodes or NODES)
+        rig.copies_required = copies
         await rig.start()
         await work(rig)
 
@@ -70,6 +71,7 @@ class Rig:
     """Nodes that stay, and a process (index, cluster, keepers) that can end and start again."""
 
     alone = True  # as where one process alone writes
+    copies_required = 2
 
     def __init__(self, nodes: dict[str, str]) -> None:
         chance = random.Random(1)
@@ -91,7 +93,7 @@ class Rig:
         """A new process: opens what is there."""
         self.index = MemoryIndex(self.world, self.store, self.alone)
         await self.index.open("00" * 16)
-        self.cluster = Cluster(self.world, list(self.nodes.values()), 2, "random")
+        self.cluster = Cluster(self.world, list(self.nodes.values()), self.copies_required, "random")
         self.fetcher = Fetcher(self.world, self.cluster, self.index.note_bad)
         self.epochs = EpochKeeper(self.world, self.cluster, self.index, self.read_heads)
         self.marker = Marker(self.world, self.cluster, self.index)

@@ -10,9 +10,12 @@ import pytest
 from powermail.base import limits
 from powermail.base.errors import IndexTrouble
 from powermail.index.contract import Fate, MessageFacts
+from powermail.keeper import endangered
 from powermail.keeper.repair import at_once
 from powermail.storage.contract import End, Held, Origin, Receipt, StorageNode
 from tests.keeper.rig import Rig, go
+
+FIVE = {"a": "north", "b": "south", "c": "west", "d": "east", "e": "up"}
 
 
 def test_a_thin_message_gets_a_copy_in_another_group() -> None:
@@ -304,3 +307,87 @@ def test_what_repair_says_for_status_rises_falls_and_goes_with_the_job() -> None
         assert len(await rig.believed(early)) == 2, "it is ours again, from the beginning"
 
     go(body)
+
+
+async def in_groups(rig: Rig, keys: Sequence[bytes]) -> list[int]:
+    return [len(await rig.believed(key)) for key in keys]
+
+
+def test_what_is_in_the_fewest_groups_is_repaired_first_and_until_it_is_whole() -> None:
+    async def body(rig: Rig) -> None:
+        two = [await rig.deliver("ab") for _ in range(limits.REPAIR_BATCH)]
+        one = [await rig.deliver("a") for _ in range(10)]
+        assert max(two) < min(one), "by key it would come last"
+        await rig.repairer.step()
+        assert await in_groups(rig, one) == [2] * 10
+        assert sorted(await in_groups(rig, two)) == [2] * 10 + [3] * 54, "the batch is filled"
+        assert rig.repairer.left == 20, "with two copies of three it is thin as before"
+        await rig.repairer.step()
+        assert await in_groups(rig, one + two) == [3] * 74, "in one turn"
+        assert rig.repairer.left == 0
+
+    go(body, FIVE, 3)
+
+
+def test_a_batch_of_the_most_endangered_is_followed_by_the_next_of_them() -> None:
+    async def body(rig: Rig) -> None:
+        two = [await rig.deliver("ab") for _ in range(10)]
+        one = [await rig.deliver("a") for _ in range(2 * limits.REPAIR_BATCH)]
+        for _ in range(2):
+            await rig.repairer.step()
+        assert await in_groups(rig, two) == [2] * 10
+        assert await in_groups(rig, one) == [2] * len(one)
+        await rig.repairer.step()
+        assert await in_groups(rig, two) == [3] * 10
+
+    go(body, FIVE, 3)
+
+
+@pytest.mark.parametrize("remembered", [10_000, 10])
+def test_endangered_messages_that_cannot_be_helped_are_tried_once_in_a_turn(
+    remembered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often repair looks for what is worse off, and also when they are too many to be remembered."""
+    monkeypatch.setattr(endangered, "_REMEMBERED_MAX", remembered)
+
+    async def body(rig: Rig) -> None:
+        lost = [await rig.deliver("a") for _ in range(2 * limits.REPAIR_BATCH)]
+        thin = [await rig.deliver("bc") for _ in range(3 * limits.REPAIR_BATCH)]
+        rig.away("a")
+        await rig.watch()
+        for _ in range(5):
+            await rig.repairer.step()
+            await asyncio.sleep(5)
+        assert await in_groups(rig, thin) == [3] * len(thin)
+        await rig.repairer.step()
+        assert rig.repairer.unrepairable_total == len(lost)
+        await rig.back("a")
+        for _ in range(4):
+            await rig.repairer.step()
+        assert await in_groups(rig, lost) == [3] * len(lost), "they are tried again in the next turn"
+
+    go(body, FIVE, 3)
+
+
+def test_a_second_loss_in_a_turn_is_helped_before_the_rest_of_the_turn() -> None:
+    async def body(rig: Rig) -> None:
+        whole = [await rig.deliver("bcd") for _ in range(3)]
+        bad = await rig.deliver("b")
+        rig.nodes["b"].damage(bad)  # what cannot be helped is passed
+        thin = [await rig.deliver("ae") for _ in range(5 * limits.REPAIR_BATCH)]
+        for _ in range(2):
+            await rig.repairer.step()
+        for node in "cd":
+            await rig.nodes[node].close()
+            await rig.nodes[node].initialise()
+        await rig.watch()
+        assert await in_groups(rig, whole) == [1] * 3
+        await asyncio.sleep(5)
+        await rig.repairer.step()
+        assert await in_groups(rig, whole) == [2] * 3
+        await rig.repairer.step()
+        assert await in_groups(rig, whole) == [3] * 3, "among its new equals it is behind those that were tried, and comes"
+        assert 2 in await in_groups(rig, thin), "the turn goes on"
+        assert rig.repairer.unrepairable_total == 0, "the turn is not over"
+
+    go(body, FIVE, 3)

@@ -304,11 +304,15 @@ class Copies(Protocol):
         comparison, it only ends the belief; while it owes a walk nothing is dropped.
         """
 
-    async def under_copied(self, groups: Mapping[str, str], required: int, after: bytes, limit: int) -> list[MessageFacts]:
-        """Live messages whose copies on the nodes in `groups` (node to group) span fewer than `required` groups, by key."""
+    async def under_copied(
+        self, groups: Mapping[str, str], required: int, after: bytes, limit: int, least: int = 0
+    ) -> list[MessageFacts]:
+        """Live messages whose copies on the nodes in `groups` (node to group) span fewer than `required` groups, and `least` or
+        more, by key.
+        """
 
     async def under_copied_total(self, groups: Mapping[str, str], required: int) -> tuple[int, int]:
-        """(messages, octets) of the same."""
+        """(messages, octets) of those that span fewer than `required`."""
 
     async def copies_on(self, node: str, after: bytes, limit: int) -> list[bytes]:
         """Keys believed to be on a node, in order."""

@@ -7,7 +7,7 @@
 | `reconcile`, `walk` | 6, 11 | a node's log, or all of its keys, against the index |
 | `forget` | 9 | rounds, after which dead rows may go |
 | `collect` | 1, 8 | orders and drops, carried out on their node |
-| `repair` | 8 | messages with too few copies get more |
+| `repair`, `endangered` | 8 | messages with too few copies get more, those with the fewest first |
 | `scrub`, `belief` | 12 | each copy gets a verdict, each belief is compared with the node |
 | `compact` | 9, 10 | space of what is dead and forgotten |
 | `checkpoint`, `rebuild` | 13 | mailboxes written to the nodes; the index made anew from them |

@@ -1,7 +1,7 @@
 """Owns repair: messages with copies in fewer than R groups are copied, verified on the way, until they have R again (P13).
 
-It goes through the thin messages by key, so that what cannot be repaired is passed, and tried again in the next turn. A copy
-that was made but could not be noted is reconcile's: believed if the message lives, dropped if not (law 6).
+Those in the fewest groups come first (`keeper.endangered`); what cannot be repaired is passed, and tried again in the next
+turn. A copy that was made but could not be noted is reconcile's: believed if the message lives, dropped if not (law 6).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from powermail.cluster.cluster import Cluster
 from powermail.cluster.fetch import Fetcher
 from powermail.index.contract import Index, MessageFacts
 from powermail.keeper.belief import Looks, compare_belief
+from powermail.keeper.endangered import Turn, spanned
 from powermail.storage.contract import End, Held, NodeState, StorageNode
 
 _REST_S = 5.0  # when nothing is thin
@@ -46,7 +47,7 @@ class Repairer:
         self._repair_after_s = repair_after_s
         self._away_since: dict[str, float] = {}
         self._avoided: dict[str, float] = {}  # nodes in trouble, until when
-        self._after = b""
+        self._turn = Turn(world, index)
         self._counted_at = float("-inf")
         self._began_at: float | None = None  # of the repairs under way
         self._repaired = 0
@@ -82,8 +83,8 @@ class Repairer:
         """Repairs one batch. Raises IndexTrouble."""
         if not self._index.numbering:
             return _REST_S  # what commits were lost is not known yet
-        counted, required = self.counted_groups(), self._cluster.copies_required
-        thin = await self._index.under_copied(counted, required, self._after, limits.REPAIR_BATCH)
+        counted, required, turn = self.counted_groups(), self._cluster.copies_required, self._turn
+        thin = await turn.next(counted, required)
         if not thin:
             return self._end_turn()
         await self._count(counted, required)
@@ -91,18 +92,19 @@ class Repairer:
         repaired = 0
         for some in at_once(thin):
             whys = await self._mend_all(some, counted, takers)
+            helped = {key for key, why in whys.items() if not why}
             for message in some:
-                if not (why := whys[message.key]):
-                    repaired += 1
-                    self._note_progress()
-                elif why != _OVER:
+                if message.key in helped:
+                    self._note_progress(spanned(message, counted) + 1 >= required)
+                elif (why := whys[message.key]) != _OVER:
                     self._note_failure(message.key, why)
-            self._after = some[-1].key
+            turn.passed(some, helped, counted)
+            repaired += len(helped)
         return 0.0 if repaired else 1.0
 
     def _end_turn(self) -> float:
-        nothing = self._after == b""
-        self._after = b""
+        nothing = not self._turn.met
+        self._turn = Turn(self._world, self._index)
         self.unrepairable, self._failed = self._failed, {}
         self.unrepairable_total, self._failures = self._failures, 0
         if nothing:
@@ -116,7 +118,7 @@ class Repairer:
     def let_go(self) -> None:
         """Another keeper does this now, and says how far it is; from the beginning when it is ours again."""
         self._rest()
-        self._after, self._failed, self._failures = b"", {}, 0
+        self._turn, self._failed, self._failures = Turn(self._world, self._index), {}, 0
         self.unrepairable, self.unrepairable_total = {}, 0
 
     async def _count(self, counted: dict[str, str], required: int) -> None:
@@ -125,13 +127,14 @@ class Repairer:
             self._counted_at = now
             self.left = (await self._index.under_copied_total(counted, required))[0]
 
-    def _note_progress(self) -> None:
+    def _note_progress(self, whole: bool) -> None:
         now = self._world.clock.monotonic()
         if self._began_at is None:
             self._began_at, self._repaired = now, 0
         self._repaired += 1
         self.rate = self._repaired / max(1.0, now - self._began_at)
-        self.left = max(0, self.left - 1)
+        if whole:  # with one copy of three it is thin as before, and comes once more
+            self.left = max(0, self.left - 1)
         self._world.counters.add("keeper.repaired")
 
     def _note_failure(self, key: bytes, why: str) -> None:

@@ -215,16 +215,18 @@ class CopyPart(Transactions):
 
     # -- belief ---------------------------------------------------------------------------------------------------------
 
-    async def under_copied(self, groups: Mapping[str, str], required: int, after: bytes, limit: int) -> list[MessageFacts]:
-        return [facts for facts in self._under_copied(groups, required) if facts.key > after][:limit]
+    async def under_copied(
+        self, groups: Mapping[str, str], required: int, after: bytes, limit: int, least: int = 0
+    ) -> list[MessageFacts]:
+        return [facts for facts in self._under_copied(groups, required, least) if facts.key > after][:limit]
 
     async def under_copied_total(self, groups: Mapping[str, str], required: int) -> tuple[int, int]:
-        found = self._under_copied(groups, required)
+        found = self._under_copied(groups, required, 0)
         return len(found), sum(facts.octets for facts in found)
 
-    def _under_copied(self, groups: Mapping[str, str], required: int) -> list[MessageFacts]:
+    def _under_copied(self, groups: Mapping[str, str], required: int, least: int) -> list[MessageFacts]:
         live = [self._facts(key) for key, row in sorted(self.state.keys.items()) if row.fate is Fate.LIVE]
-        return [facts for facts in live if len({groups[node] for node in facts.nodes if node in groups}) < required]
+        return [facts for facts in live if least <= len({groups[node] for node in facts.nodes if node in groups}) < required]
 
     async def copies_on(self, node: str, after: bytes, limit: int) -> list[bytes]:
         return sorted(key for key, holder in self.state.copies if holder == node and key > after)[:limit]

@@ -80,17 +80,21 @@ class CopyPart(References):
             found += [row[0] for row in rows]
         return sorted(found)[:limit]
 
-    async def under_copied(self, groups: Mapping[str, str], required: int, after: bytes, limit: int) -> list[MessageFacts]:
-        return await self._read(self._under_copied, groups, required, after, limit)
+    async def under_copied(
+        self, groups: Mapping[str, str], required: int, after: bytes, limit: int, least: int = 0
+    ) -> list[MessageFacts]:
+        return await self._read(self._under_copied, groups, required, after, limit, least)
 
-    async def _thin(self, db: Reading, groups: Mapping[str, str], required: int) -> list[int]:
-        return await placements_where(db, lambda nodes: len({groups[node] for node in nodes if node in groups}) < required)
+    async def _thin(self, db: Reading, groups: Mapping[str, str], required: int, least: int) -> list[int]:
+        return await placements_where(
+            db, lambda nodes: least <= len({groups[node] for node in nodes if node in groups}) < required
+        )
 
     async def _under_copied(
-        self, db: Reading, groups: Mapping[str, str], required: int, after: bytes, limit: int
+        self, db: Reading, groups: Mapping[str, str], required: int, after: bytes, limit: int, least: int
     ) -> list[MessageFacts]:
         found: list[MessageFacts] = []
-        for number in await self._thin(db, groups, required):
+        for number in await self._thin(db, groups, required, least):
             rows = await db.rows(
                 f"SELECT {_FACTS} WHERE m.fate = 1 AND m.placement = ? AND m.key > ? ORDER BY m.key LIMIT ?",
                 (number, after, limit),
@@ -103,7 +107,7 @@ class CopyPart(References):
 
     async def _under_copied_total(self, db: Reading, groups: Mapping[str, str], required: int) -> tuple[int, int]:
         messages = octets = 0
-        for number in await self._thin(db, groups, required):
+        for number in await self._thin(db, groups, required, 0):
             row = await db.one(
                 "SELECT count(*), coalesce(CAST(sum(octets) AS BIGINT), 0) FROM messages WHERE fate = 1 AND placement = ?",
                 (number,),
