@@ -38,13 +38,14 @@ async def blocked(connection: Any, count: int = 1) -> None:
 
 
 class Wire:
-    """Stands between a process and its server; it falls silent, or cuts every connection when the process says COMMIT."""
+    """Stands between a process and its server; it falls silent, or cuts every connection when the process says a word."""
 
     def __init__(self, server: Postgres) -> None:
         self._to = server.port
         self._server: asyncio.Server | None = None
         self._writers: list[asyncio.StreamWriter] = []
-        self.cut: Callable[[], bool] | None = None  # asked once, at COMMIT: does the server still get to hear it
+        self.word = b"COMMIT"
+        self.cut: Callable[[], bool] | None = None  # asked once, at that word: does the server still get to hear it
         self.cuts = 0
         self.port = 0
         self._speaks = asyncio.Event()
@@ -91,7 +92,7 @@ class Wire:
         with suppress(OSError):
             while octets := await reader.read(1 << 16):
                 await self._speaks.wait()
-                if watched and self.cut is not None and b"COMMIT" in octets:
+                if watched and self.cut is not None and self.word in octets:
                     heard, self.cut = self.cut, None
                     self.cuts += 1
                     for each in self._writers:

@@ -23,7 +23,6 @@ from powermail.index.contract import Batch, Delivery, Head, Index, Outcome, Reco
 from powermail.index.memory import MemoryIndex, MemoryStore
 from powermail.index.postgres import PostgresIndex
 from powermail.index.postgres.schema import VERSION_TABLE
-from powermail.index.sql.engine import Reading
 from powermail.index.sqlite import SqliteIndex
 from powermail.mail.envelope import Commit, Envelope, Target
 from powermail.sim.world import SimEntropy
@@ -227,8 +226,8 @@ class CountedIds:
 class TimedPostgresIndex(PostgresIndex):
     """The test's clock is the database's."""
 
-    async def _in_now(self, db: Reading) -> float:
-        return self._world.clock.now()
+    def _clock(self) -> str:
+        return f"CAST({self._world.clock.now()!r} AS DOUBLE PRECISION)"
 
 
 class PostgresRig(Rig):

@@ -15,8 +15,11 @@ import pytest
 import pytest_asyncio
 
 from powermail.base import limits
+from powermail.index.postgres.connection import _CLOCK
 from powermail.index.postgres.deliver import _CLAIM, _ENTER, _LOCK, _LOOK_AND_LOCK, _SETTLED
+from powermail.index.postgres.leases import _RELEASE, _take
 from powermail.index.postgres.statements import text_of
+from powermail.index.sql.core import LEFT_OUT
 from powermail.index.sql.engine import NODE_COLUMNS
 from powermail.sim.net import SimNetwork
 from powermail.sim.server import DatabaseServer, SimConnection, connector
@@ -236,6 +239,121 @@ async def test_a_batch_enters_as_deliveries_do(connect: Open) -> None:
     assert [tuple(row) for row in found] == [(4, 1, b"k", 2), (4, 2, b"l", 3), (5, 1, b"k", 2)]
     facts = await one.fetch("SELECT uid_next, modseq, messages, octets, due_at FROM mailboxes ORDER BY id")
     assert [tuple(row) for row in facts] == [(3, 3, 2, 30, 9.0), (2, 2, 1, 5, 9.0)]
+
+
+class Leases:
+    """Takes and gives back a job over one connection with a writer slot; what the server says: was the slot there, was
+    anything changed.
+    """
+
+    def __init__(self, connection: Any, number: int) -> None:
+        self._connection = connection
+        self._number = number
+        self.count = 0
+
+    async def begin(self) -> Leases:
+        await self._connection.execute("INSERT INTO writers VALUES ($1, 'tag', 0, 0, 0, 0)", self._number)
+        return self
+
+    async def take(self, owner: str, seconds: float = 60.0) -> tuple[int, ...]:
+        return await self._ask(_take(_CLOCK), "scrub a", owner, seconds, limits.LEASE_S_MAX)
+
+    async def release(self, owner: str) -> tuple[int, ...]:
+        return await self._ask(_RELEASE, "scrub a", owner)
+
+    async def _ask(self, text: str, *args: Any) -> tuple[int, ...]:
+        slot = (self._number, "tag", self.count, LEFT_OUT)
+        found = tuple(await self._connection.fetchrow(text_of(text), *slot, *args, 0, 1.5, *slot))
+        self.count += found[1]
+        return found
+
+
+TAKEN, REFUSED, NO_SLOT = (1, 1), (1, 0), (0, 0)
+
+
+async def leased(connection: Any) -> list[tuple[str, Any]]:
+    """Who has the job, and for how long from now."""
+    rows = await connection.fetch(f"SELECT owner, until - {_CLOCK} FROM leases")
+    return [(owner, pytest.approx(left_s, abs=5.0)) for owner, left_s in rows]
+
+
+async def test_a_lease_is_taken_refused_renewed_and_given_back(connect: Open) -> None:
+    connection = await connect()
+    await connection.execute(_PUT, "round", 7)
+    one = await Leases(connection, 1).begin()
+    assert await one.take("me") == TAKEN and await leased(connection) == [("me", 60.0)]
+    assert await one.take("me", 90.0) == TAKEN and await leased(connection) == [("me", 90.0)]
+    assert await one.take("you") == REFUSED and await one.release("you") == REFUSED
+    assert await leased(connection) == [("me", 90.0)]
+    for since_s in (-61.0, limits.LEASE_S_MAX + 60.0):  # it is over; it was dated by a clock that ran ahead
+        await connection.execute(f"UPDATE leases SET owner = 'other', until = {_CLOCK} + $1", since_s)
+        assert await one.take("you") == TAKEN and await leased(connection) == [("you", 60.0)]
+    assert await one.release("you") == TAKEN and await leased(connection) == []
+    assert await one.release("you") == REFUSED
+    writers = await connection.fetch("SELECT count, stopped, round, used_at FROM writers")
+    assert [tuple(row) for row in writers] == [(5, 0, 7, 1.5)]
+
+
+async def test_a_lease_is_neither_taken_nor_given_back_without_the_slot(connect: Open) -> None:
+    connection = await connect()
+    await connection.execute(_PUT, "round", 7)
+    one = await Leases(connection, 1).begin()
+    assert await one.take("me") == TAKEN
+    for changed in ("count = 0", "count = 1, stopped = 2", "stopped = 0, tag = 'moved'"):
+        await connection.execute(f"UPDATE writers SET {changed}")
+        assert await one.take("me") == NO_SLOT and await one.release("me") == NO_SLOT
+    assert await leased(connection) == [("me", 60.0)]
+
+
+async def test_a_slot_that_others_write_to_is_waited_for_and_counted_as_they_left_it(connect: Open) -> None:
+    """Whoever thinks that it has died notes so; then it goes on."""
+    first, second = await connect(), await connect()
+    await first.execute(_PUT, "round", 7)
+    one = await Leases(first, 1).begin()
+    for change, answer, count in (
+        ("stopped = 1", TAKEN, 1),
+        ("stopped = 1, count = count", TAKEN, 2),
+        ("tag = 'x'", NO_SLOT, 2),
+    ):
+        await second.execute("BEGIN")
+        await second.execute(f"UPDATE writers SET {change}")
+        asked = asyncio.ensure_future(one.take("me"))
+        await _waits(asked)
+        await second.execute("COMMIT")
+        assert await asked == answer
+        assert [tuple(row) for row in await first.fetch("SELECT count, stopped FROM writers")] == [(count, 0)]
+
+
+@pytest.mark.parametrize("end", ["COMMIT", "ROLLBACK"])
+async def test_of_two_that_take_a_lease_at_once_the_second_waits_for_the_first(connect: Open, end: str) -> None:
+    first, second = await connect(), await connect()
+    await first.execute(_PUT, "round", 7)
+    one, other = await Leases(first, 1).begin(), await Leases(second, 2).begin()
+    await first.execute("BEGIN")
+    assert await one.take("me") == TAKEN
+    asked = asyncio.ensure_future(other.take("you"))
+    await _waits(asked)
+    await first.execute(end)
+    assert await asked == (REFUSED if end == "COMMIT" else TAKEN)
+    assert await leased(first) == [("me" if end == "COMMIT" else "you", 60.0)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_a_simulated_server_loses_answers_to_what_is_changed_without_begin(room: Path, seed: int) -> None:
+    net = SimNetwork(random.Random(1))
+    server = DatabaseServer(net, f"{room}/central.db", random.Random(seed), lambda: NOW, _strange)
+    await server.start()
+    one, _ = await connector(net)("postgresql://here@db/index")
+    await one.execute(_PUT, "kept", 1)
+    server.loses = 1
+    assert await one.fetchval(_READ, "kept") == 1 and server.loses == 1
+    with pytest.raises((asyncpg.InterfaceError, asyncpg.PostgresConnectionError)):
+        await one.execute(_ADD, "kept", 1)
+    other, _ = await connector(net)("postgresql://here@db/index")
+    done = server.counts.get("statements-lost-done", 0)
+    assert await other.fetchval(_READ, "kept") == 1 + done and server.loses == 0
+    assert done + server.counts.get("statements-lost-undone", 0) == 1
+    other.terminate()
 
 
 async def test_a_simulated_standby_that_lagged_behind_shows_what_it_had(room: Path) -> None:

@@ -392,6 +392,8 @@ class Store:
         return answer
 
     def _written(self, text: str, args: Sequence[Any]) -> Answer:
+        if (steps := dialect.steps(text)) is not None:
+            return self._stepped(steps, args)
         joined = dialect.joined(text)
         if joined is None:
             return _asked(self._db, text, args)
@@ -400,10 +402,17 @@ class Store:
         columns = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in range(joined.width)]
         return _asked(self._db, joined.insert, [*args, *columns])
 
+    def _stepped(self, steps: Sequence[str], args: Sequence[Any]) -> Answer:
+        answer, given = Answer([], ""), list(args)
+        for step in steps:
+            answer = _asked(self._db, step, given)
+            given.append([row[0] for row in answer.rows])
+        return answer
+
 
 def is_read(text: str) -> bool:
     """True for what changes no row; it may lock some."""
-    return text.startswith("SELECT") or (text.startswith("WITH") and dialect.joined(text) is None)
+    return text.startswith("SELECT") or (text.startswith("WITH") and not (dialect.joined(text) or dialect.steps(text)))
 
 
 def _named(columns: Sequence[str], alias: str) -> str:

@@ -1,14 +1,15 @@
 """Owns how the simulated database server reads PostgreSQL's text: as SQLite's, for values that are there.
 
-Only what PowerMail says is read: arrays as `unnest` and `ANY`, an UPDATE whose rows an INSERT joins, the clock, `array_agg`,
-and which rows a SELECT locks. What a new statement needs beyond that is added here; until then a simulation says so.
+Only what PowerMail says is read: arrays as `unnest` and `ANY`, an UPDATE whose rows an INSERT joins, named parts that change
+rows, the clock, `array_agg`, and which rows a SELECT locks. What a new statement needs beyond that is added here; until then a
+simulation says so.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from functools import cache
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ _NUMBER = re.compile(r"\$(\d+)")
 _LOCKING = re.compile(r"\s*FOR (KEY SHARE|NO KEY UPDATE|UPDATE)(?: OF (\w+))?")
 _ALIAS = re.compile(r"^(UPDATE|DELETE FROM) (\w+) ([a-z]) (SET|WHERE|FROM)\b")
 _JOINED = re.compile(r"^WITH (\w+) AS \((UPDATE .*?) RETURNING (.*?)\) (INSERT INTO .*)$", re.DOTALL)
+_PART = re.compile(r"(?:WITH|,) (\w+) AS \(")
+_COLUMN = re.compile(r"^SELECT (\w+) FROM\b|\bRETURNING (\w+)$")
 _PIECES = re.compile(r"\x00(\d+)\x00")
 
 
@@ -71,6 +74,45 @@ def joined(text: str) -> Joined | None:
     arrays = ", ".join(f"${number}" for number in range(first, first + len(columns)))
     insert = re.sub(rf"\b{name} (\w+)", rf"unnest({arrays}) AS \1({', '.join(columns)})", insert)
     return Joined(update, f"SELECT {returned} FROM {table} {alias}, {source} WHERE {where}", insert, len(columns))
+
+
+@cache
+def steps(text: str) -> tuple[str, ...] | None:
+    """The named parts of a statement that change rows, and the SELECT behind them, each a statement; None for any other. What
+    each one gives, one column, is an array behind the values of the whole statement, for those that come later.
+
+    In PostgreSQL no part sees in a table what another has changed, only what that returns: a statement must not ask for it.
+    """
+    if not text.startswith("WITH ") or joined(text) is not None or " RETURNING " not in text:
+        return None
+    found: list[str] = []
+    names: dict[str, str] = {}
+    at = 0
+    behind = max(int(number) for number in _NUMBER.findall(text)) + 1
+    while (match := _PART.match(text, at)) is not None:
+        start, at = match.end(), _closing(text, match.end())
+        part = text[start:at]
+        column = _COLUMN.search(part)
+        assert column is not None, part
+        found.append(_of_arrays(part, names))
+        names[match[1]] = f"unnest(${behind + len(names)}) AS {match[1]}({column[1] or column[2]})"
+        at += 1
+    return (*found, _of_arrays(text[at:].strip(), names))
+
+
+def _closing(text: str, at: int) -> int:
+    """Where the parenthesis is closed that was opened before `at`."""
+    depth = 1
+    while depth:
+        depth += {"(": 1, ")": -1}.get(text[at], 0)
+        at += 1
+    return at - 1
+
+
+def _of_arrays(text: str, names: Mapping[str, str]) -> str:
+    for name, rows in names.items():
+        text = re.sub(rf"\bFROM {name}\b", f"FROM {rows}", text)
+    return text
 
 
 def _cut(text: str, *words: str) -> list[str]:

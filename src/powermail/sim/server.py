@@ -22,7 +22,7 @@ import msgspec
 from powermail.base import limits
 from powermail.base.errors import IndexTrouble
 from powermail.index.postgres.statements import History
-from powermail.sim.database import STRANGE, Answer, Refused, Store, Work
+from powermail.sim.database import STRANGE, Answer, Refused, Store, Work, is_read
 from powermail.sim.net import NamedNetwork, SimNetwork
 
 HOST = "db"
@@ -68,7 +68,7 @@ class DatabaseServer:
         self.history = History("1", "1")
         self.store = Store(path, now)
         self.refuses = 0.0  # the part of statements that end in a serialization failure or a deadlock
-        self.loses = 0  # so many of the next COMMITs are never answered
+        self.loses = 0  # so many of the next COMMITs, and of changes without BEGIN, are never answered
         self.slow_s = 0.0  # that each statement takes
         self.counts: dict[str, int] = {}  # what happened here, by a word
         self._net = net
@@ -195,16 +195,18 @@ class _Session(asyncio.Protocol):
     def _at_once(self, text: str, args: Sequence[Any], many: bool) -> tuple[Any, ...] | None:
         """The answer; None if others hold what it needs."""
         try:
-            self._refuse()
+            self._refuse(text)
             return self._server.store.run_at_once(self._work, text, args, many)
         except Refused as refused:
             return self._refused(refused)
 
-    def _refuse(self) -> None:
+    def _refuse(self, text: str) -> None:
         """Raises Refused now and then, as the server chooses."""
         work, server = self._work, self._server
-        if work is not None and work.snapshot is None and server.refuses and server.chance.random() < server.refuses:
-            server.store.fail(work)
+        changes = work.snapshot is None if work is not None else not is_read(text)
+        if changes and server.refuses and server.chance.random() < server.refuses:
+            if work is not None:
+                server.store.fail(work)
             raise Refused(server.chance.choice(["SerializationError", "DeadlockDetectedError"]), "by the server's choice")
 
     def _refused(self, refused: Refused) -> tuple[Any, ...]:
@@ -220,10 +222,17 @@ class _Session(asyncio.Protocol):
         if not self._may_wait(text):
             answer = self._end_or_begin(text)
         else:
+            lost = self._work is None and not is_read(text) and self._server.loses > 0
+            if lost and not self._loses("statements"):
+                self._cut()
+                return
             try:
                 answer = tuple(await self._server.store.run(self._work, text, args, many, limits.INDEX_LOCK_S))
             except Refused as refused:
                 answer = self._refused(refused)
+            if lost:
+                self._cut()
+                return
         self._serving = None
         self._answer(answer)
         self._next()
@@ -242,16 +251,24 @@ class _Session(asyncio.Protocol):
             self._work = store.begin(text == _SNAPSHOT)
         return [], text
 
+    def _loses(self, what: str) -> bool:
+        """The answer to a change will be lost; True if it is to be done."""
+        self._server.loses -= 1
+        done = self._server.chance.random() < 0.5
+        self._server.count(f"{what}-lost-{'done' if done else 'undone'}")
+        return done
+
+    def _cut(self) -> None:
+        """The connection breaks, without an answer."""
+        self._over = True
+        self._transport.reset()
+
     def _commit(self) -> Answer:
         work, self._work = self._work, None
         server = self._server
         if server.loses and work is not None and work.writes:
-            server.loses -= 1
-            done = server.chance.random() < 0.5
-            server.count("commits-lost-done" if done else "commits-lost-undone")
-            (server.store.commit if done else server.store.rollback)(work)
-            self._over = True
-            self._transport.reset()
+            (server.store.commit if self._loses("commits") else server.store.rollback)(work)
+            self._cut()
         elif work is not None:
             server.store.commit(work)
         return Answer([], "COMMIT")

@@ -2,7 +2,8 @@
 
 Two connections write, each with a writer slot of its own (law 10); a few read. A transaction is a body that may run again: it
 does when others stood in its way, and when its connection broke before COMMIT was sent. When it broke in COMMIT, the slot's
-count says what became of it. Nothing waits without a bound: what is away is IndexTrouble.
+count says what became of it. What may be done twice is one statement without BEGIN, which counts itself. Nothing waits
+without a bound: what is away is IndexTrouble.
 
 Other processes write too, on other machines: nothing that was read is kept for the next transaction.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import asyncpg
@@ -25,7 +26,16 @@ from powermail.index import laws
 from powermail.index.laws import NumbersSpent
 from powermail.index.postgres import schema
 from powermail.index.postgres.addresses import OUT_OF_REACH, connect
-from powermail.index.postgres.statements import Connection, History, Ids, NewSets, RandomIds, Reader, StatedReader, Writer
+from powermail.index.postgres.statements import (
+    Connection,
+    History,
+    Ids,
+    NewSets,
+    RandomIds,
+    Reader,
+    StatedReader,
+    Writer,
+)
 from powermail.index.postgres.views import Views
 from powermail.index.sql.core import LEFT_OUT, Change, Look
 from powermail.index.sql.engine import Again, Reading, Slot, Transaction, Untouched
@@ -37,6 +47,7 @@ T = TypeVar("T")
 _LOCKED = asyncpg.LockNotAvailableError  # somebody holds a row for longer than anybody waits
 IN_THE_WAY = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError, asyncpg.UniqueViolationError, _LOCKED, Again)
 _SLOW = (TimeoutError, asyncio.TimeoutError, asyncpg.QueryCanceledError)  # asked again it takes as long again
+_CLOCK = "CAST(extract(epoch FROM now()) AS DOUBLE PRECISION)"
 _SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 _KNOWN = (
     "SELECT (SELECT value FROM counters WHERE name = 'epoch'), (SELECT value FROM counters WHERE name = 'sequence'),"
@@ -335,7 +346,7 @@ class PostgresCore(EpochPart, Gathering):
                 stack.callback(self._writers.give, link)
             for link in links:
                 if link.slot is not None or link.old is not None:
-                    await self._repeat(link, self._in_rest, (), limits.INDEX_TRIES_MAX)
+                    await self._repeat(link, lambda link: self._attempt(link, self._in_rest, ()), limits.INDEX_TRIES_MAX)
 
     # -- reading ---------------------------------------------------------------------------------------------------------
 
@@ -363,8 +374,13 @@ class PostgresCore(EpochPart, Gathering):
         return True, found
 
     async def _in_now(self, db: Reading) -> float:
-        """The database's clock, when the transaction began: a later one would take a lease for over before it is."""
-        return float((await db.one("SELECT CAST(extract(epoch FROM now()) AS DOUBLE PRECISION)"))[0])
+        return float((await db.one(f"SELECT {self._clock()}"))[0])
+
+    def _clock(self) -> str:
+        """The database's clock, as a statement has it, when its transaction began: a later one would take a lease for over
+        before it is.
+        """
+        return _CLOCK
 
     async def _aside(self, call: Callable[..., T], *args: Any) -> T:
         return await self._lane.run(call, *args)
@@ -438,7 +454,20 @@ class PostgresCore(EpochPart, Gathering):
 
     async def _write(self, call: Change[T], *args: Any) -> T:
         """Runs `call` in one transaction, whoever waits for it. Raises IndexTrouble."""
-        task = self._start(self._change(call, args, limits.INDEX_TRIES_MAX))
+        return await self._whoever_waits(self._change(call, args, limits.INDEX_TRIES_MAX))
+
+    async def _write_counted(self, text: str, args: Sequence[Any]) -> bool:
+        """Runs a `counted_text`, which may run again when it was done, whoever waits for it; True if it changed something.
+        Raises IndexTrouble.
+        """
+
+        def attempt(link: Link) -> Awaitable[bool]:
+            return self._attempt_counted(link, text, args)
+
+        return await self._whoever_waits(self._over_a_link(attempt, limits.INDEX_TRIES_MAX))
+
+    async def _whoever_waits(self, work: Coroutine[Any, Any, T]) -> T:
+        task = self._start(work)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -461,13 +490,16 @@ class PostgresCore(EpochPart, Gathering):
 
     async def _change(self, call: Change[T], args: tuple[Any, ...], tries: int) -> T:
         """Raises IndexTrouble; `__cause__` is in `IN_THE_WAY` when others stood in the way each time."""
+        return await self._over_a_link(lambda link: self._attempt(link, call, args), tries)
+
+    async def _over_a_link(self, attempt: Callable[[Link], Awaitable[T]], tries: int) -> T:
         link = await self._writers.take()
         try:
-            return await self._repeat(link, call, args, tries)
+            return await self._repeat(link, attempt, tries)
         finally:
             self._writers.give(link)
 
-    async def _repeat(self, link: Link, call: Change[T], args: tuple[Any, ...], tries: int) -> T:
+    async def _repeat(self, link: Link, attempt: Callable[[Link], Awaitable[T]], tries: int) -> T:
         """Runs it until it comes to an end. Who waits for a row as long as anybody does, waits few times; what it names that is
         new is made first, as a transaction of its own.
         """
@@ -479,7 +511,7 @@ class PostgresCore(EpochPart, Gathering):
                     if new:
                         await self._attempt(link, self._in_make_sets, (new,))
                         new = {}
-                    return await self._attempt(link, call, args)
+                    return await attempt(link)
                 except NewSets as error:
                     new, made = error.sets, made + 1
                     if made > limits.INDEX_TRIES_MAX:
@@ -504,13 +536,8 @@ class PostgresCore(EpochPart, Gathering):
         """Runs it once. Raises Broken, what is in `IN_THE_WAY`, or what the body raises."""
         committing = False
         try:
-            connection = await self._ready(link)
-            anew = call == self._in_raise_epoch
-            if self._slot_lost and not anew:
-                raise IndexLost(self._why_lost)
-            if link.slot is None and not anew:
-                await self._take_slot(link)
-            db = self._writer(link)
+            db = await self._ready_to_write(link, call == self._in_raise_epoch)
+            connection = db.connection
             await connection.execute("BEGIN")
             try:
                 result = await call(db, *args)
@@ -547,6 +574,37 @@ class PostgresCore(EpochPart, Gathering):
         assert not isinstance(result, Untouched), "nothing of it was committed"
         return result
 
+    async def _attempt_counted(self, link: Link, text: str, args: Sequence[Any]) -> bool:
+        """Runs it once. If its connection breaks nobody knows whether it was done, nor asks: it runs again, behind a look at
+        its slot, which may count one more (law 10). Raises Broken, or what is in `IN_THE_WAY`.
+        """
+        try:
+            db = await self._ready_to_write(link)
+            there, changed = await db.run_counted(text, args)
+            if not there:
+                await self._miss_slot(link, db.connection, db.slot)
+        except asyncpg.DataError:
+            raise
+        except OUT_OF_REACH as error:
+            raise Broken(error) from error
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                self._break(link)  # cancelled: what became of it is not waited for
+            raise
+        if changed:
+            link.slot = db.slot
+            self._committed(db)
+        return changed
+
+    async def _ready_to_write(self, link: Link, anew: bool = False) -> Writer:
+        """A connection with a writer slot; `anew`: a new epoch begins, which needs none. Raises IndexTrouble, IndexLost."""
+        await self._ready(link)
+        if self._slot_lost and not anew:
+            raise IndexLost(self._why_lost)
+        if link.slot is None and not anew:
+            await self._take_slot(link)
+        return self._writer(link)
+
     def _writer(self, link: Link) -> Writer:
         assert link.connection is not None
         slot = link.slot or Slot(0, "", 0)
@@ -554,10 +612,13 @@ class PostgresCore(EpochPart, Gathering):
         return Writer(link.connection, link.history, slot, self._tag, self._ids.take, now, self._aside, self._views)
 
     async def _raise_count(self, link: Link, db: Writer) -> None:
+        """Law 10, last in each transaction."""
+        before = db.slot
+        if not await db.raise_count():
+            await self._miss_slot(link, db.connection, before)
+
+    async def _miss_slot(self, link: Link, connection: Connection, slot: Slot) -> NoReturn:
         """Law 10. A slot that is not where it was left: it was pruned, and another is taken; or commits were lost."""
-        if await db.raise_count():
-            return
-        connection, slot = db.connection, db.slot._replace(commits=db.slot.commits - 1)
         row = await connection.fetchrow("SELECT tag, count, stopped FROM writers WHERE id = $1", slot.number)
         epoch, sequence, *_ = await connection.fetchrow(_KNOWN) or (0, 0)
         link.slot = None

@@ -23,6 +23,11 @@ from powermail.index.view import View
 
 T = TypeVar("T")
 Connection: TypeAlias = asyncpg.Connection
+_OURS = "id = ? AND tag = ? AND count = ? AND stopped < ?"  # a slot as its connection left it, which is in marks still
+_RAISE = (
+    "UPDATE writers SET count = count + 1, stopped = ?, used_at = ?,"
+    f" round = (SELECT value FROM counters WHERE name = 'round') WHERE {_OURS}"
+)
 _texts: dict[str, str] = {}
 _lists: dict[tuple[str, str], str] = {}
 
@@ -49,6 +54,21 @@ def _affected(status: str) -> int:
     """Rows that a statement changed, from what the server says of it: `UPDATE 3`, `INSERT 0 1`."""
     last = status.rpartition(" ")[2]
     return int(last) if last.isdecimal() else 0
+
+
+def counted_text(change: str) -> str:
+    """A shared text that is a transaction by itself, for `Writer.run_counted`: if the writer slot is where it was left, it
+    changes something, and raises the count of the slot last (law 10). `change` does nothing unless `slot` has a row, and
+    returns a row for what it did.
+
+    The slot is locked first: whoever looks at it when the connection broke waits until the server is done with the statement,
+    so that it never does later what was asked again, or taken back, meanwhile.
+    """
+    return (
+        f"WITH slot AS (SELECT id FROM writers WHERE {_OURS} FOR NO KEY UPDATE), changed AS ({change}),"
+        f" counted AS ({_RAISE} AND EXISTS (SELECT 1 FROM changed) RETURNING id)"
+        " SELECT (SELECT count(*) FROM slot), (SELECT count(*) FROM changed)"
+    )
 
 
 Aside: TypeAlias = Callable[..., Awaitable[Any]]  # runs a call with its arguments in a lane
@@ -359,10 +379,20 @@ class Writer(Reader, Transaction):
         """Law 10, last in each transaction; False if the slot is not where this connection left it, or in no mark any more:
         nodes would refuse whatever names it again.
         """
-        raised = await self.change(
-            "UPDATE writers SET count = count + 1, stopped = ?, used_at = ?,"
-            " round = (SELECT value FROM counters WHERE name = 'round') WHERE id = ? AND tag = ? AND count = ? AND stopped < ?",
-            (int(self.resting), self._now, self._slot.number, self._slot.tag, self._slot.commits, LEFT_OUT),
-        )
-        self._slot = self._slot._replace(commits=self._slot.commits + 1)
+        raised = await self.change(_RAISE, (int(self.resting), self._now, *self._ours()))
+        self._count()
         return raised == 1
+
+    async def run_counted(self, text: str, args: Sequence[Any]) -> tuple[bool, bool]:
+        """Outside of any transaction. Was the slot where it was left; was something changed, and counted."""
+        ours = self._ours()
+        there, changed = await self.one(text, (*ours, *args, 0, self._now, *ours))
+        if changed:
+            self._count()
+        return bool(there), bool(changed)
+
+    def _count(self) -> None:
+        self._slot = self._slot._replace(commits=self._slot.commits + 1)
+
+    def _ours(self) -> tuple[int, str, int, int]:
+        return (*self._slot, LEFT_OUT)

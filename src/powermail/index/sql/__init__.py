@@ -12,7 +12,8 @@ Lock order, for all who write, so that two wait for each other and never in a ri
 5. rows of the queue, by id;
 6. the other counters, as `sql.engine.COUNTERS` names them;
 7. what stands alone, sorted: returns, tallies, owners, newcomers, tokens and then identities;
-8. writer slots, by id: each transaction its own last, after which it waits for nothing.
+8. writer slots, by id: each transaction its own last, after which it waits for nothing;
+9. jobs that are leased, each by a statement that holds its writer slot and nothing else (`index.postgres.leases`).
 
 Entries, views, changes, attempts, orders, drops, suspects and notes are touched by who holds the mailbox, queue row, key or
 node that they belong to; rows of `gone` also by who holds their key only: by key. A statement that changes many rows of any of

@@ -1,5 +1,7 @@
 """Owns which process does which background job: a row for each that was taken, by compare-and-set, dated by one clock.
 
+Here a lease is a transaction; where several processes ask a server, it is one statement (`index.postgres.leases`).
+
 Danger: the times are the index's own (`_in_now`), never those of the machine that asks, whose clock may be any.
 """
 
@@ -22,6 +24,9 @@ class LeasePart(Core):
     async def lease(self, job: str, owner: str, seconds: float) -> bool:
         if not 0 < seconds <= limits.LEASE_S_MAX:
             raise ValueError(f"a job is leased for at most {limits.LEASE_S_MAX:.0f} s")
+        return await self._lease(job, owner, seconds)
+
+    async def _lease(self, job: str, owner: str, seconds: float) -> bool:
         return await self._write(self._in_lease_job, job, owner, seconds)
 
     async def _in_lease_job(self, db: Transaction, job: str, owner: str, seconds: float) -> bool | Untouched[bool]:
