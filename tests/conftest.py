@@ -23,6 +23,11 @@ BLOCKED_S = 0.25  # CPU of one step; the promise is 50 ms, the rest is for slow 
 _LOOK_S = 0.1
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that may take longest come first, or one core ends with them while the other rests."""
+    items.sort(key=lambda item: -max((mark.args[0] for mark in item.iter_markers("timeout") if mark.args), default=0))
+
+
 def pytest_collection_finish() -> None:
     """Thousands of collected tests are no garbage: looking through them takes longer than any step may."""
     gc.collect()

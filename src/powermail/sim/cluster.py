@@ -30,10 +30,12 @@ class ClusterSimulation(Played):
 
     machine: Machines
     settled_s = 20.0
+    senders, readers = 3, 1  # a message costs several times what it does on one machine
 
     def __init__(self, seed: int, seconds: float, real: str, only: Sequence[str] = ()) -> None:
         self.plan = plan = Plan.of(seed)
         machines = Machines(random.Random(seed), list(plan.nodes), real)
+        machines.net.whole[database.HOST] = None
         super().__init__(seed, seconds, machines, only, len(plan.fronts))
         self.machine = machines
         self.node_names = plan.first

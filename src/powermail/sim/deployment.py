@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from powermail.app import core as app_core
+from powermail.app import setup as app_setup
 from powermail.app.compose import PowerMail
 from powermail.app.noding import NodeProcess
 from powermail.app.roles import Duties
@@ -26,7 +27,7 @@ from powermail.index.postgres import connection as postgres_connection
 from powermail.sim import fleet as fl
 from powermail.sim import server as database
 from powermail.sim import settings as st
-from powermail.sim.machines import Machines, SimPeerCertificate, data_of, host_of, names_of
+from powermail.sim.machines import Machines, SimPeerCertificate, data_of, facts_of, host_of, names_of
 from powermail.sim.pace import CLUSTER_PACE, put
 from powermail.storage.identity import make_store
 from powermail.storage.log.keys import KeyIndex, SqliteKeyIndex
@@ -230,4 +231,9 @@ class RoleServed(Served):
 def simulated(machines: Machines) -> AbstractContextManager[None]:
     """Within it, processes are given simulated certificates and the simulated database, and the pace of a cluster."""
     connect = database.connector(machines.net)
-    return put([*CLUSTER_PACE, (app_core, "PeerCertificate", SimPeerCertificate), (postgres_connection, "connect", connect)])
+    instead = [
+        (app_core, "PeerCertificate", SimPeerCertificate),
+        (app_setup, "facts_of", facts_of),  # by which a machine whose disks are all new knows its cluster
+        (postgres_connection, "connect", connect),
+    ]
+    return put([*CLUSTER_PACE, *instead])

@@ -122,10 +122,9 @@ class SimPeerCertificate:
     """What stands for `base.tls.PeerCertificate`: the names in a file, shown by `SimContext`."""
 
     def __init__(self, paths: tuple[str, str, str], disk: Disk, log: Log) -> None:
-        names = tuple(disk.read_file(paths[0]).decode().split())
         self.paths = paths
-        self.facts = Facts(names, 0.0, _FOREVER)
-        self._context = SimContext.of(names)
+        self.facts = facts_of(disk.read_file(paths[0]))
+        self._context = SimContext.of(self.facts.uris)
 
     def server(self) -> SimContext:
         """For a connection that comes in."""
@@ -142,6 +141,11 @@ class SimPeerCertificate:
     def reload(self) -> bool:
         """The file never changes."""
         return False
+
+
+def facts_of(octets: bytes) -> Facts:
+    """What stands for `base.tls.facts_of`: such a certificate names its bearer, and never ends."""
+    return Facts(tuple(octets.decode().split()), 0.0, _FOREVER)
 
 
 def names_of(cluster: str, identity: str, *roles: str) -> bytes:

@@ -61,7 +61,8 @@ class SimTransport:
         if self._on_the_way > _HIGH_WATER_OCTETS and not self._full:
             self._full = True
             self._protocol.pause_writing()
-        for piece in self._net.pieces(bytes(data)):
+        whole = self.owner in self._net.whole or self.peer.owner in self._net.whole
+        for piece in (bytes(data),) if whole else self._net.pieces(bytes(data)):
             self._post(self._arrive, piece)
 
     def _post(self, what: Callable[[*Ts], None], *args: *Ts) -> None:
@@ -203,6 +204,7 @@ class SimNetwork:
         self.connections: dict[SimTransport, None] = {}
         self.stalled_until: dict[str, float] = {}  # what this owner sends waits until then
         self.cut_until: dict[tuple[str, str], float] = {}  # what the one sends to the other waits until then
+        self.whole: dict[str, None] = {}  # what goes to these owners, or comes from them, is handed over as it was written
         self._chance = chance
         self._next_port = 20_000
 

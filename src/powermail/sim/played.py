@@ -174,6 +174,7 @@ class Played(ABC):
         if len(live | unseen) < COPIES and len(live | unseen | self.taken(key)) < COPIES:
             self.fleet.history.problem(f"message {key.hex()} was acknowledged with copies in {sorted(live)} only (P1)")
 
+    senders, readers = 6, 2  # of the fleet
     settled_s = 60.0  # what a killed front end left on one node is entered by then
 
     def _told(self) -> None:
@@ -271,8 +272,8 @@ class Played(ABC):
         await self.begin()
         self._accounts = {name: self._owners[name] for name in IMAP_MAILBOXES}
         users = [MailboxUser(account, self.index, self._chance, self.ledger) for account in self._accounts.values()]
-        clients = [asyncio.create_task(self.fleet.sender()) for _ in range(6)]
-        clients += [asyncio.create_task(self.fleet.reader()) for _ in range(2)]
+        clients = [asyncio.create_task(self.fleet.sender()) for _ in range(self.senders)]
+        clients += [asyncio.create_task(self.fleet.reader()) for _ in range(self.readers)]
         clients += [asyncio.create_task(user.run()) for user in users]
         watching = asyncio.gather(self.observer.run(), self._watch())
         loop = asyncio.get_running_loop()

@@ -283,6 +283,8 @@ class SimConnection(asyncio.Protocol):
         self._waiter: asyncio.Future[Any] | None = None
         self._closed = False
         self._in_transaction = False
+        self._late_at = 0.0  # what is asked now must be answered by then
+        self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -321,14 +323,15 @@ class SimConnection(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         waiter = self._waiter = loop.create_future()
         self._transport.write(_frame((text, tuple(args), many)))
-        timer = loop.call_later(limits.INDEX_COMMAND_S, self._late, waiter)
+        self._late_at = loop.time() + limits.INDEX_COMMAND_S
+        if self._timer is None:
+            self._timer = loop.call_at(self._late_at, self._look)
         try:
             found = await waiter
         except (TimeoutError, asyncio.CancelledError):
             self.terminate()  # what becomes of it is not waited for
             raise
         finally:
-            timer.cancel()
             self._waiter = None
         if isinstance(found[0], str):
             error: Exception = getattr(asyncpg, found[0])(found[1])
@@ -337,10 +340,16 @@ class SimConnection(asyncio.Protocol):
             self._in_transaction = text.startswith("BEGIN")
         return Answer([tuple(row) for row in found[0]], found[1])
 
-    @staticmethod
-    def _late(waiter: asyncio.Future[Any]) -> None:
-        if not waiter.done():
-            waiter.set_exception(TimeoutError())
+    def _look(self) -> None:
+        """One timer for all that is asked, one after the other: few of them wait for long."""
+        self._timer = None
+        if self._waiter is None or self._waiter.done():
+            return
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._late_at:
+            self._timer = loop.call_at(self._late_at, self._look)
+        else:
+            self._waiter.set_exception(TimeoutError())
 
     async def fetch(self, text: str, *args: Any) -> list[tuple[Any, ...]]:
         """As asyncpg's."""
