@@ -4,6 +4,8 @@ node is passed over without a word.
 
 from __future__ import annotations
 
+import asyncio
+import datetime
 import json
 import os
 import shutil
@@ -215,6 +217,22 @@ def test_a_rebuild_that_was_done_is_not_taken_for_the_next_one(broken_off: str, 
     refused = rebuild(broken_off)
     assert refused.status == 2 and "can be used" in refused.json()["error"], refused
     assert rebuild(broken_off, "--yes").status == 0 and shown(broken_off)
+
+
+def test_several_indexes_are_set_aside_within_one_second(in_copy: BrokenOff, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, name = str(in_copy.data), "powermail_before_20261126_000000"
+    monkeypatch.setattr("powermail.app.rebuilding.utc", lambda at: datetime.datetime(2026, 11, 26, tzinfo=datetime.UTC))
+    for _ in range(3):
+        done = rebuild(data, "--yes")
+        assert done.status == 0, done
+
+    async def found() -> list[str]:
+        connection = await asyncpg.connect(in_copy.database.url)
+        rows = await connection.fetch("SELECT nspname::text FROM pg_namespace WHERE starts_with(nspname, $1) ORDER BY 1", name)
+        await connection.close()
+        return [row[0] for row in rows]
+
+    assert asyncio.run(found()) == [name, f"{name}_2", f"{name}_3"]
 
 
 def test_an_index_that_is_elsewhere_is_not_made_anew_where_it_was(data: str, postgresql: Database) -> None:

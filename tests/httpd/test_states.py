@@ -192,6 +192,9 @@ async def test_copies_workers_and_the_rest_are_what_the_rooms_say(near: Near, mo
     await near.start()
     powermail, desk = near.powermail, near.powermail.operations.desk
     repairer = desk.repairer
+    (repair,) = [worker for worker in desk.workers if worker.name == "repair"]
+    while not repair.units:  # its first turn finds nothing, and says so
+        await asyncio.sleep(0.01)
     repairer.left, repairer.rate, repairer.unrepairable_total = 30, 2.0, 4
     (worker,) = [worker for worker in desk.workers if worker.name == "purges"]
     worker.units, worker.errors, worker.trouble = 11, 5, "waiting after OSError"

@@ -236,6 +236,7 @@ class Running(Place):
             await self.each(keeping.collector.step)
             await keeping.repairer.step()
             await keeping.forgetter.step()
+            await keeping.drainer.step()
             status = await self.status()
             if not status["degraded"] and not any(node["owed"] for node in status["nodes"]):
                 return

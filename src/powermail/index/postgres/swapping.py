@@ -61,7 +61,7 @@ async def swap(url: str, stamp: str, before: Mapping[str, str]) -> str:
                 "the index in the database has changed hands meanwhile (it was moved, or made anew): see which one is to be "
                 "used; nothing was changed"
             )
-        aside = f"powermail_before_{stamp}" if old else ""
+        aside = await _free_name(connection, f"powermail_before_{stamp}") if old else ""
         if aside:
             await connection.execute(f"CREATE SCHEMA {aside}")
         for table in old:
@@ -72,6 +72,15 @@ async def swap(url: str, stamp: str, before: Mapping[str, str]) -> str:
         return aside
 
     return await _within(url, swapped, "whether the new index is in its place now is not known: `powermail rebuild` again says")
+
+
+async def _free_name(connection: Connection, name: str) -> str:
+    """That of a schema that is not there yet: two may be set aside within the same second."""
+    found, number = name, 1
+    while await connection.fetchval("SELECT to_regnamespace($1) IS NOT NULL", found):
+        number += 1
+        found = f"{name}_{number}"
+    return found
 
 
 async def _within(url: str, work: Callable[[Connection], Awaitable[T]], unknown: str) -> T:
