@@ -169,16 +169,16 @@ class Cluster:
         await self.until_states({"read-write"})
 
     async def with_copies(self, copies: int) -> None:
-        """Front end and keeper go on with so many copies of what is new."""
+        """Front end and keeper go on with so many copies of what is new, once what was there has as many: repair costs too."""
         for process in (self.front, self.keeper):
             await process.end()
             process.more = (f"cluster.copies_required={copies}",)
         await self.keeper.start(self.environment)
         await self.front.start(self.environment)
-        await self.until_states({"read-write"})
+        await self.until_states({"read-write"}, whole=True)
 
-    async def until_states(self, states: set[str]) -> None:
-        """Waits until the front end sees nodes in these states."""
+    async def until_states(self, states: set[str], whole: bool = False) -> None:
+        """Waits until the front end sees nodes in these states, and, if `whole`, every message with all its copies."""
 
         async def unseen(done: int, total: int) -> None:
             pass
@@ -187,7 +187,8 @@ class Cluster:
             while True:
                 try:
                     status = msgspec.json.decode(await ask_any(str(self.front.data), "status", {}, unseen))
-                    if {node["state"] for node in status["nodes"]} == states:
+                    thin = status["not_redundant"]["messages"] if whole else 0
+                    if {node["state"] for node in status["nodes"]} == states and not thin:
                         return
                 except NotRunning:
                     pass
