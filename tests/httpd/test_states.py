@@ -165,6 +165,18 @@ async def test_what_the_index_knows_of_nodes_is_shown(near: Near, monkeypatch: p
 
 
 @pytest.mark.usefixtures("at_once")
+async def test_checkpoints_on_too_few_nodes_are_counted(near: Near, monkeypatch: pytest.MonkeyPatch) -> None:
+    await near.start()
+
+    async def thin() -> int:
+        return 7
+
+    await shows(near, 0.0, "thin_checkpoints")
+    monkeypatch.setattr(near.powermail.core.index, "thin_checkpoints", thin)
+    await shows(near, 7.0, "thin_checkpoints")
+
+
+@pytest.mark.usefixtures("at_once")
 async def test_each_figure_of_a_node_is_its_own(near: Near, monkeypatch: pytest.MonkeyPatch) -> None:
     await near.start()
     cluster = near.powermail.core.cluster
@@ -181,7 +193,7 @@ async def test_each_figure_of_a_node_is_its_own(near: Near, monkeypatch: pytest.
         wanted |= {(name, names[field]): number for field, number in mine.items()}
     monkeypatch.setattr(cluster, "is_slow", lambda name: name == "b")
     near.powermail.core.admission.held["c"] = 12
-    cluster._watched["a"].trouble = "another disk"
+    monkeypatch.setattr(cluster, "trouble", lambda name: "another disk" if name == "a" else "")
     figures = await scrape(near)
     assert {(node, name): figures(f"node_{name}", node=node) for node, name in wanted} == wanted
     for figure, each in (("slow", [0, 1, 0]), ("drops_held", [0, 0, 12]), ("refused", [1, 0, 0])):

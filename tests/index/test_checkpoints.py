@@ -197,11 +197,6 @@ async def test_a_holder_that_comes_anew_makes_a_whole_one_due(index: Index) -> N
     assert (await planned(index, box)).whole
 
 
-async def thin(index: Index) -> int:
-    """Mailboxes of which too few nodes are known to hold a checkpoint."""
-    return (await index.totals())["thin_checkpoints"]
-
-
 async def test_what_lost_its_checkpoint_is_counted_and_due_before_all_others_until_it_has_one(rig: Rig) -> None:
     """A disk that goes next may be the only one left with it (P15)."""
     index = rig.index
@@ -211,24 +206,24 @@ async def test_what_lost_its_checkpoint_is_counted_and_due_before_all_others_unt
     for box in boxes:
         await written(index, box, nodes=("a", "b"))
     rig.clock.at = FAR
-    assert await thin(index) == 0, "one that never had a checkpoint has lost none"
+    assert await index.thin_checkpoints() == 0, "one that never had a checkpoint has lost none"
     await index.admit_node("a", "north", "a-2", "boot", START, START)
-    assert await thin(index) == 2 and await index.checkpoint_due(FAR, 9) == [*sorted(boxes), waiting]
+    assert await index.thin_checkpoints() == 2 and await index.checkpoint_due(FAR, 9) == [*sorted(boxes), waiting]
     for box in boxes:
         await deliver(index, 2 + box, to=[inbox("bob"), inbox()], nodes=("b", "c"))
         await index.store(box, [1], FlagChange.ADD, 1, None)
     # One was written while another disk went, one by two keepers at once.
     plan = await planned(index, boxes[0])
     await index.checkpoint_done(plan, ("b", "c"), FAR, {"c": "another"})
-    assert await thin(index) == 2 and await index.checkpoint_due(FAR, 2) == sorted(boxes)
+    assert await index.thin_checkpoints() == 2 and await index.checkpoint_due(FAR, 2) == sorted(boxes)
     await written(index, boxes[0], FAR, ("b", "c"))
-    assert await thin(index) == 1
+    assert await index.thin_checkpoints() == 1
     await index.checkpoint_done(await planned(index, boxes[1]), ("b", "c"), FAR)
-    assert await thin(index) == 0
-    assert await index.checkpoints_lost("b") == 2 and await thin(index) == 2
+    assert await index.thin_checkpoints() == 0
+    assert await index.checkpoints_lost("b") == 2 and await index.thin_checkpoints() == 2
     plan = await planned(index, boxes[0])
     await index.checkpoint_done(plan._replace(side=1 - plan.side), ("a", "c"), FAR)
-    assert await thin(index) == 2, "another keeper's, so it counts for nothing"
+    assert await index.thin_checkpoints() == 2, "another keeper's, so it counts for nothing"
 
 
 async def test_a_holder_of_tails_only_is_a_holder(index: Index) -> None:

@@ -78,6 +78,7 @@ async def shown(index: Index) -> dict[str, Any]:
         "accounts": await index.accounts("", 99),
         "due": await index.checkpoint_due(NOW + 1e7, 99),
         "totals": await index.totals(),
+        "thin": await index.thin_checkpoints(),
     }
     if not index.catching_up:
         for facts in boxes:

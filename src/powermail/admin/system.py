@@ -131,7 +131,7 @@ async def status(desk: Desk, request: Request, progress: Progress) -> Status:
         degraded.append(f"{thin[0]} messages are not redundant")
         degraded += _beyond_repair(desk.repairer.unrepairable)
     moving = [] if silent else await look(moves(desk, request), [])
-    degraded += _handed_on(totals, moving)
+    degraded += _handed_on(0 if silent else await look(desk.index.thin_checkpoints(), 0), moving)
     if desk.index.catching_up:
         degraded.append("the index is catching up with the nodes")
     degraded += [f"node {n}: {c} copies wait to be dropped: `node confirm {n}`" for n, c in desk.admission.held.items()]
@@ -226,15 +226,15 @@ def _beyond_repair(unrepairable: Mapping[bytes, str]) -> list[str]:
     ]
 
 
-def _handed_on(totals: Mapping[str, int], moving: Sequence[MoveFacts]) -> list[str]:
+def _handed_on(thin: int, moving: Sequence[MoveFacts]) -> list[str]:
     """What of the index's own state lies on too few nodes: an index that is made anew without one of these lacks it (P15)."""
     said = [
         f"{move.name}: {move.note or 'what lay there is written to others'}"
         for move in moving
         if move.name.startswith(f"{HAND_ON} ")
     ]
-    if count := totals.get("thin_checkpoints"):
-        said.append(f"the checkpoints of {count} mailboxes are written anew: too few nodes are known to hold the last ones")
+    if thin:
+        said.append(f"the checkpoints of {thin} mailboxes are written anew: too few nodes are known to hold the last ones")
     return said
 
 

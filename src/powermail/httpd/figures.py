@@ -17,6 +17,7 @@ class Figures:
     looked_at: float | None = None
     waiting: int = 0  # rows of the queue
     oldest_at: float | None = None  # when the first of them came that is not held; UTC
+    thin_checkpoints: int = 0  # mailboxes
     owed: dict[str, int] = field(default_factory=dict)  # deletions that a node has not confirmed
     damages: dict[str, Damage] = field(default_factory=dict)
 
@@ -48,6 +49,7 @@ class Looker:
         found.waiting = await bounded(index.queue_count(), what)
         found.oldest_at = await bounded(index.queue_oldest(), what)
         found.damages = await bounded(index.damages(), what)
+        found.thin_checkpoints = await bounded(index.thin_checkpoints(), what)
         for name in self._desk.cluster.nodes:
             found.owed[name] = sum(await bounded(index.orders_total(name), what))
         return found

@@ -157,6 +157,8 @@ class Exposition(Collector):
         yield gauge("index_figures_age_seconds", "How old figures of the queue and of deletions are.", "", age)
         known = figures.looked_at is not None
         yield gauge("queue_recipients", "Recipients elsewhere that mail waits for.", "", _one(figures.waiting) if known else ())
+        thin = _one(figures.thin_checkpoints) if known else ()
+        yield gauge("thin_checkpoints", "Mailboxes whose last checkpoint lies on too few nodes, as far as is known.", "", thin)
         oldest = max(0.0, clock.now() - figures.oldest_at) if figures.oldest_at is not None else 0.0
         yield gauge("queue_oldest_seconds", "Age of what waits longest, held mail apart.", "", _one(oldest) if known else ())
         yield gauge("outbound_route", "1 if a way out is configured.", "", _one(bool(desk.settings.outbound.smarthost)))

@@ -623,6 +623,9 @@ class Checkpoints(Protocol):
     async def checkpoints_lost(self, node: str) -> int:
         """A node is gone or was made anew: what had its checkpoint there gets a whole one before others; how many."""
 
+    async def thin_checkpoints(self) -> int:
+        """How many mailboxes lost the one they had, or have one that lies nobody knows where, and got none since: cheap."""
+
     async def queue_plan(self, limit: int) -> QueuePlan:
         """Begins a checkpoint of the queue, with the first `limit` open rows."""
 
@@ -774,7 +777,7 @@ class Index(Mailboxes, Copies, Queue, Leases, Tallies, Membership, Identities, C
         """Name of the cluster it belongs to."""
 
     async def totals(self) -> dict[str, int]:
-        """Sizes for status. `thin_checkpoints`: mailboxes of which it is not known that R nodes hold a checkpoint."""
+        """Sizes for status."""
 
     async def audit(self) -> list[str]:
         """Recounts what can be recounted; returns what does not agree."""

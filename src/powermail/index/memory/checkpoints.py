@@ -117,6 +117,9 @@ class CheckpointPart(MailboxPart):
     async def checkpoints_lost(self, node: str) -> int:
         return self.transact(lambda: self.lose_checkpoints(node))
 
+    async def thin_checkpoints(self) -> int:
+        return sum(row.due == laws.LOST_DUE for row in self.state.mailboxes.values())
+
     async def queue_plan(self, limit: int) -> QueuePlan:
         def planning() -> QueuePlan:
             s = self.state

@@ -191,7 +191,6 @@ class EpochPart(Transactions):
             "orders": len(s.orders),
             "drops": len(s.drops),
             "suspects": len(s.suspects),
-            "thin_checkpoints": sum(row.due == laws.LOST_DUE for row in s.mailboxes.values()),
         }
 
     async def audit(self) -> list[str]:

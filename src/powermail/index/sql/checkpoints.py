@@ -229,6 +229,13 @@ class CheckpointPart(MailboxPart, NodePart):
         db.boxes.clear()
         return len(locked) or Untouched(0)
 
+    async def thin_checkpoints(self) -> int:
+        return await self._ask(self._thin_checkpoints)
+
+    async def _thin_checkpoints(self, db: Reading) -> int:
+        rows = await db.rows("SELECT count(*) FROM mailboxes WHERE due_at > 0 AND due_at <= ?", (laws.LOST_DUE,))
+        return int(rows[0][0])
+
     async def admit_node(
         self, node: str, group: str, incarnation: str, boot: str, watermark: Position, end: Position,
         instead_of: str | None = None,

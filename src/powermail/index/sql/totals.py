@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from powermail.index import laws
 from powermail.index.contract import Fate
 from powermail.index.sql.core import Core
 from powermail.index.sql.engine import Reading
@@ -16,7 +15,6 @@ _TOTALS = {
     "orders": "SELECT count(*) FROM orders",
     "drops": "SELECT count(*) FROM drops",
     "suspects": "SELECT count(*) FROM suspects",
-    "thin_checkpoints": f"SELECT count(*) FROM mailboxes WHERE due_at > 0 AND due_at <= {laws.LOST_DUE}",
 }
 
 
