@@ -196,15 +196,20 @@ def test_beside_a_slow_one_who_is_on_his_way_is_waited_for_a_moment() -> None:
     go(work)
 
 
+async def beside_each_other(trial: Trial) -> None:
+    """The first is slow, the second has just begun beside it, and a third message waits."""
+    trial.deliver(1)
+    await turns()
+    trial.deliver(2)
+    await asyncio.sleep(OVERLAP_S + QUICK_S)
+    trial.deliver(3)
+
+
 def test_beside_a_slow_one_and_a_quick_one_none_begins_before_the_quick_one_is_slow() -> None:
     """Which of them was first says nothing."""
 
     async def work(trial: Trial) -> None:
-        trial.deliver(1)
-        await turns()
-        trial.deliver(2)
-        await asyncio.sleep(OVERLAP_S + QUICK_S)
-        trial.deliver(3)
+        await beside_each_other(trial)
         await trial.end(0)
         assert trial.begun() == [(0.0, [1]), (OVERLAP_S, [2])]
         await asyncio.sleep(LATE_S)
@@ -215,11 +220,7 @@ def test_beside_a_slow_one_and_a_quick_one_none_begins_before_the_quick_one_is_s
 
 def test_when_a_quick_one_ends_the_next_begins_beside_the_one_that_is_slow() -> None:
     async def work(trial: Trial) -> None:
-        trial.deliver(1)
-        await turns()
-        trial.deliver(2)
-        await asyncio.sleep(OVERLAP_S + QUICK_S)
-        trial.deliver(3)
+        await beside_each_other(trial)
         await trial.end(1)
         assert trial.begun()[2:] == [(round(OVERLAP_S + QUICK_S, 6), [3])]
 

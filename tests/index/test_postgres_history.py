@@ -198,6 +198,25 @@ async def test_a_process_that_keeps_nothing_raises_the_epoch_too(keeping: Keepin
     assert index.epoch == 2 and index.unsettled
 
 
+async def test_who_looked_before_an_epoch_had_begun_hears_by_itself_when_all_waits_are_over(
+    keeping: Keeping, shared_rig: PostgresRig
+) -> None:
+    """A keeper whose jobs are another's: nothing else of what it does asks how the index stands."""
+    index = keeping.index
+    async with another(shared_rig) as idle:
+        idle.settled()
+        epochs = EpochKeeper(shared_rig.world, keeping.cluster, idle, no_heads)
+        assert await index.raise_epoch([], "a test says so") == 2
+        await idle.epoch_facts()
+        assert (idle.epoch, idle.numbering, idle.catching_up, idle.unsettled) == (2, False, True, False)
+        assert await index.begin_epoch(2)
+        await epochs.step_here()
+        assert (idle.numbering, idle.catching_up) == (True, True)
+        await walk_all(index)
+        await epochs.step_here()
+        assert (idle.numbering, idle.catching_up) == (True, False)
+
+
 # -- the other processes -----------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from powermail.index.postgres.leases import _RELEASE, _take
 from powermail.index.postgres.statements import text_of
 from powermail.index.sql.core import LEFT_OUT
 from powermail.index.sql.engine import NODE_COLUMNS
+from powermail.sim.loop import run
 from powermail.sim.net import SimNetwork
 from powermail.sim.server import DatabaseServer, SimConnection, connector
 from tests.index.conftest import databases_of
@@ -376,3 +377,28 @@ async def test_a_simulated_standby_that_lagged_behind_shows_what_it_had(room: Pa
     assert [await other.fetchval(_READ, name) for name in ("kept", "lost", "never")] == [1, None, None]
     assert (after.system, after.timeline) == (history.system, "2")
     other.terminate()
+
+
+def test_each_statement_has_its_own_time_to_be_answered(room: Path) -> None:
+    """Of the simulated connection alone, which sets one timer for all of them."""
+
+    async def body() -> None:
+        net, loop = SimNetwork(random.Random(1)), asyncio.get_running_loop()
+        server = DatabaseServer(net, f"{room}/central.db", random.Random(2), lambda: NOW, _strange)
+        await server.start()
+        connection, _ = await connector(net)("postgresql://here@db/index")
+        server.slow_s = 0.7 * limits.INDEX_COMMAND_S
+        for _ in range(4):  # all together it takes longer than any of them may
+            assert await connection.fetchval(_READ, "none") is None
+        server.slow_s = 2 * limits.INDEX_COMMAND_S
+        began = loop.time()
+        with pytest.raises(TimeoutError):
+            await connection.fetchval(_READ, "none")
+        assert loop.time() - began == pytest.approx(limits.INDEX_COMMAND_S)
+        assert connection.is_closed()
+        server.die()
+        server.store.close()
+
+    complaints: list[str] = []
+    run(body(), 1, complaints.append)
+    assert complaints == []

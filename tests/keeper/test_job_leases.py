@@ -164,6 +164,20 @@ def test_processes_are_shown_with_their_jobs_and_those_that_died_unless_another_
     go(body)
 
 
+def test_who_took_the_place_of_a_process_that_died_is_told_by_signs_of_life_and_by_no_machines_clock() -> None:
+    """The clock of that machine was set back between the two starts: the dead one seems to have started later."""
+
+    async def body(rig: Rig) -> None:
+        dead = Leases(rig.world, rig.index, process(rig, "keeper")._replace(since=2000.0, tag="aa"))
+        await dead.show()
+        await asyncio.sleep(limits.PROCESS_LEASE_S + 5)
+        lives = Leases(rig.world, rig.index, process(rig, "keeper")._replace(since=1000.0, tag="bb"))
+        await lives.show()
+        assert [one.process.tag for one in seen(await rig.index.leases())] == ["bb"]
+
+    go(body)
+
+
 @pytest.mark.parametrize("owner", ["", "a b c", "keeper one x 0.1.0 1 aa -", "keeper one 1 0.1.0 y aa -", "a b 1 c 2 d e f"])
 def test_an_owner_of_another_kind_is_no_process(owner: str) -> None:
     assert Process.parse(owner) is None

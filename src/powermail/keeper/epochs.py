@@ -195,10 +195,10 @@ class EpochKeeper:
         return _LOOK_S
 
     async def tell(self) -> None:
-        """Raises the epoch if this process has met the proof itself that commits were lost, and nobody else knows. Raises
-        Trouble.
+        """Raises the epoch if this process has met the proof itself that commits were lost, and nobody else knows. And looks
+        whether a wait of all is over: who does none of the leased jobs need not hear of it in another way. Raises Trouble.
         """
-        if self._index.unsettled:
+        if self._index.unsettled or self._index.catching_up or not self._index.numbering:
             async with self._lock:
                 facts = await self._index.epoch_facts()
                 if facts.why:

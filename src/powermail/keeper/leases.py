@@ -159,14 +159,14 @@ def seen(leases: Sequence[JobLease]) -> list[Seen]:
         if lease.job.startswith(_PROCESS) and process is not None:
             shown[lease.owner] = process, lease.until
     newest = max((until for _, until in shown.values()), default=0.0)
-    youngest: dict[tuple[str, str], float] = {}
-    for process, _ in shown.values():
+    last: dict[tuple[str, str], float] = {}
+    for process, until in shown.values():
         place = process.machine, process.part
-        youngest[place] = max(process.since, youngest.get(place, 0.0))
+        last[place] = max(until, last.get(place, 0.0))
     found = []
     for owner, (process, until) in shown.items():
-        if until <= _now(newest) and process.since < youngest[process.machine, process.part]:
-            continue  # it died, and another has its place
+        if until <= _now(newest) and until < last[process.machine, process.part]:
+            continue  # it died, and another has its place, whatever its machine's clock said when that started
         jobs = tuple(lease.job for lease in leases if lease.owner == owner and is_job(lease) and lease.until > _now(newest))
         found.append(Seen(process, newest - until, jobs))
     return sorted(found, key=lambda one: (one.process.machine, one.process.part, one.process.since))

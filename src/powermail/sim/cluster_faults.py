@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 Deed = Callable[[], Awaitable[bool]]
 _CHANGE_S = 120.0  # how long a change of membership may take; then the operator thinks better of it
 _HEAL_S = 240.0
-_MARKED_S = limits.MARK_INTERVAL_S + 5.0  # by then nodes have heard of the work that was done
-_HEARD_S = 10.0  # by then a process that went on has met a database that is back
+_MARKED_S = limits.MARK_INTERVAL_S + 5.0  # by then nodes, and all processes, have heard of the work that was done
 
 
 class ClusterFaults(DiskFaults[Any]):
@@ -37,7 +36,6 @@ class ClusterFaults(DiskFaults[Any]):
         self._database = asyncio.Lock()  # one death of the database server at a time
         self._changes = asyncio.Lock()  # one change of membership at a time
         self._net = site.machine.net
-        self._remembered = 0  # so many times processes alone remember commits that are lost: some must go on
 
     def _all(self) -> dict[str, Kind]:
         return super()._all() | {
@@ -86,8 +84,6 @@ class ClusterFaults(DiskFaults[Any]):
 
     async def _all_killed(self) -> None:
         """Every process of the cluster ends at one instant; the database too, now and then; disks lose what was not synced."""
-        while self._remembered:
-            await asyncio.sleep(1.0)
         cut = self._chance.random() < 0.5
         restarts = [served.restart(self._chance.uniform(0.1, 5.0), cut) for served in self._site.all() if served.lives]
         if self._chance.random() < 0.3:
@@ -193,30 +189,24 @@ class ClusterFaults(DiskFaults[Any]):
         await self._gone_back(self._site.database.restore, _MARKED_S)
 
     async def _gone_back(self, to: Callable[[str], None], unknown_s: float = 0.0) -> None:
-        """`unknown_s`: a younger copy leaves no sign, unless a process goes on that remembers what was lost (law 10)."""
+        """`unknown_s`: a younger copy leaves no sign, or none but to who did the work that is lost (law 10)."""
         async with self._database:
             server = self._site.database
             server.copy("older")
             copied_at = asyncio.get_running_loop().time()
-            nobody_remembers = self._chance.random() < 0.4  # the nodes do
             after_s = self._chance.choice([self._chance.uniform(0.05, 2.0), self._chance.uniform(2.0, 30.0)])
-            await asyncio.sleep(after_s + unknown_s if nobody_remembers else after_s)
-            by_memory = bool(unknown_s) and not nobody_remembers
-            self._remembered += by_memory
+            await asyncio.sleep(after_s + unknown_s)
 
             def lose() -> None:
                 self._site.forget_deletions(copied_at)
                 to("older")
 
             anew: list[Awaitable[None]] = []
-            if nobody_remembers:
+            if self._chance.random() < 0.4:  # nobody is left who remembers: the nodes do
                 anew = [role.restart(self._chance.uniform(0.1, 5.0)) for role in self._site.roles.values()]
             async with self._damage:  # no index that is older than a lost disk knows what it and another that is away had
                 await asyncio.gather(self._away(lose), *anew)
             self._site.forgiven_until_now()
-            if by_memory:
-                await asyncio.sleep(_HEARD_S)
-            self._remembered -= by_memory
 
     async def _database_conflicts(self) -> None:
         """Transactions are told to run again."""
