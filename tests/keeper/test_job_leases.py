@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import MISSING, fields
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import AsyncMock, MagicMock
 
 import pytest
 
@@ -94,16 +94,23 @@ def test_a_keeper_that_was_held_up_finds_its_job_taken_and_leaves_it() -> None:
     go(body)
 
 
+def keeping_of(rig: Rig, cluster: Any) -> Keeping:
+    """The keepers of a process that sees this cluster."""
+    core = SimpleNamespace(
+        **{name: MagicMock() for name in ("epochs", "owners", "following")}, cluster=cluster, index=rig.index
+    )
+    core.reconciler, core.admission = MagicMock(step=AsyncMock(return_value=1.0)), MagicMock(step=AsyncMock(return_value=1.0))
+    said: dict[str, Any] = {each.name: MagicMock() for each in fields(Keeping) if each.default_factory is MISSING}
+    said |= {name: MagicMock(step=AsyncMock(return_value=1.0)) for name in ("collector", "compactor", "scrubber")}
+    return Keeping(**{**said, "core": core, "forgetter": rig.forgetter, "repairer": rig.repairer})
+
+
 def test_what_a_keeper_has_said_of_a_job_is_not_said_any_more_when_another_does_it() -> None:
     """Status says what every process knows: what one knew before it was held up would stand there for ever."""
 
     async def body(rig: Rig) -> None:
-        core = SimpleNamespace(**{name: MagicMock() for name in ("epochs", "owners", "following", "reconciler", "admission")})
-        core.cluster, core.index = rig.cluster, rig.index
-        said: dict[str, Any] = {each.name: MagicMock() for each in fields(Keeping) if each.default_factory is MISSING}
-        keeping = Keeping(**{**said, "core": core, "forgetter": rig.forgetter, "repairer": rig.repairer})
         leases, other = (Leases(rig.world, rig.index, process(rig, "keeper", name)) for name in ("one", "two"))
-        steps = keeping.leased_jobs(leases)
+        steps = keeping_of(rig, rig.cluster).leased_jobs(leases)
         for job in ("forget", "repair"):
             await steps[job]()
         rig.forgetter.alarms = ["node c is away"]
@@ -113,6 +120,77 @@ def test_what_a_keeper_has_said_of_a_job_is_not_said_any_more_when_another_does_
             assert await other.take(job)
             await steps[job]()
         assert rig.forgetter.alarms == [] and rig.repairer.unrepairable == {} and rig.repairer.seconds_left() is None
+
+    go(body)
+
+
+class View:
+    """What one process sees of the nodes."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.apart = False
+        self.nodes = rig.cluster.nodes
+        self.watch = rig.cluster.watch
+        self.away: set[str] = set()
+        self.strange: set[str] = set()  # there, and not compared with the index yet
+
+    def readable(self) -> list[Any]:
+        return [node for name, node in self.nodes.items() if name not in self.away]
+
+    def admitted(self) -> list[Any]:
+        return [node for node in self.readable() if node.id not in self.strange]
+
+
+@pytest.mark.parametrize("kind", ["reconcile", "collect", "compact", "scrub", "admission"])
+@pytest.mark.parametrize("why", ["away", "strange"])
+def test_a_job_on_a_node_is_anothers_while_this_keeper_cannot_do_it(kind: str, why: str) -> None:
+    """One had the job that enters a node's log and might not take the node in; the other, who had, waited for that."""
+
+    async def body(rig: Rig) -> None:
+        one, two = View(rig), View(rig)
+        steps, others = (
+            keeping_of(rig, view).leased_jobs(Leases(rig.world, rig.index, process(rig, "keeper", name)))
+            for name, view in (("one", one), ("two", two))
+        )
+
+        async def owners() -> dict[str, str]:
+            return {lease.job: lease.owner.split(" ")[1] for lease in await rig.index.leases() if lease.job.startswith(kind)}
+
+        everywhere = {f"{kind} {name}" for name in rig.cluster.nodes}
+        for job in everywhere:
+            await steps[job]()
+            await others[job]()
+        assert await owners() == dict.fromkeys(everywhere, "one")
+        (one.away if why == "away" else one.strange).add("b")
+        stays = kind == "admission" and why == "strange"  # who has it compares the node, which makes it one that takes part
+        for _ in range(2):
+            for job in everywhere:
+                await steps[job]()
+                await others[job]()
+        assert await owners() == {job: "two" if job == f"{kind} b" and not stays else "one" for job in everywhere}
+        two.away.add("b")
+        await others[f"{kind} b"]()
+        await steps[f"{kind} b"]()
+        assert stays or f"{kind} b" not in await owners(), "nobody says that he does what nobody can do"
+        one.away.clear()
+        one.strange.clear()
+        await steps[f"{kind} b"]()
+        assert await owners() == dict.fromkeys(everywhere, "one")
+
+    go(body)
+
+
+def test_forgetting_waits_for_a_node_that_is_away_and_is_not_given_up() -> None:
+    """It goes on from what it knows of all nodes."""
+
+    async def body(rig: Rig) -> None:
+        view = View(rig)
+        leases = Leases(rig.world, rig.index, process(rig, "keeper", "one"))
+        steps = keeping_of(rig, view).leased_jobs(leases)
+        assert await leases.take("forget")
+        view.away.add("b")
+        await steps["scan b"]()
+        assert [lease.job for lease in await rig.index.leases()] == ["forget"]
 
     go(body)
 

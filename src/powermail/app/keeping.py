@@ -105,7 +105,7 @@ class Keeping:
         layout: one that came back takes no mail before the first has spoken.
         """
         steps = {
-            name: leases.leased("forget" if name.startswith("scan ") else name, step)
+            name: leases.leased("forget", step) if name.startswith("scan ") else leases.leased(name, step, can=self._can(name))
             for name, step in self.jobs().items()
             if name.split(" ")[0] not in _OWN
         }
@@ -115,6 +115,15 @@ class Keeping:
         steps["clear"] = leases.leased("clear", leases.clear)
         steps["enter"] = leases.leased("enter", Entering(self.core.cluster, self.core.index, self.core.reconciler, leases).step)
         return steps
+
+    def _can(self, job: str) -> Callable[[], bool]:
+        """Whether this process can do it now: a job on a node needs a node that takes part here, and to compare one that does
+        not yet needs one that answers. What one keeper cannot reach, or may not take in, another can.
+        """
+        kind, _, node = job.partition(" ")
+        cluster = self.core.cluster
+        there = cluster.readable if kind == "admission" else cluster.admitted
+        return lambda: not node or any(each.id == node for each in there())
 
     async def _settle(self, node: StorageNode) -> float:
         """Readers of this process wait until it has seen the logs entered to their ends: it does not wait for a keeper's turn.

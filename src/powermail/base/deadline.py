@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Awaitable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -15,14 +14,19 @@ class Patience:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._watched: deque[tuple[float, asyncio.Future[object]]] = deque()  # in order of their deadlines
+        self._watched: dict[asyncio.Future[Any], float] = {}  # until when each is waited for, in that order
         self._ticking = False
 
     async def wait(self, work: Awaitable[T]) -> T:
         """The result of `work`. Raises TimeoutError, or what the work raises."""
-        future = work if isinstance(work, asyncio.Future) else asyncio.ensure_future(work)
-        if not future.done():
-            self._watch(future)
+        future: asyncio.Future[T] = work if isinstance(work, asyncio.Future) else asyncio.ensure_future(work)
+        if future.done():
+            return await future
+        loop = asyncio.get_running_loop()
+        self._watched[future] = loop.time() + self._seconds
+        if not self._ticking:
+            self._ticking = True
+            loop.call_later(self._seconds / 4, self._tick, loop)
         try:
             return await future
         except asyncio.CancelledError:
@@ -30,19 +34,13 @@ class Patience:
             if future.cancelled() and not (task is not None and task.cancelling()):
                 raise TimeoutError from None
             raise
-
-    def _watch(self, future: asyncio.Future[T]) -> None:
-        loop = asyncio.get_running_loop()
-        self._watched.append((loop.time() + self._seconds, future))  # type: ignore[arg-type]
-        if not self._ticking:
-            self._ticking = True
-            loop.call_later(self._seconds / 4, self._tick, loop)
+        finally:
+            self._watched.pop(future, None)
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
         now = loop.time()
-        watched = self._watched
-        while watched and (watched[0][1].done() or watched[0][0] <= now):
-            watched.popleft()[1].cancel()
-        self._ticking = bool(watched)
-        if watched:
+        for future in [future for future, until in self._watched.items() if until <= now]:
+            future.cancel()
+        self._ticking = bool(self._watched)
+        if self._ticking:
             loop.call_later(self._seconds / 4, self._tick, loop)

@@ -1,4 +1,6 @@
-"""Owns the directory on PostgreSQL and on MySQL with our own table (`schema`). Implements `contract.Backend` and `Writable`."""
+"""Owns the directory on PostgreSQL and on MySQL with our own table (`schema`). Implements `contract.Backend`, `Writable` and
+`Ahead`.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,10 @@ from powermail.directory.pool import Refused, Row, Session
 from powermail.directory.rows import ID_MAX, Value
 from powermail.directory.server import Server, reached
 from powermail.directory.statement import Statement
-from powermail.mail.address import has_control
+from powermail.mail.address import AddressError, has_control, parse
 
 _COLUMNS = ", ".join(rows.COLUMNS)
+_WIDTH = len(rows.COLUMNS)
 _CHANGED = rows.COLUMNS[1:]
 _PAGE = 2000
 _CURE = "`powermail directory init` makes it"
@@ -58,6 +61,25 @@ def _values(account: Account, number: int) -> dict[str, Value]:
     }
 
 
+def _columns_of(alias: str) -> str:
+    return ", ".join(f"{alias}.{name}" for name in rows.COLUMNS)
+
+
+def _destination(account: Account, found: Sequence[Row]) -> dict[str, Account | None]:
+    """What was found where it forwards to, by canonical address; nothing where a look-up would ask for something else, or
+    would have trouble to tell of.
+    """
+    if len(account.forward) != 1 or len(found) != 1:
+        return {}
+    try:
+        canonical = parse(account.forward[0]).canonical
+        if not canonical.isascii() or canonical != account.forward[0].lower():
+            return {}
+        return {canonical: None if found[0][0] is None else rows.read(found[0])}
+    except (AddressError, RowTrouble):
+        return {}
+
+
 class SqlDirectory:
     """The directory in a database of ours."""
 
@@ -68,11 +90,17 @@ class SqlDirectory:
         self._dialect = dialect
         self._server = Server(world, kind, address, size)
         self._find = Statement(f"SELECT {_COLUMNS} FROM accounts WHERE {dialect.key} = :address")
+        self._find_ahead = Statement(
+            f"SELECT {_columns_of('a')}, {_columns_of('b')}"
+            f" FROM (SELECT {_COLUMNS} FROM accounts WHERE {dialect.key} = :address) a"
+            f" LEFT JOIN (SELECT {_COLUMNS}, {dialect.key} AS found_by FROM accounts) b"
+            f" ON a.forward <> '' AND b.found_by = {dialect.destination}"
+        )
         self._serves = Statement(f"SELECT 1 FROM accounts WHERE {dialect.domain} = :domain LIMIT 1")
         self._page = Statement(
             f"SELECT {_COLUMNS} FROM accounts WHERE {dialect.key} > :after ORDER BY {dialect.key} LIMIT :limit"
         )
-        self._opened = False  # the shape of the table was seen
+        self._ours = False  # the table was seen, and is of our making: its index answers a join as quickly as a look-up
 
     # -- opening, and the schema ------------------------------------------------------------------------------------------
 
@@ -92,7 +120,7 @@ class SqlDirectory:
             if any(text in str(error) for text in self._dialect.missing):
                 raise OperatorError(f"{error}: the directory has no table yet, or not of our shape; {_CURE}") from error
             raise
-        self._opened = True
+        self._ours = found is not None
 
     async def _encoded(self) -> None:
         """Raises OperatorError if not every address can be kept there."""
@@ -158,6 +186,15 @@ class SqlDirectory:
             return None  # no row has it, and a server might stumble over it
         found = await self._server.rows(self._find, {"address": address})
         return rows.read(found[0]) if found else None
+
+    async def find_ahead(self, address: str) -> tuple[Account | None, dict[str, Account | None]]:
+        if not self._ours or has_control(address):
+            return await self.find(address), {}
+        found = await self._server.rows(self._find_ahead, {"address": address})
+        if not found:
+            return None, {}
+        account = rows.read(found[0][:_WIDTH])
+        return account, _destination(account, [row[_WIDTH:] for row in found])
 
     async def serves(self, domain: str) -> bool:
         return not has_control(domain) and bool(await self._server.rows(self._serves, {"domain": domain}))

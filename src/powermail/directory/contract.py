@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from msgspec import Struct
 
@@ -51,6 +51,16 @@ class Directory(Protocol):
 
     async def serves(self, domain: str) -> bool:
         """True if some address of this domain exists: its unknown users get another answer than strangers' mail (P12)."""
+
+
+@runtime_checkable
+class Ahead(Protocol):
+    """A directory whose one question answers for more than one address."""
+
+    async def find_ahead(self, address: str) -> tuple[Account | None, dict[str, Account | None]]:
+        """As `Directory.find`, and the rows of other canonical addresses, None where there is none, that a look-up of this one
+        asks for next: where a forward leads to.
+        """
 
 
 class Writable(Directory, Protocol):

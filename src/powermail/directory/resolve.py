@@ -21,7 +21,7 @@ from powermail.base import limits
 from powermail.base.clock import Clock
 from powermail.base.counters import Counters
 from powermail.base.errors import DirectoryTrouble
-from powermail.directory.contract import Account, Directory, RowTrouble
+from powermail.directory.contract import Account, Ahead, Directory, RowTrouble
 from powermail.mail.address import Address, AddressError, canonical_domain, parse, parse_canonical, spellings
 
 T = TypeVar("T")
@@ -46,6 +46,7 @@ class DirectoryCache:
 
     def __init__(self, backend: Directory, clock: Clock, counters: Counters, ttl_s: float, stale_s: float) -> None:
         self._backend = backend
+        self._ahead = backend if isinstance(backend, Ahead) else None
         self._clock = clock
         self._counters = counters
         self._ttl_s = ttl_s
@@ -91,11 +92,14 @@ class DirectoryCache:
                 self._counters.add("directory.stale")
                 return cached[1], True
             raise
+        self._note(address, now, account)
+        return account, False
+
+    def _note(self, address: str, now: float, account: Account | None) -> None:
         self._known[address] = (now, account)
         self._known.move_to_end(address)
         if len(self._known) > limits.DIRECTORY_CACHE_MAX:
             self._known.popitem(last=False)
-        return account, False
 
     async def ask_again(self, wait_s: float) -> None:
         """Asks a directory that did not answer when it was asked last, for `trouble` to be what it is like now."""
@@ -134,7 +138,17 @@ class DirectoryCache:
     async def _found(self, address: str) -> Account | None:
         account = None
         for spelling in spellings(address):
-            account = account or await self._backend.find(spelling)
+            account = account or await self._row(spelling)
+        return account
+
+    async def _row(self, address: str) -> Account | None:
+        """What the backend has; what it answers beside that is known from now on."""
+        if self._ahead is None:
+            return await self._backend.find(address)
+        now = self._clock.monotonic()
+        account, ahead = await self._ahead.find_ahead(address)
+        for other, row in ahead.items():
+            self._note(other, now, row)
         return account
 
     async def serves(self, domain: str, stale: bool = False, until: float = inf) -> bool:

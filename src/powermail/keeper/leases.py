@@ -1,9 +1,9 @@
 """Owns who does what where several processes keep one index: each job is one process's at a time, and each process shows that
 it lives.
 
-A job belongs to whoever has its lease. It is renewed while its process lives, given back when that stops in good order, and
-free by time when it dies; any keeper on any machine then takes it, so there is no leader to lose. A lease saves work and no
-more: what two must never both do is decided by compare-and-set where it is done (laws 6, 9, 11).
+A job belongs to whoever has its lease. It is renewed while its process lives, given back when that stops in good order or
+cannot do it any more, and free by time when it dies; any keeper on any machine then takes it, so there is no leader to lose. A
+lease saves work and no more: what two must never both do is decided by compare-and-set where it is done (laws 6, 9, 11).
 
 A process is a lease that nobody else wants. Its owner's name says what it is, so that one listing tells who lives, since when,
 and who does which job.
@@ -63,6 +63,11 @@ def _nothing() -> None:
     """What a job lets go of that says nothing."""
 
 
+def _always() -> bool:
+    """Of a job that any keeper can do."""
+    return True
+
+
 class Leases:
     """What this process has of the jobs of all."""
 
@@ -92,16 +97,26 @@ class Leases:
             self._world.log.event(Event.JOB, job=job, state="lost")
         return False
 
-    def leased(self, job: str, step: Step, let_go: Callable[[], None] = _nothing) -> Step:
-        """The step of a worker that works only while the job is ours; else `let_go` takes back what it has said for status."""
+    def leased(self, job: str, step: Step, let_go: Callable[[], None] = _nothing, can: Callable[[], bool] = _always) -> Step:
+        """The step of a worker that works only while the job is ours; else `let_go` takes back what it has said for status.
+
+        While this process cannot do it (`can`) another may have it: who kept what he cannot do would keep it from all.
+        """
 
         async def run() -> float:
-            if await self.take(job):
+            if not can():
+                await self._leave(job)
+            elif await self.take(job):
                 return await step()
             let_go()
             return limits.JOB_LOOK_S
 
         return run
+
+    async def _leave(self, job: str) -> None:
+        if self._held.pop(job, None) is not None:
+            self._world.log.event(Event.JOB, job=job, state="left")
+            await self._index.release(job, self.process.owner)
 
     async def renew(self) -> float:
         """The step of a worker: what we have stays ours. Raises IndexTrouble."""

@@ -15,7 +15,7 @@ from powermail.base import limits
 from powermail.base.errors import IndexTrouble
 from powermail.base.log import Event
 from powermail.base.world import World
-from powermail.directory.contract import Account, Directory, RowTrouble
+from powermail.directory.contract import Account, Ahead, Directory, RowTrouble
 from powermail.index.contract import Index
 from powermail.mail.address import one_form
 
@@ -24,11 +24,12 @@ _SHOWN_MAX = 3
 
 
 class Owners:
-    """A directory whose rows own what they say they own. Implements `directory.contract.Directory`."""
+    """A directory whose rows own what they say they own. Implements `directory.contract.Directory` and `Ahead`."""
 
     def __init__(self, world: World, directory: Directory, index: Index) -> None:
         self._world = world
         self._directory = directory
+        self._ahead = directory if isinstance(directory, Ahead) else None
         self._index = index
         self._known: dict[str, str] = {}  # compared in this process
         self._fresh: dict[str, str] = {}  # never seen before; to be noted
@@ -36,17 +37,33 @@ class Owners:
 
     async def find(self, address: str) -> Account | None:
         """As the directory. Raises RowTrouble for a row whose id belonged to another address."""
-        account = await self._directory.find(address)
-        if account is None or self._known.get(account.id) == one_form(account.address):
-            return account
+        account, _ = await self._owning(await self._directory.find(address), {})
+        return account
+
+    async def find_ahead(self, address: str) -> tuple[Account | None, dict[str, Account | None]]:
+        """As the directory, if that looks ahead. Raises as `find`; what else it found is left out where that would."""
+        if self._ahead is None:
+            return await self.find(address), {}
+        return await self._owning(*await self._ahead.find_ahead(address))
+
+    async def _owning(
+        self, account: Account | None, ahead: dict[str, Account | None]
+    ) -> tuple[Account | None, dict[str, Account | None]]:
+        """These, if they own what they say they own: all that are not known yet by one question to the index."""
+        rows = [row for row in (account, *ahead.values()) if row is not None and not self._knows(row)]
+        if not rows:
+            return account, ahead
         try:
             async with asyncio.timeout(limits.DIRECTORY_OWNERS_S):
-                found = await self.mismatches([account])
+                wrong = dict(await self.mismatches(rows))
         except (IndexTrouble, TimeoutError):
-            return account
-        if found:
-            raise RowTrouble(f"directory, row {account.address}: id {account.id} belonged to {found[0][1]}")
-        return account
+            return account, ahead
+        if account is not None and account in wrong:
+            raise RowTrouble(f"directory, row {account.address}: id {account.id} belonged to {wrong[account]}")
+        return account, {address: row for address, row in ahead.items() if row is None or row not in wrong}
+
+    def _knows(self, account: Account) -> bool:
+        return self._known.get(account.id) == one_form(account.address)
 
     async def serves(self, domain: str) -> bool:
         """As the directory."""

@@ -10,14 +10,14 @@ import asyncio
 import contextvars
 import random
 import ssl
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVarTuple
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
 
 from powermail.base import limits
 from powermail.base.errors import OperatorError
 from powermail.base.net import Listener, ProtocolFactory
 
-Ts = TypeVarTuple("Ts")
 _HIGH_WATER_OCTETS = 65_536
 
 
@@ -42,6 +42,7 @@ class SimTransport:
         self._paused = False
         self._held: list[bytes] = []  # came while reading was paused; None of it is lost
         self._held_eof = False
+        self._sent: deque[bytes | None] = deque()  # on the way to the other end, which gets it in this order; None is its end
         self._on_the_way = 0
         self._full = False
         self._last_arrival = 0.0
@@ -63,14 +64,20 @@ class SimTransport:
             self._protocol.pause_writing()
         whole = self.owner in self._net.whole or self.peer.owner in self._net.whole
         for piece in (bytes(data),) if whole else self._net.pieces(bytes(data)):
-            self._post(self._arrive, piece)
+            self._post(piece)
 
-    def _post(self, what: Callable[[*Ts], None], *args: *Ts) -> None:
+    def _post(self, piece: bytes | None) -> None:
         loop = asyncio.get_running_loop()
+        self._sent.append(piece)
         self._last_arrival = max(self._last_arrival + 1e-6, loop.time() + self._net.delay(self))
-        loop.call_at(self._last_arrival, what, *args, context=self.peer.context)
+        loop.call_at(self._last_arrival, self._arrive, context=self.peer.context)
 
-    def _arrive(self, piece: bytes) -> None:
+    def _arrive(self) -> None:
+        """The next piece is there: of several that are due in one turn, because the process stood still, also the first."""
+        piece = self._sent.popleft()
+        if piece is None:
+            self.peer._take_eof()
+            return
         self._on_the_way -= len(piece)
         if self._full and self._on_the_way <= _HIGH_WATER_OCTETS // 4 and not self._lost:
             self._full = False
@@ -134,7 +141,7 @@ class SimTransport:
         if self._closing or self._lost:
             return
         self._closing = True
-        self._post(self.peer._take_eof)
+        self._post(None)
         asyncio.get_running_loop().call_soon(self.lose, None)
 
     abort = close
