@@ -96,10 +96,8 @@ def test_a_keeper_that_was_held_up_finds_its_job_taken_and_leaves_it() -> None:
 
 def keeping_of(rig: Rig, cluster: Any) -> Keeping:
     """The keepers of a process that sees this cluster."""
-    core = SimpleNamespace(
-        **{name: MagicMock() for name in ("epochs", "owners", "following")}, cluster=cluster, index=rig.index
-    )
-    core.reconciler, core.admission = MagicMock(step=AsyncMock(return_value=1.0)), MagicMock(step=AsyncMock(return_value=1.0))
+    core = SimpleNamespace(owners=MagicMock(), following=MagicMock(), cluster=cluster, index=rig.index)
+    core.epochs, core.reconciler, core.admission = (MagicMock(step=AsyncMock(return_value=1.0)) for _ in range(3))
     said: dict[str, Any] = {each.name: MagicMock() for each in fields(Keeping) if each.default_factory is MISSING}
     said |= {name: MagicMock(step=AsyncMock(return_value=1.0)) for name in ("collector", "compactor", "scrubber")}
     return Keeping(**{**said, "core": core, "forgetter": rig.forgetter, "repairer": rig.repairer})
@@ -191,6 +189,77 @@ def test_forgetting_waits_for_a_node_that_is_away_and_is_not_given_up() -> None:
         view.away.add("b")
         await steps["scan b"]()
         assert [lease.job for lease in await rig.index.leases()] == ["forget"]
+
+    go(body)
+
+
+class Apart:
+    """A keeper that sees the cluster its own way, and runs every job that is for one of all."""
+
+    def __init__(self, rig: Rig, machine: str) -> None:
+        self.view = View(rig)
+        self.leases = Leases(rig.world, rig.index, process(rig, "keeper", machine))
+        keeping = keeping_of(rig, self.view)
+        for room in _ROOMS:
+            setattr(keeping, room, MagicMock(step=AsyncMock(return_value=1.0), scan=AsyncMock(return_value=1.0)))
+        steps = keeping.leased_jobs(self.leases)
+        del steps["spread"]
+        self._tasks = [asyncio.create_task(self._loop(step)) for step in (*steps.values(), self.leases.renew, self.leases.show)]
+
+    async def _loop(self, step: Any) -> None:
+        while True:
+            await asyncio.sleep(await step())
+
+    async def die(self) -> None:
+        """Without a word."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+_ROOMS = ("repairer", "checkpointer", "forgetter", "expeller", "drainer", "rebalancer")
+_FOR_ONE = {"epochs", "repair", "checkpoint", "forget", "expelled", "drain", "rebalance", "enter"}
+
+
+async def who_does(rig: Rig) -> dict[str, str]:
+    """The machine of each job that is for one keeper of all."""
+    return {each.job: each.owner.split(" ")[1] for each in await rig.index.leases() if each.job in _FOR_ONE}
+
+
+def test_what_needs_all_nodes_is_done_by_who_sees_the_most() -> None:
+    """One that is cut off from nodes, and not from the database, would keep repair and forgetting from all."""
+
+    async def body(rig: Rig) -> None:
+        one = Apart(rig, "one")
+        await asyncio.sleep(5)
+        two = Apart(rig, "two")
+        await asyncio.sleep(60)
+        assert await who_does(rig) == dict.fromkeys(_FOR_ONE, "one"), "they see the same"
+        one.view.away.add("b")
+        await asyncio.sleep(limits.JOB_VIEW_S / 2)
+        one.view.away.clear()
+        await asyncio.sleep(60)
+        assert await who_does(rig) == dict.fromkeys(_FOR_ONE, "one"), "nodes come and go, and not for all at one moment"
+        one.view.away.add("b")
+        await asyncio.sleep(limits.JOB_VIEW_S + 3 * limits.JOB_LOOK_S)
+        assert await who_does(rig) == dict.fromkeys(_FOR_ONE, "two")
+        two.view.away.add("a")
+        await asyncio.sleep(60)
+        assert await who_does(rig) == dict.fromkeys(_FOR_ONE, "two"), "it sees no fewer than the other"
+        one.view.away.clear()
+        await asyncio.sleep(limits.JOB_VIEW_S + 3 * limits.JOB_LOOK_S)
+        assert await who_does(rig) == dict.fromkeys(_FOR_ONE, "one")
+        one.view.away.update("abc")
+        await asyncio.sleep(limits.JOB_VIEW_S + 3 * limits.JOB_LOOK_S)
+        assert await who_does(rig) == dict.fromkeys(_FOR_ONE, "two")
+        await two.die()
+        await asyncio.sleep(limits.PROCESS_LEASE_S + limits.JOB_LEASE_S)
+        assert await who_does(rig) == dict.fromkeys(_FOR_ONE, "one"), "who is dead sees nothing"
+        await one.die()
+        shown = [lease.job for lease in await rig.index.leases() if lease.job.startswith("sees ")]
+        assert len(shown) == 2, "what each said last"
+        await one.leases.stop()
+        assert [lease.job for lease in await rig.index.leases() if lease.owner == one.leases.process.owner] == []
 
     go(body)
 

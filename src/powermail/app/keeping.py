@@ -104,26 +104,28 @@ class Keeping:
         """What one keeper of all does at a time. The scans of a round go with its rows. But every keeper tells nodes of the
         layout: one that came back takes no mail before the first has spoken.
         """
+        jobs = {name: step for name, step in self.jobs().items() if name.split(" ")[0] not in (*_OWN, "spread")}
+        jobs["enter"] = Entering(self.core.cluster, self.core.index, self.core.reconciler, leases).step
+        says = {"forget": self.forgetter.let_go, "repair": self.repairer.let_go}  # for status
         steps = {
-            name: leases.leased("forget", step) if name.startswith("scan ") else leases.leased(name, step, can=self._can(name))
-            for name, step in self.jobs().items()
-            if name.split(" ")[0] not in _OWN
+            name: leases.leased("forget" if name.startswith("scan ") else name, step, says.get(name), self._can(name, leases))
+            for name, step in jobs.items()
         }
-        steps["forget"] = leases.leased("forget", self.forgetter.step, self.forgetter.let_go)  # these two say things for status
-        steps["repair"] = leases.leased("repair", self.repairer.step, self.repairer.let_go)
         steps["spread"] = self.core.following.spread
         steps["clear"] = leases.leased("clear", leases.clear)
-        steps["enter"] = leases.leased("enter", Entering(self.core.cluster, self.core.index, self.core.reconciler, leases).step)
+        steps["view"] = lambda: leases.compare(len(self.core.cluster.admitted()))
         return steps
 
-    def _can(self, job: str) -> Callable[[], bool]:
-        """Whether this process can do it now: a job on a node needs a node that takes part here, and to compare one that does
-        not yet needs one that answers. What one keeper cannot reach, or may not take in, another can.
+    def _can(self, job: str, leases: Leases) -> Callable[[], bool]:
+        """Whether this process can do it now. A job on a node needs one that takes part here, and to compare one that does not
+        yet needs one that answers; all others are for who sees the most nodes. What one keeper cannot reach, another can.
         """
         kind, _, node = job.partition(" ")
+        if not node or kind == "scan":
+            return lambda: not leases.outseen
         cluster = self.core.cluster
         there = cluster.readable if kind == "admission" else cluster.admitted
-        return lambda: not node or any(each.id == node for each in there())
+        return lambda: any(each.id == node for each in there())
 
     async def _settle(self, node: StorageNode) -> float:
         """Readers of this process wait until it has seen the logs entered to their ends: it does not wait for a keeper's turn.

@@ -359,6 +359,7 @@ PART_READY_S: Final = 60.0  # how long a process that replaces another has to ge
 JOB_LEASE_S: Final = 10.0  # a keeper that dies is replaced within this and a look
 JOB_LOOK_S: Final = 3.0  # how often a job that another keeper has is asked for
 JOB_RENEW_S: Final = 3.0  # how often a keeper says that it goes on
+JOB_VIEW_S: Final = 10.0  # another that sees more nodes for so long does what needs them all
 TALLY_S: Final = 5.0  # how old what other processes have counted may be: failed log-ins, recipients of an account
 TALLIES_SHOWN_MAX: Final = 10_000  # counts of others that a process goes by, the highest first
 JOB_FORGOTTEN_S: Final = 3600.0  # leases that are over for so long are cleared away

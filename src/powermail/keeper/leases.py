@@ -24,6 +24,7 @@ from powermail.index.sharing import JobLease
 Step = Callable[[], Awaitable[float]]
 _PROCESS = "process "
 _WAITING = "waiting "  # of a process whose readers wait for a keeper (`keeper.entering`)
+_SEES = "sees "  # of a keeper, with how many nodes
 
 
 class Process(NamedTuple):
@@ -59,10 +60,6 @@ class Seen(NamedTuple):
     jobs: tuple[str, ...]
 
 
-def _nothing() -> None:
-    """What a job lets go of that says nothing."""
-
-
 def _always() -> bool:
     """Of a job that any keeper can do."""
     return True
@@ -76,6 +73,9 @@ class Leases:
         self._world = world
         self._index = index
         self._held: dict[str, float] = {}  # until when by our monotonic clock, counted from before it was asked
+        self._can: dict[str, Callable[[], bool]] = {}  # by job
+        self._sees = ""  # what this process says of how many nodes it sees
+        self._outseen_at: float | None = None  # since when another keeper sees more
 
     async def take(self, job: str) -> bool:
         """True if the job is ours now: it was, or nobody else has it. Raises IndexTrouble."""
@@ -97,18 +97,21 @@ class Leases:
             self._world.log.event(Event.JOB, job=job, state="lost")
         return False
 
-    def leased(self, job: str, step: Step, let_go: Callable[[], None] = _nothing, can: Callable[[], bool] = _always) -> Step:
+    def leased(self, job: str, step: Step, let_go: Callable[[], None] | None = None, can: Callable[[], bool] = _always) -> Step:
         """The step of a worker that works only while the job is ours; else `let_go` takes back what it has said for status.
 
         While this process cannot do it (`can`) another may have it: who kept what he cannot do would keep it from all.
         """
+
+        self._can[job] = can
 
         async def run() -> float:
             if not can():
                 await self._leave(job)
             elif await self.take(job):
                 return await step()
-            let_go()
+            if let_go is not None:
+                let_go()
             return limits.JOB_LOOK_S
 
         return run
@@ -119,15 +122,35 @@ class Leases:
             await self._index.release(job, self.process.owner)
 
     async def renew(self) -> float:
-        """The step of a worker: what we have stays ours. Raises IndexTrouble."""
+        """The step of a worker: what we have stays ours, but for what we cannot do, at work or at rest. Raises IndexTrouble."""
         for job in list(self._held):
-            await self._ask(job)
+            await (self._ask(job) if self._can.get(job, _always)() else self._leave(job))
         return limits.JOB_RENEW_S
 
     async def show(self) -> float:
         """The step of a worker: this process lives. Raises IndexTrouble."""
         await self._index.lease(f"{_PROCESS}{self.process.tag}", self.process.owner, limits.PROCESS_LEASE_S)
         return limits.PROCESS_NOTE_S
+
+    async def compare(self, nodes: int) -> float:
+        """The step of a keeper's worker: so many nodes take part in its view. Raises IndexTrouble."""
+        sees = f"{_SEES}{nodes} {self.process.tag}"
+        if self._sees not in ("", sees):
+            await self._index.release(self._sees, self.process.owner)
+        self._sees = sees
+        await self._index.lease(sees, self.process.owner, limits.PROCESS_LEASE_S)
+        found = [lease for lease in await self._index.leases() if lease.job.startswith(_SEES)]
+        now = _now(max((lease.until for lease in found), default=0.0))
+        if any(lease.until > now and _count(lease.job) > nodes for lease in found):
+            self._outseen_at = self._outseen_at or self._world.clock.monotonic()
+        else:
+            self._outseen_at = None
+        return limits.JOB_RENEW_S
+
+    @property
+    def outseen(self) -> bool:
+        """True if another keeper sees more nodes, for longer than they take to come and go: it does what needs all of them."""
+        return self._outseen_at is not None and self._world.clock.monotonic() - self._outseen_at >= limits.JOB_VIEW_S
 
     async def wait(self) -> None:
         """Says that this process waits until keepers have entered what logs hold, for a while. Raises IndexTrouble."""
@@ -154,7 +177,7 @@ class Leases:
 
     async def stop(self) -> None:
         """Gives everything back; what cannot be given back is free by time."""
-        jobs = [*self._held, f"{_PROCESS}{self.process.tag}"]
+        jobs = [*self._held, f"{_PROCESS}{self.process.tag}", *([self._sees] if self._sees else [])]
         self._held.clear()
         try:
             for job in jobs:
@@ -191,6 +214,12 @@ def _now(newest: float) -> float:
     return newest - limits.PROCESS_LEASE_S
 
 
+def _count(job: str) -> int:
+    """How many nodes a keeper says that it sees; 0 for what another release says."""
+    count = job.split(" ")[1]
+    return int(count) if count.isascii() and count.isdecimal() else 0
+
+
 def is_job(lease: JobLease) -> bool:
-    """True for a job of the keepers: processes, those that wait, and maildrops are leased too."""
-    return not lease.job.startswith((_PROCESS, _WAITING, "maildrop "))
+    """True for a job of the keepers: processes, those that wait, what keepers see, and maildrops are leased too."""
+    return not lease.job.startswith((_PROCESS, _WAITING, _SEES, "maildrop "))
