@@ -93,8 +93,7 @@ class SqlDirectory:
         self._find_ahead = Statement(
             f"SELECT {_columns_of('a')}, {_columns_of('b')}"
             f" FROM (SELECT {_COLUMNS} FROM accounts WHERE {dialect.key} = :address) a"
-            f" LEFT JOIN (SELECT {_COLUMNS}, {dialect.key} AS found_by FROM accounts) b"
-            f" ON a.forward <> '' AND b.found_by = {dialect.destination}"
+            f" LEFT JOIN accounts b ON a.forward <> '' AND {dialect.destination}"
         )
         self._serves = Statement(f"SELECT 1 FROM accounts WHERE {dialect.domain} = :domain LIMIT 1")
         self._page = Statement(

@@ -24,7 +24,7 @@ def _ascii_lower(text: str) -> str:
 
 class Dialect(NamedTuple):
     """What differs. `key` and `domain` are the expressions that are indexed; `fold` makes of an address what `key` has, and
-    `destination` is the same of the column `forward` of `a`.
+    `destination` is true of a row `b` that has the address which `a` forwards to, by that index too.
     """
 
     key: str
@@ -43,7 +43,7 @@ _POSTGRES_DOMAIN = "lower(substr(address, strpos(address, '@') + 1))"
 POSTGRES = Dialect(
     key=_POSTGRES_KEY,
     domain=_POSTGRES_DOMAIN,
-    destination='lower(a.forward COLLATE "C")',
+    destination='lower(b.address) = lower(a.forward COLLATE "C")',
     fold=_ascii_lower,
     begin="BEGIN ISOLATION LEVEL READ COMMITTED",
     encoding="SHOW server_encoding",
@@ -75,7 +75,7 @@ _TEXT = "CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
 MYSQL = Dialect(
     key="address_key",
     domain="domain_key",
-    destination="CAST(lower(a.forward) AS BINARY)",
+    destination="b.address_key = CAST(lower(a.forward) AS BINARY)",
     fold=str.lower,
     begin="START TRANSACTION",
     encoding="SELECT @@character_set_connection",  # the table says its own
