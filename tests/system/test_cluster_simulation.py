@@ -11,7 +11,7 @@ from tests.system.seeds import simulated
 PER_BLOCK = 10
 BLOCKS = int(os.environ.get("PM_TEST_CLUSTER_SEEDS", "100")) // PER_BLOCK
 SECONDS = 4
-ONCE_FAILED = (900_004,)
+ONCE_FAILED = (900_004, 910_312, 910_347, 910_420, 910_433, 920_278, 920_319, 941_352)
 BRANCHES_WITHIN = 6  # seeds
 
 # What keepers do between the faults; a block of seeds without it shows nothing.

@@ -35,6 +35,7 @@ from powermail.storage.node import LocalNode
 
 NODE_PORT = 7000
 _START_S = 120.0  # how long a start may take; then it is given up and tried again
+_STARTS_MAX = 300  # 2 s between them: longer than several faults, one behind the other, keep the database away
 
 
 @dataclass
@@ -116,7 +117,7 @@ class Served(ABC):
 
     async def start(self) -> None:
         """Starts a new process, until it has started."""
-        for attempt in range(60):
+        for attempt in range(_STARTS_MAX):
             world = self.world = self._machines.start(self.host)
             self.ended = asyncio.Event()
             self.starts += 1
@@ -126,7 +127,7 @@ class Served(ABC):
             except (PowerMailError, TimeoutError) as error:
                 self._machines.note(f"{self.host}: start failed: {error or type(error).__name__}")
                 self.kill()
-                if attempt == 59:
+                if attempt == _STARTS_MAX - 1:
                     self._broken(RuntimeError(f"{self.host} does not start: {error}"))
                 await asyncio.sleep(2.0)
                 continue
