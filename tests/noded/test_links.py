@@ -63,6 +63,10 @@ class Wire:
         """What waits."""
         return self.waiting
 
+    def is_closing(self) -> bool:
+        """Nobody has closed it."""
+        return False
+
     def write(self, octets: bytes) -> None:
         """Takes octets."""
         self._said += [(BY_NUMBER[verb].name, number, bool(flags)) for verb, flags, number, _, _ in self._frames.feed(octets)]

@@ -336,7 +336,7 @@ class NodeConnection(asyncio.BufferedProtocol):
 
     def close(self, why: str) -> None:
         """Closes when what was written has gone out."""
-        if self.transport is not None:
+        if self.transport is not None and not self.transport.is_closing():  # else 3.11.2 cannot abort it any more
             self.transport.close()
         self._end(why)
 
