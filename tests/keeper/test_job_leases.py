@@ -193,6 +193,24 @@ def test_forgetting_waits_for_a_node_that_is_away_and_is_not_given_up() -> None:
     go(body)
 
 
+def test_a_job_that_rests_is_given_up_too_when_its_keeper_cannot_do_it_any_more() -> None:
+    async def body(rig: Rig) -> None:
+        one, other = (Leases(rig.world, rig.index, process(rig, "keeper", name)) for name in ("one", "two"))
+        can = True
+
+        async def rests() -> float:
+            return 3600.0
+
+        assert await one.leased("scrub a", rests, can=lambda: can)() == 3600.0
+        await one.renew()
+        assert not await other.take("scrub a")
+        can = False
+        await one.renew()
+        assert await other.take("scrub a")
+
+    go(body)
+
+
 class Apart:
     """A keeper that sees the cluster its own way, and runs every job that is for one of all."""
 
